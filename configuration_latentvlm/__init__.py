@@ -1,0 +1,15 @@
+"""Configurations of the latentvlm architectures, registered with `AutoConfig`.
+
+Registration lives here and not in the modules, which travel with checkpoints: a checkpoint's code must never replace
+the one that another checkpoint brought (see `hub_code.py`).
+"""
+
+from transformers import AutoConfig
+
+from configuration_latentvlm.configuration_deeplatent import DeepLatentConfig
+from configuration_latentvlm.hub_code import __version__
+
+
+AutoConfig.register(DeepLatentConfig.model_type, DeepLatentConfig)
+
+__all__ = ["DeepLatentConfig", "__version__"]

@@ -1,0 +1,13 @@
+"""Models of the latentvlm architectures, registered with the auto classes (see `configuration_latentvlm/__init__.py`)."""
+
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+
+from configuration_latentvlm import DeepLatentConfig
+from modeling_latentvlm.modeling_deeplatent import DeepLatentForConditionalGeneration
+from modeling_latentvlm.trace import LatentStep, LatentTrace
+
+
+for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
+    auto_class.register(DeepLatentConfig, DeepLatentForConditionalGeneration)
+
+__all__ = ["DeepLatentForConditionalGeneration", "LatentStep", "LatentTrace"]

@@ -1,0 +1,462 @@
+"""Run a batch with latent blocks through the language model, one forward per segment.
+
+Segment k of a row is the latents of its block k - 1 (with `</latent>`, where `input_ids` leaves it to the model), then
+text up to and including the `<latent>` of block k, then the control embeddings. `segments.py` says why.
+
+Shapes: B rows, S new tokens, T tokens of a segment (padded to the longest row), N latents, D hidden size.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers.cache_utils import Cache, DynamicCache
+
+from modeling_latentvlm.interventions import Intervention, intervene
+from modeling_latentvlm.latent_former import RowImages, grid_places
+from modeling_latentvlm.segments import BlockSite, LatentState, first_segment_cache, next_segment_cache
+from modeling_latentvlm.trace import LatentStep, LatentTrace
+
+
+@dataclass
+class LatentContext:
+    """What one call of `forward` or `generate` wants of its latents, and the record of what it got."""
+
+    images: list[RowImages | None]  # by prompt row; its beams share it
+    placeholders: dict[int, list[Tensor | None]] = field(default_factory=dict)  # token -> features by prompt row
+    intervention: str | Intervention | None = None
+    noise: bool = False  # the stochastic term of eq. 3
+    output_latents: bool = False
+    grid: tuple[int, int] | None = None  # forced on every block that `generate` opens
+    max_blocks: int = 0  # most blocks of an answer, for the size of a static cache
+    prompt_grids: Tensor | None = None  # of the blocks that stand in the prompt already
+    decode_step: int = -1  # the generated token that is being consumed; -1: the prompt
+    steps: list[LatentStep] = field(default_factory=list)
+
+    def take_prompt_grids(self) -> Tensor | None:
+        """The prompt's grids, once: later tokens of `generate` open blocks of their own."""
+        grids, self.prompt_grids = self.prompt_grids, None
+        return grids
+
+    def of_row(self, values: list, row: int, num_rows: int):
+        """The entry of the prompt row that `row` of an expanded batch continues."""
+        return values[row * len(values) // num_rows]
+
+
+@dataclass
+class Decoded:
+    """The hidden states of every column of `input_ids`; a lone `<latent>` has those of its `</latent>`."""
+
+    last_hidden_state: Tensor  # (B, S, D)
+    hidden_states: tuple[Tensor, ...] | None
+    past_key_values: Cache | None
+    scale_logits: tuple[Tensor, Tensor] | None = None  # 2 x (blocks, G)
+    scale_targets: Tensor | None = None  # (blocks, 2)
+    trace: LatentTrace | None = None
+
+    def scale_loss(self) -> Tensor | None:
+        """Cross-entropy of height plus that of width, averaged over blocks (DeepLatent, eq. 7)."""
+        if self.scale_logits is None:
+            return None
+        targets = self.scale_targets.to(self.scale_logits[0].device) - 1
+        return sum(F.cross_entropy(logits, targets[:, axis]) for axis, logits in enumerate(self.scale_logits))
+
+
+@dataclass
+class Block:
+    """A block that was opened and is to be decoded: what the next segment of its row begins with."""
+
+    site: BlockSite
+    latents: Tensor  # (P, D) those not decoded yet: all, or the last in autoregressive mode
+    positions: Tensor  # (P, 3)
+    end_position: Tensor  # (3,)
+    decoded: list[list[Tensor]] = field(default_factory=list)  # per layer, hidden states of latents decoded already
+
+
+class BlockDecoder:
+    """One run over new tokens. Holds what changes from segment to segment: cache, state, shifts."""
+
+    def __init__(self, model, context: LatentContext, cache: Cache | None, use_cache: bool | None, kwargs: dict):
+        self.model, self.config, self.context = model, model.config, context
+        self.text_model = model.model.language_model
+        self.cache, self.use_cache, self.kwargs = cache, use_cache, kwargs
+        self.scale_logits: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+    def run(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        sites: list[list[BlockSite]],
+    ) -> Decoded:
+        embeds = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        rows, length = embeds.shape[:2]
+        mask = None if attention_mask is None else attention_mask[:, -length:].bool().to(embeds.device)
+        self.prepare_cache(rows, embeds, any(sites))
+        positions = self.place(position_ids, mask, rows, length, embeds.device)
+        if any(sites):
+            segments = self.run_segments(embeds, positions, mask, sites)
+            layers = [
+                torch.stack([join_row(segments, row, layer) for row in range(rows)]) for layer in self.layers(segments)
+            ]
+        else:
+            layers = self.decode(embeds, positions, mask, None)
+        self.state.num_tokens += length
+        self.context.decode_step += 1
+        return self.decoded(layers, sites, rows)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Token embeddings with image features in their placeholders."""
+        embeds = self.model.get_input_embeddings()(input_ids)
+        rows = input_ids.shape[0]
+        for token, by_row in self.context.placeholders.items():
+            features = [self.context.of_row(by_row, row, rows) for row in range(rows)]
+            features = [values for values in features if values is not None]
+            if features:
+                mask = (input_ids == token)[..., None].to(embeds.device)
+                embeds = embeds.masked_scatter(mask, torch.cat(features).to(embeds.device, embeds.dtype))
+        self.context.placeholders = {}
+        return embeds
+
+    def prepare_cache(self, rows: int, embeds: Tensor, has_blocks: bool) -> None:
+        """Find or make the cache and its state. Blocks need one; in training it is one object per segment."""
+        if self.cache is None and self.use_cache is None:
+            self.use_cache = self.text_model.config.use_cache
+        self.returned_cache = self.cache
+        if self.cache is None and has_blocks and torch.is_grad_enabled():
+            self.cache = first_segment_cache(self.text_model.config.num_hidden_layers)
+        elif self.cache is None and (has_blocks or self.use_cache):
+            self.cache = DynamicCache(config=self.text_model.config)
+            self.returned_cache = self.cache if self.use_cache else None
+        elif self.cache is not None and self.is_checkpointing():
+            raise ValueError(
+                "Gradient checkpointing runs layers twice: it cannot extend the `past_key_values` that were given."
+            )
+        self.is_segmented = self.cache is not None and self.returned_cache is None and torch.is_grad_enabled()
+        self.state = getattr(self.cache, "latent_state", None)
+        if self.state is None:
+            seen = 0 if self.cache is None else int(self.cache.get_seq_length())
+            if seen:
+                raise ValueError(
+                    f"`past_key_values` holds {seen} positions but no `latent_state`: it was not filled by this model's `generate` "
+                    "or by a forward with latent blocks."
+                )
+            self.state = LatentState.empty(rows, embeds.device, [])
+            if self.cache is not None and not self.is_segmented:
+                self.cache.latent_state = self.state
+        if self.state.attention_mask.shape[0] != rows:
+            raise ValueError(
+                f"`past_key_values` holds {self.state.attention_mask.shape[0]} rows, but {rows} rows were given."
+            )
+        if self.context.decode_step < 0:
+            self.state.images = [self.context.of_row(self.context.images, row, rows) for row in range(rows)]
+
+    def is_checkpointing(self) -> bool:
+        layers = self.text_model.layers
+        return (
+            self.model.training and torch.is_grad_enabled() and any(layer.gradient_checkpointing for layer in layers)
+        )
+
+    def place(self, position_ids, mask, rows: int, length: int, device: torch.device) -> Tensor:
+        """(3, B, S) positions of the new tokens, behind what the cache holds; advances `next_position`."""
+        if position_ids is None:
+            ones = torch.ones(rows, length, dtype=torch.long, device=device) if mask is None else mask.long()
+            position_ids = (ones.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
+        positions = position_ids[-3:].to(device) + self.state.next_position[:, None]
+        reach = positions.amax(0) + 1 if mask is None else (positions.amax(0) + 1).masked_fill(~mask, 0)
+        self.state.next_position = torch.maximum(self.state.next_position, reach.amax(-1))
+        return positions
+
+    def decode(
+        self, embeds: Tensor, positions: Tensor, attended: Tensor | None, is_token: Tensor | None
+    ) -> list[Tensor]:
+        """One forward of the language model. Returns the last hidden state, then those of all layers if asked for."""
+        mask = self.state.append(attended, is_token, embeds.shape[1])
+        with self.kept_cache():
+            output = self.text_model(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=self.cache is not None and not self.is_segmented,
+                **self.kwargs,
+            )
+        if self.is_segmented:
+            self.cache = next_segment_cache(self.cache)
+        return [output.last_hidden_state, *(output.hidden_states or ())]
+
+    @contextmanager
+    def kept_cache(self):
+        """Keep the cache under gradient checkpointing: `SegmentLayer` can be replayed, so it need not be dropped."""
+        layers = self.text_model.layers if self.is_segmented and self.is_checkpointing() else []
+        for layer in layers:
+            if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True):
+                raise ValueError(
+                    "Latent blocks need gradient checkpointing with `use_reentrant=False`: the reentrant kind passes no "
+                    "gradient to the keys and values of earlier segments."
+                )
+            layer._can_checkpoint_with_cache = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer._can_checkpoint_with_cache
+
+    def run_segments(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, sites) -> list["Segment"]:
+        rows = embeds.shape[0]
+        runs = [
+            Runs(
+                split_runs(embeds[row], sites[row]),
+                split_runs(positions[:, row].T, sites[row]),
+                split_runs(
+                    torch.ones_like(positions[0, row], dtype=torch.bool) if mask is None else mask[row], sites[row]
+                ),
+            )
+            for row in range(rows)
+        ]
+        blocks: dict[int, Block] = {}
+        segments: list[Segment] = []
+        for number in range(max(len(row) for row in sites) + 1):
+            pieces = [self.piece(runs[row], sites[row], number, blocks.get(row), row) for row in range(rows)]
+            lengths = [len(piece.embeds) for piece in pieces]
+            attended = pad_sequence([piece.attended for piece in pieces], batch_first=True)
+            even = len(set(lengths)) == 1 and mask is None
+            layers = self.decode(
+                pad_sequence([piece.embeds for piece in pieces], batch_first=True),
+                pad_sequence([piece.positions for piece in pieces], batch_first=True).permute(2, 0, 1),
+                None if even else attended,
+                pad_sequence([piece.is_token for piece in pieces], batch_first=True),
+            )
+            segments.append(Segment(pieces, layers))
+            opened = {row: sites[row][number] for row in range(rows) if number < len(sites[row])}
+            blocks = self.open_blocks(opened, segments[-1], number) if opened else {}
+        return segments
+
+    def piece(self, runs: "Runs", sites: list[BlockSite], number: int, block: "Block | None", row: int) -> "Piece":
+        """One row's part of a segment; empty once the row has no more segments."""
+        opening = sites[number] if number < len(sites) else None
+        device = runs.embeds[0].device
+        embeds, positions, attended, is_token = [], [], [], []
+
+        def add(values: Tensor, places: Tensor, are_tokens: bool, seen: Tensor | None = None) -> None:
+            embeds.append(values)
+            positions.append(places)
+            attended.append(torch.ones(len(values), dtype=torch.bool, device=device) if seen is None else seen)
+            is_token.append(torch.full((len(values),), are_tokens, device=device))
+
+        piece = Piece(block=block, opening=opening)
+        if block is not None:
+            add(block.latents, block.positions, block.site.num_pads > 0)
+            piece.num_latents = len(block.latents)
+            if not block.site.num_pads:
+                end = torch.tensor([[self.config.latent_end_token_id]], device=device)
+                add(self.model.get_input_embeddings()(end)[0].to(device), block.end_position[None], False)
+                piece.num_ends = 1
+        if number <= len(sites):
+            add(runs.embeds[number], runs.positions[number] + runs.shift, True, runs.attended[number])
+            piece.num_run = len(runs.embeds[number])
+            if opening is not None and self.config.num_control_tokens:
+                control = torch.arange(self.config.num_control_tokens, device=device)
+                places = runs.positions[number][-1] + runs.shift + 1 + control[:, None]
+                add(self.model.latent_control(control).to(runs.embeds[0]), places, opening.num_pads > 0)
+        if opening is not None:
+            piece.open_position = runs.positions[number][-1] + runs.shift
+            piece.runs, piece.row = runs, row
+        piece.embeds = torch.cat(embeds) if embeds else runs.embeds[0][:0]
+        piece.positions = torch.cat(positions) if positions else runs.positions[0][:0]
+        piece.attended = torch.cat(attended) if attended else runs.attended[0][:0]
+        piece.is_token = torch.cat(is_token) if is_token else runs.attended[0][:0]
+        return piece
+
+    def open_blocks(self, opened: dict[int, BlockSite], segment: "Segment", number: int) -> dict[int, Block]:
+        """Build the blocks that rows open at the end of a segment."""
+        if self.config.latent_mode == "autoregressive":
+            return self.open_autoregressive(opened, segment, number)
+        ends = torch.stack([segment.layers[0][row, len(segment.pieces[row].embeds) - 3 :][:3] for row in opened])
+        images = [self.images_of(row, site) for row, site in opened.items()]
+        built = self.model.latent_blocks(
+            ends,
+            images,
+            [site.grid or self.context.grid for site in opened.values()],
+            self.context.noise,
+            self.context.output_latents,
+        )
+        attention = built.image_attention or [None] * len(opened)
+        steps = [
+            self.step(row, site, grid, latents, looked)
+            for (row, site), grid, latents, looked in zip(opened.items(), built.grids, built.latents, attention)
+        ]
+        blocks = {}
+        for index, (step, latents) in enumerate(zip(steps, intervene(self.context.intervention, steps))):
+            self.record(step, latents)
+            row, (height, width) = step.row, step.grid
+            self.scale_logits[row, number] = (built.height_logits[index], built.width_logits[index])
+            piece = segment.pieces[row]
+            first = piece.open_position + 1 + self.config.num_control_tokens
+            offsets = F.pad(grid_places(height, width, first.device).long(), (1, 0))
+            blocks[row] = self.block(piece, latents, first + offsets, max(height, width))
+        return blocks
+
+    def open_autoregressive(self, opened: dict[int, BlockSite], segment: "Segment", number: int) -> dict[int, Block]:
+        """Feed the last hidden state back, one latent a forward; the last latent is left to the next segment."""
+        default = (1, self.config.num_autoregressive_latents)
+        grids = {row: site.grid or self.context.grid or default for row, site in opened.items()}
+        latents = {row: segment.layers[0][row, len(segment.pieces[row].embeds) - 1][None] for row in opened}
+        collected: dict[int, list[Tensor]] = {row: [] for row in opened}
+        decoded: dict[int, list[list[Tensor]]] = {row: [] for row in opened}
+        first = {row: segment.pieces[row].open_position + 1 for row in opened}
+        longest = max(width for _, width in grids.values())
+        for index in range(longest):
+            active = [row for row in opened if index < grids[row][1]]
+            steps = [self.step(row, opened[row], (1, 1), latents[row], None) for row in active]
+            for row, changed in zip(active, intervene(self.context.intervention, steps)):
+                collected[row].append(changed)
+            going_on = [row for row in active if index + 1 < grids[row][1]]
+            if not going_on:
+                continue
+            layers = self.decode_one_latent(
+                {row: (collected[row][-1], first[row] + index, opened[row]) for row in going_on}
+            )
+            for row in going_on:
+                latents[row] = layers[0][row]
+                decoded[row].append([layer[row] for layer in layers])
+        blocks = {}
+        for row, site in opened.items():
+            self.record(self.step(row, site, grids[row], latents[row], None), torch.cat(collected[row]))
+            width = grids[row][1]
+            block = self.block(segment.pieces[row], collected[row][-1], (first[row] + width - 1)[None], width)
+            block.decoded = decoded[row]
+            blocks[row] = block
+        return blocks
+
+    def decode_one_latent(self, latents: dict[int, tuple[Tensor, Tensor, BlockSite]]) -> list[Tensor]:
+        """One forward over a single latent of some rows; the others are masked."""
+        some = next(iter(latents.values()))
+        rows = self.state.attention_mask.shape[0]
+        embeds, positions = some[0].new_zeros(rows, 1, some[0].shape[-1]), some[1].new_zeros(rows, 1, 3)
+        attended = torch.zeros(rows, 1, dtype=torch.bool, device=embeds.device)
+        index = torch.tensor(list(latents), device=embeds.device)
+        embeds = embeds.index_copy(0, index, torch.stack([values for values, _, _ in latents.values()]))
+        positions = positions.index_copy(0, index, torch.stack([place[None] for _, place, _ in latents.values()]))
+        attended[index] = True
+        columns = torch.tensor([[site.num_pads > 0] for _, _, site in latents.values()], device=embeds.device)
+        is_token = torch.zeros_like(attended).index_copy(0, index, columns)
+        return self.decode(embeds, positions.permute(2, 0, 1), None if len(latents) == rows else attended, is_token)
+
+    def block(self, piece: "Piece", latents: Tensor, positions: Tensor, span: int) -> Block:
+        """Bind latents to their row, whose later tokens move behind them by `span` positions and the controls."""
+        site, controls = piece.opening, self.config.num_control_tokens
+        taken = controls + span + (0 if site.num_pads else 1)
+        piece.runs.shift += taken
+        self.state.next_position[piece.row] += taken
+        return Block(site, latents, positions, piece.open_position + 1 + controls + span)
+
+    def images_of(self, row: int, site: BlockSite) -> RowImages:
+        images = self.state.images[row]
+        if images is None:
+            raise ValueError(
+                f"Row {row} opens a latent block at column {site.column}, but it has no image to look at."
+            )
+        return images
+
+    def step(self, row: int, site: BlockSite, grid, latents: Tensor, attention: Tensor | None) -> LatentStep:
+        images = self.state.images[row]
+        return LatentStep(
+            row=row,
+            index=sum(step.row == row for step in self.context.steps),
+            column=self.state.num_tokens + site.column,
+            grid=tuple(grid),
+            latents=latents,
+            image_grids=[] if images is None else images.grids,
+            image_attention=None if attention is None else attention.detach(),
+            decode_step=self.context.decode_step,
+        )
+
+    def record(self, step: LatentStep, latents: Tensor) -> None:
+        """Keep what happened; the tensors only where they were asked for."""
+        kept = latents.detach() if self.context.output_latents else None
+        self.context.steps.append(replace(step, latents=kept))
+
+    def layers(self, segments: list["Segment"]) -> range:
+        return range(len(segments[0].layers))
+
+    def decoded(self, layers: list[Tensor], sites: list[list[BlockSite]], rows: int) -> Decoded:
+        places = [(row, number) for row, found in enumerate(sites) for number in range(len(found))]
+        logits = targets = None
+        if self.scale_logits and self.config.latent_scale == "predicted":
+            logits = tuple(torch.stack([self.scale_logits[place][axis] for place in places]) for axis in (0, 1))
+            if all(site.grid is not None for found in sites for site in found):
+                targets = torch.tensor([site.grid for found in sites for site in found])
+        trace = None
+        if self.context.output_latents:
+            steps = sorted(self.context.steps, key=lambda step: (step.row, step.index))
+            trace = LatentTrace(rows, steps)
+        cache = self.returned_cache
+        return Decoded(layers[0], tuple(layers[1:]) or None, cache, logits, targets, trace)
+
+
+@dataclass
+class Runs:
+    """A row cut at its blocks: the text of each of its segments."""
+
+    embeds: tuple[Tensor, ...]  # (run, D)
+    positions: tuple[Tensor, ...]  # (run, 3), as if blocks took no position
+    attended: tuple[Tensor, ...]  # (run,) bool
+    shift: int = 0  # positions that the blocks so far took
+
+
+@dataclass
+class Piece:
+    """One row's part of one segment: [latents][</latent>][run][controls]."""
+
+    block: Block | None
+    opening: BlockSite | None
+    num_latents: int = 0
+    num_ends: int = 0
+    num_run: int = 0
+    open_position: Tensor | None = None  # (3,) of the `<latent>` that ends the run
+    embeds: Tensor | None = None
+    positions: Tensor | None = None
+    attended: Tensor | None = None
+    is_token: Tensor | None = None
+    runs: Runs | None = None
+    row: int = 0
+
+
+@dataclass
+class Segment:
+    pieces: list[Piece]
+    layers: list[Tensor]  # (B, T, D): the last hidden state, then one per layer if asked for
+
+
+def split_runs(values: Tensor, sites: list[BlockSite]) -> tuple[Tensor, ...]:
+    """Cut one row at its blocks; placeholders and what stands between `<latent>` and `</latent>` fall away."""
+    sizes, at = [], 0
+    for site in sites:
+        sizes += [site.column + 1 - at, site.num_pads]
+        at = site.column + 1 + site.num_pads
+    return values.split([*sizes, values.shape[0] - at])[::2]
+
+
+def join_row(segments: list[Segment], row: int, layer: int) -> Tensor:
+    """Put the hidden states of one row back in the order of its `input_ids`: (S, D)."""
+    parts = []
+    for segment in segments:
+        piece, values = segment.pieces[row], segment.layers[layer][row]
+        sizes = [piece.num_latents, piece.num_ends, piece.num_run]
+        latents, end, run, rest = values.split([*sizes, values.shape[0] - sum(sizes)])
+        if piece.block is not None and piece.block.site.num_pads:
+            parts += [decoded[layer] for decoded in piece.block.decoded] + [latents]
+        parts.append(end)
+        if piece.opening is None:
+            parts.append(run)
+        elif piece.opening.num_pads:
+            parts += [run, rest[: len(piece.embeds) - sum(sizes)]]
+        else:
+            # A lone `<latent>` answers with what follows its `</latent>`, in the next segment.
+            parts.append(run[:-1])
+    return torch.cat(parts)

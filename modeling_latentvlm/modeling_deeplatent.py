@@ -1,0 +1,254 @@
+"""DeepLatent: parallel latent visual reasoning on a Qwen2.5-VL backbone.
+
+Paper: DeepLatent: Think with Images via Parallel Latent Visual Reasoning
+
+The model writes text. When it emits `<latent>`, decoding pauses and one block of image-grounded latents is built in
+parallel; the whole block enters the language model in one forward pass and text goes on:
+
+    h_s, h_q, h_v = decoder(.. <latent> e_s e_q e_v)[-3:]
+    z_1 .. z_N    = latent_blocks(h_s, h_q, h_v, image features)        `latent_former.py`, eq. 2-4
+    logits        = decoder(z_1 .. z_N </latent>)[-1]
+
+From outside that is one decoding step: `<latent>` goes in, the logits after `</latent>` come out, so every decoding mode
+of transformers works unchanged. Without blocks the model *is* the backbone; a test holds it to that. `forward` builds
+blocks that stand in `input_ids` (a training sample, an earlier answer) by the same code that `generate` runs.
+
+Rotary positions: `<latent>` and the controls take one each; with p the next, z at (i, j) takes (p, p + i, p + j), as an
+image of h x w merged patches would, and `</latent>` takes p + max(h, w).
+
+Shapes: B rows, S new tokens, N latents of a block, D hidden size, G largest grid side.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
+from transformers.utils import can_return_tuple
+
+from configuration_latentvlm.configuration_deeplatent import DeepLatentConfig
+from modeling_latentvlm.block_decoding import BlockDecoder, LatentContext
+from modeling_latentvlm.interventions import Intervention, check_intervention
+from modeling_latentvlm.latent_former import LatentBlockBuilder, initialize_latent_module
+from modeling_latentvlm.latent_generation import LatentGenerationMixin
+from modeling_latentvlm.row_images import collect_row_images
+from modeling_latentvlm.segments import find_block_sites
+from modeling_latentvlm.trace import LatentTrace
+
+
+# Out-of-tree classes do not inherit the key renames of their parent: without these every decoder weight of a stock
+# checkpoint would stay random, with no more than a log line.
+register_checkpoint_conversion_mapping(
+    DeepLatentConfig.model_type,
+    get_checkpoint_conversion_mapping("Qwen2_5_VLForConditionalGeneration"),
+    overwrite=True,
+)
+
+
+@dataclass
+class DeepLatentCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` with what belongs to the blocks of this forward, in the order of `latent_grid_hw`.
+
+    Args:
+        scale_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): L_scale (eq. 7), already in `loss` with its weight.
+        scale_logits (`tuple[torch.FloatTensor]`, *optional*): height and width logits, each `(num_blocks, G)`.
+        latent_trace (`LatentTrace`, *optional*): with `output_latents=True`.
+    """
+
+    scale_loss: torch.FloatTensor | None = None
+    scale_logits: tuple[torch.FloatTensor] | None = None
+    latent_trace: LatentTrace | None = None
+
+
+class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForConditionalGeneration, GenerationMixin):
+    """Qwen2.5-VL that can open blocks of parallel, image-grounded latents in the middle of its text."""
+
+    config: DeepLatentConfig
+    config_class = DeepLatentConfig
+    _no_split_modules = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock", "LatentBlockBuilder"]
+
+    def __init__(self, config: DeepLatentConfig):
+        super().__init__(config)
+        self.latent_control = nn.Embedding(3, config.get_text_config().hidden_size)  # e_s, e_q, e_v
+        self.latent_blocks = LatentBlockBuilder(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not initialize_latent_module(module, self.config.latent_query_rms):
+            super()._init_weights(module)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        pixel_values_videos: torch.FloatTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        video_grid_thw: torch.LongTensor | None = None,
+        mm_token_type_ids: torch.IntTensor | None = None,
+        second_per_grid_ts: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        latent_grid_hw: torch.LongTensor | None = None,
+        latent_intervention: str | Intervention | None = None,
+        output_latents: bool = False,
+        latent_context: LatentContext | None = None,
+        **kwargs,
+    ) -> DeepLatentCausalLMOutputWithPast | CausalLMOutputWithPast:
+        """Run the model over text, images and the latent blocks that stand in `input_ids`.
+
+        Without any block this is the backbone's own forward. With blocks, each segment between them is one forward of
+        the language model over its own tokens, on the keys and values of the earlier ones, with gradients.
+
+        Args:
+            latent_grid_hw (`torch.LongTensor` of shape `(num_blocks, 2)`): height and width of each block, by row. A block
+                stands in `input_ids` whole, with placeholders (as the processor writes it), or as `<latent>` alone (as
+                `generate` returns it); the logits at a lone `<latent>` are those after its `</latent>`.
+            latent_intervention: replaces latents before they enter the language model (`interventions.py`).
+            output_latents: return a `latent_trace`.
+            latent_context: set by `generate` only.
+            labels: as in transformers; placeholders and `</latent>` are never targets (eq. 5).
+
+        Raises:
+            ValueError: blocks, grids, placeholders or images do not fit together; the message names the row.
+        """
+        cached = getattr(past_key_values, "latent_state", None)
+        sites = self._find_sites(input_ids, latent_grid_hw, latent_context)
+        if latent_context is None and cached is None and not any(sites):
+            if mm_token_type_ids is None and input_ids is not None:
+                mm_token_type_ids = self._token_types(input_ids)
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                pixel_values=pixel_values,
+                pixel_values_videos=pixel_values_videos,
+                image_grid_thw=image_grid_thw,
+                video_grid_thw=video_grid_thw,
+                mm_token_type_ids=mm_token_type_ids,
+                second_per_grid_ts=second_per_grid_ts,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        if latent_context is None:
+            check_intervention(latent_intervention, self.config.latent_mode == "autoregressive")
+            vision = {
+                "pixel_values": pixel_values,
+                "image_grid_thw": image_grid_thw,
+                "pixel_values_videos": pixel_values_videos,
+                "video_grid_thw": video_grid_thw,
+            }
+            images, placeholders = self._encode_images(input_ids, vision, getattr(cached, "images", None))
+            latent_context = LatentContext(
+                images, placeholders, latent_intervention, noise=self.training, output_latents=output_latents
+            )
+            position_ids = self._rope_positions(
+                input_ids, attention_mask, image_grid_thw, video_grid_thw, second_per_grid_ts
+            )
+        decoder = BlockDecoder(self, latent_context, past_key_values, use_cache, kwargs)
+        decoded = decoder.run(input_ids, inputs_embeds, attention_mask, position_ids, sites)
+        return self._predict(decoded, input_ids, labels, logits_to_keep, kwargs)
+
+    def _find_sites(self, input_ids, latent_grid_hw, latent_context):
+        """The blocks of every row; those without a grid are predicted, which only `generate` does."""
+        if input_ids is None:
+            if latent_grid_hw is not None:
+                raise ValueError("`latent_grid_hw` needs `input_ids`: blocks cannot be found in `inputs_embeds`.")
+            return []
+        if latent_context is not None:
+            latent_grid_hw = latent_context.take_prompt_grids()
+        sites = find_block_sites(input_ids, self.config, latent_grid_hw)
+        lone = [site for row in sites for site in row if site.grid is None]
+        if lone and latent_context is None:
+            raise ValueError(
+                f"Row {lone[0].row} of `input_ids` opens a block at column {lone[0].column}, but `latent_grid_hw` is not given. "
+                "Pass the grids that `generate` returned with the sequences."
+            )
+        return sites
+
+    def _token_types(self, input_ids: Tensor) -> Tensor:
+        """1 for image, 2 for video tokens. The backbone drops M-RoPE without a word where they are missing."""
+        config = self.config
+        return (input_ids == config.image_token_id).int() + 2 * (input_ids == config.video_token_id).int()
+
+    def _rope_positions(self, input_ids, attention_mask, image_grid_thw, video_grid_thw, second_per_grid_ts) -> Tensor:
+        """(3, B, S) rotary positions as if blocks took none: `BlockDecoder` adds what they take."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        mask = mask * (input_ids != self.config.latent_pad_token_id)
+        if image_grid_thw is None and video_grid_thw is None:
+            return (mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
+        positions, _ = self.model.get_rope_index(
+            input_ids,
+            mm_token_type_ids=self._token_types(input_ids),
+            image_grid_thw=image_grid_thw,
+            video_grid_thw=video_grid_thw,
+            second_per_grid_ts=second_per_grid_ts,
+            attention_mask=mask,
+        )
+        return positions
+
+    def _encode_images(self, input_ids: Tensor, vision: dict, earlier: list | None = None):
+        """Run the vision tower once and deal its features out to the rows; those of earlier turns come first."""
+        merge = self.model.visual.spatial_merge_size
+        features, grids = {}, {}
+        for kind, token, pixels, encode in (
+            ("image", self.config.image_token_id, vision["pixel_values"], self.model.get_image_features),
+            ("video", self.config.video_token_id, vision["pixel_values_videos"], self.model.get_video_features),
+        ):
+            grid_thw = vision[f"{kind}_grid_thw"]
+            if (pixels is None) != (grid_thw is None):
+                raise ValueError(f"The pixels and the `{kind}_grid_thw` of {kind}s must be given together.")
+            if pixels is not None:
+                features[token] = encode(
+                    pixels.to(self.device), grid_thw.to(self.device), return_dict=True
+                ).pooler_output
+                grids[token] = [(t, h // merge, w // merge) for t, h, w in grid_thw.tolist()]
+        tokens = {self.config.image_token_id: "image", self.config.video_token_id: "video"}
+        return collect_row_images(input_ids, tokens, features, grids, earlier or [None] * input_ids.shape[0])
+
+    def _predict(self, decoded, input_ids, labels, logits_to_keep, kwargs) -> DeepLatentCausalLMOutputWithPast:
+        hidden = decoded.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, kept])
+        loss = scale_loss = None
+        if labels is not None:
+            # L_ntp: text and `<latent>` only, never e_*, z or `</latent>` (eq. 5).
+            not_text = (input_ids == self.config.latent_pad_token_id) | (input_ids == self.config.latent_end_token_id)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels.masked_fill(not_text, -100),
+                vocab_size=self.config.get_text_config().vocab_size,
+                **kwargs,
+            )
+            scale_loss = decoded.scale_loss(self.config)
+            if scale_loss is not None:
+                loss = loss + self.config.scale_loss_weight * scale_loss.to(loss)
+        return DeepLatentCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=decoded.past_key_values,
+            hidden_states=decoded.hidden_states,
+            scale_loss=scale_loss,
+            scale_logits=decoded.scale_logits,
+            latent_trace=decoded.trace,
+        )
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        # `generate` gives the prompt's positions; later ones belong to the cache's `latent_state`.
+        return None
+
+
+__all__ = ["DeepLatentForConditionalGeneration"]
