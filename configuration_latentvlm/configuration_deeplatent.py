@@ -3,12 +3,14 @@
 Paper: DeepLatent: Think with Images via Parallel Latent Visual Reasoning (`modeling_deeplatent.py` says how it works).
 """
 
+from pathlib import Path
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
 
 from configuration_latentvlm.hub_code import HubCodeMixin, __version__
+from configuration_latentvlm.model_card import write_model_card
 
 
 _MODEL = "modeling_latentvlm.modeling_deeplatent.DeepLatentForConditionalGeneration"
@@ -61,6 +63,10 @@ class DeepLatentConfig(HubCodeMixin, Qwen2_5_VLConfig):
             Base of the LatentFormer's 2-D rotary embedding.
         scale_loss_weight (`float`, *optional*, defaults to 0.5):
             Weight of the cross-entropy of height and width in the loss that `forward` returns (eq. 8).
+        base_model (`str`, *optional*):
+            Hub id or folder name of the backbone, for the model card.
+        base_model_license (`str`, *optional*):
+            Its licence, for the model card.
         latentvlm_version (`str`, *optional*):
             Version of this library that wrote the checkpoint.
     """
@@ -93,6 +99,8 @@ class DeepLatentConfig(HubCodeMixin, Qwen2_5_VLConfig):
     latentformer_mlp_ratio: float = 0.0
     latentformer_rope_theta: float = 10000.0
     scale_loss_weight: float = 0.5
+    base_model: str | None = None
+    base_model_license: str | None = None
     latentvlm_version: str = __version__
 
     def __post_init__(self, **kwargs):
@@ -104,6 +112,10 @@ class DeepLatentConfig(HubCodeMixin, Qwen2_5_VLConfig):
             self.modulation_hidden_size = max(1, text_config.hidden_size // 4)
         if self.fixed_latent_grid is None:
             self.fixed_latent_grid = [self.latent_grid_size, self.latent_grid_size]
+
+    def to_json_file(self, json_file_path, *args, **kwargs) -> None:
+        super().to_json_file(json_file_path, *args, **kwargs)
+        write_model_card(self, Path(json_file_path).parent)
 
     @property
     def num_control_tokens(self) -> int:

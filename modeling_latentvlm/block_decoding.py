@@ -100,9 +100,8 @@ class BlockDecoder:
         positions = self.place(position_ids, mask, rows, length, embeds.device)
         if any(sites):
             segments = self.run_segments(embeds, positions, mask, sites)
-            layers = [
-                torch.stack([join_row(segments, row, layer) for row in range(rows)]) for layer in self.layers(segments)
-            ]
+            count = len(segments[0].layers)
+            layers = [torch.stack([join_row(segments, row, layer) for row in range(rows)]) for layer in range(count)]
         else:
             layers = self.decode(embeds, positions, mask, None)
         self.state.num_tokens += length
@@ -277,19 +276,24 @@ class BlockDecoder:
         if self.config.latent_mode == "autoregressive":
             return self.open_autoregressive(opened, segment, number)
         ends = torch.stack([segment.layers[0][row, len(segment.pieces[row].embeds) - 3 :][:3] for row in opened])
-        images = [self.images_of(row, site) for row, site in opened.items()]
+        images = {row: self.images_of(row, site) for row, site in opened.items()}
+        blind = [row for row in opened if images[row] is None]
+        if blind:
+            column = opened[blind[0]].column
+            raise ValueError(f"Row {blind[0]} opens a latent block at column {column}, but has no image before it.")
         built = self.model.latent_blocks(
             ends,
-            images,
+            list(images.values()),
             [site.grid or self.context.grid for site in opened.values()],
             self.context.noise,
             self.context.output_latents,
         )
-        attention = built.image_attention or [None] * len(opened)
         steps = [
-            self.step(row, site, grid, latents, looked)
-            for (row, site), grid, latents, looked in zip(opened.items(), built.grids, built.latents, attention)
+            self.step(row, site, grid, latents, images[row])
+            for (row, site), grid, latents in zip(opened.items(), built.grids, built.latents)
         ]
+        for step, attention in zip(steps, built.image_attention or ()):
+            step.image_attention = attention.detach()
         blocks = {}
         for index, (step, latents) in enumerate(zip(steps, intervene(self.context.intervention, steps))):
             self.record(step, latents)
@@ -312,7 +316,9 @@ class BlockDecoder:
         longest = max(width for _, width in grids.values())
         for index in range(longest):
             active = [row for row in opened if index < grids[row][1]]
-            steps = [self.step(row, opened[row], (1, 1), latents[row], None) for row in active]
+            steps = [
+                self.step(row, opened[row], (1, 1), latents[row], self.images_of(row, opened[row])) for row in active
+            ]
             for row, changed in zip(active, intervene(self.context.intervention, steps)):
                 collected[row].append(changed)
             going_on = [row for row in active if index + 1 < grids[row][1]]
@@ -326,7 +332,9 @@ class BlockDecoder:
                 decoded[row].append([layer[row] for layer in layers])
         blocks = {}
         for row, site in opened.items():
-            self.record(self.step(row, site, grids[row], latents[row], None), torch.cat(collected[row]))
+            self.record(
+                self.step(row, site, grids[row], latents[row], self.images_of(row, site)), torch.cat(collected[row])
+            )
             width = grids[row][1]
             block = self.block(segment.pieces[row], collected[row][-1], (first[row] + width - 1)[None], width)
             block.decoded = decoded[row]
@@ -355,16 +363,11 @@ class BlockDecoder:
         self.state.next_position[piece.row] += taken
         return Block(site, latents, positions, piece.open_position + 1 + controls + span)
 
-    def images_of(self, row: int, site: BlockSite) -> RowImages:
+    def images_of(self, row: int, site: BlockSite) -> RowImages | None:
         images = self.state.images[row]
-        if images is None:
-            raise ValueError(
-                f"Row {row} opens a latent block at column {site.column}, but it has no image to look at."
-            )
-        return images
+        return None if images is None else images.before(self.state.num_tokens + site.column)
 
-    def step(self, row: int, site: BlockSite, grid, latents: Tensor, attention: Tensor | None) -> LatentStep:
-        images = self.state.images[row]
+    def step(self, row: int, site: BlockSite, grid, latents: Tensor, images: RowImages | None) -> LatentStep:
         return LatentStep(
             row=row,
             index=sum(step.row == row for step in self.context.steps),
@@ -372,7 +375,6 @@ class BlockDecoder:
             grid=tuple(grid),
             latents=latents,
             image_grids=[] if images is None else images.grids,
-            image_attention=None if attention is None else attention.detach(),
             decode_step=self.context.decode_step,
         )
 
@@ -380,9 +382,6 @@ class BlockDecoder:
         """Keep what happened; the tensors only where they were asked for."""
         kept = latents.detach() if self.context.output_latents else None
         self.context.steps.append(replace(step, latents=kept))
-
-    def layers(self, segments: list["Segment"]) -> range:
-        return range(len(segments[0].layers))
 
     def decoded(self, layers: list[Tensor], sites: list[list[BlockSite]], rows: int) -> Decoded:
         places = [(row, number) for row, found in enumerate(sites) for number in range(len(found))]

@@ -27,6 +27,15 @@ class RowImages:
 
     features: Tensor  # (M, D) merged features, concatenated in order
     grids: list[tuple[int, int]]  # (height, width) of each image, in merged patches
+    columns: list[int]  # of each image's first placeholder in the row's tokens, ascending
+
+    def before(self, column: int) -> "RowImages | None":
+        """The images that stand before a column: a block never sees what comes after it."""
+        count = sum(first < column for first in self.columns)
+        if count == len(self.columns):
+            return self
+        length = sum(height * width for height, width in self.grids[:count])
+        return RowImages(self.features[:length], self.grids[:count], self.columns[:count]) if count else None
 
 
 @dataclass

@@ -97,7 +97,7 @@ class LatentGenerationMixin:
             ValueError: a decoding mode that cannot work with latents, or inputs that do not fit together.
         """
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
-        check_settings(settings, kwargs, output_latents)
+        check_settings(settings, kwargs, output_latents, self.device)
         check_intervention(latent_intervention, self.config.latent_mode == "autoregressive")
         low, high = self._block_limits(settings, min_latent_blocks, max_latent_blocks)
         if latent_grid is not None:
@@ -186,7 +186,7 @@ class LatentGenerationMixin:
             context.prompt_grids = torch.tensor([site.grid for row in sites for _ in range(expand) for site in row])
         grids = (vision["image_grid_thw"], vision["video_grid_thw"])
         earlier = None if state is None else [state.images[row * expand] for row in range(len(new_ids))]
-        context.images, context.placeholders = self._encode_images(new_ids, vision, earlier)
+        context.images, context.placeholders = self._encode_images(new_ids, vision, earlier, seen)
         positions = self._rope_positions(new_ids, attention_mask, *grids, vision["second_per_grid_ts"])
         return {"attention_mask": attention_mask, "position_ids": positions}
 
@@ -299,7 +299,7 @@ class LatentGenerationMixin:
         )
 
 
-def check_settings(settings, kwargs: dict, output_latents: bool) -> None:
+def check_settings(settings, kwargs: dict, output_latents: bool, device: torch.device) -> None:
     """Raise for what cannot work with latent blocks."""
     mode = settings.get_generation_mode(kwargs.get("assistant_model"))
     if mode not in SUPPORTED_MODES:
@@ -315,6 +315,10 @@ def check_settings(settings, kwargs: dict, output_latents: bool) -> None:
         raise ValueError("`output_attentions` has no one shape with latent blocks: use `output_latents=True`.")
     if settings.cache_implementation == "paged":
         raise ValueError("`cache_implementation='paged'` (continuous batching) cannot open latent blocks.")
+    if "offloaded" in (settings.cache_implementation or "") and device.type == "cpu":
+        raise ValueError(
+            f"`cache_implementation={settings.cache_implementation!r}` moves a cache to the CPU, where it is already."
+        )
     if output_latents and not settings.return_dict_in_generate:
         raise ValueError("`output_latents=True` needs `return_dict_in_generate=True`.")
 

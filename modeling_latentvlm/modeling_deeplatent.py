@@ -20,6 +20,7 @@ Shapes: B rows, S new tokens, N latents of a block, D hidden size, G largest gri
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForCond
 from transformers.utils import can_return_tuple
 
 from configuration_latentvlm.configuration_deeplatent import DeepLatentConfig
+from configuration_latentvlm.model_card import write_model_card
 from modeling_latentvlm.block_decoding import BlockDecoder, LatentContext
 from modeling_latentvlm.interventions import Intervention, check_intervention
 from modeling_latentvlm.latent_former import LatentBlockBuilder, initialize_latent_module
@@ -151,7 +153,9 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
                 "pixel_values_videos": pixel_values_videos,
                 "video_grid_thw": video_grid_thw,
             }
-            images, placeholders = self._encode_images(input_ids, vision, getattr(cached, "images", None))
+            images, placeholders = self._encode_images(
+                input_ids, vision, getattr(cached, "images", None), getattr(cached, "num_tokens", 0)
+            )
             latent_context = LatentContext(
                 images, placeholders, latent_intervention, noise=self.training, output_latents=output_latents
             )
@@ -200,7 +204,7 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
         )
         return positions
 
-    def _encode_images(self, input_ids: Tensor, vision: dict, earlier: list | None = None):
+    def _encode_images(self, input_ids: Tensor, vision: dict, earlier: list | None = None, seen: int = 0):
         """Run the vision tower once and deal its features out to the rows; those of earlier turns come first."""
         merge = self.model.visual.spatial_merge_size
         features, grids = {}, {}
@@ -217,7 +221,7 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
                 ).pooler_output
                 grids[token] = [(t, h // merge, w // merge) for t, h, w in grid_thw.tolist()]
         tokens = {self.config.image_token_id: "image", self.config.video_token_id: "video"}
-        return collect_row_images(input_ids, tokens, features, grids, earlier or [None] * input_ids.shape[0])
+        return collect_row_images(input_ids, tokens, features, grids, earlier or [None] * input_ids.shape[0], seen)
 
     def _predict(self, decoded, input_ids, labels, logits_to_keep, kwargs) -> DeepLatentCausalLMOutputWithPast:
         hidden = decoded.last_hidden_state
@@ -245,6 +249,11 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
             scale_logits=decoded.scale_logits,
             latent_trace=decoded.trace,
         )
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # transformers has just put its empty card in the place of ours.
+        write_model_card(self.config, Path(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         # `generate` gives the prompt's positions; later ones belong to the cache's `latent_state`.

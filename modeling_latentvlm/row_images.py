@@ -1,9 +1,22 @@
 """Which image features belong to which row of a batch."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from modeling_latentvlm.latent_former import RowImages
+from modeling_latentvlm.segments import special_columns
+
+
+@dataclass
+class Item:
+    """One image or video of a row."""
+
+    column: int  # of its first placeholder
+    features: Tensor  # (t * h * w, D)
+    grids: list[tuple[int, int]]  # one per temporal slice
 
 
 def collect_row_images(
@@ -12,14 +25,16 @@ def collect_row_images(
     features: dict[int, tuple[Tensor, ...]],
     grids: dict[int, list[tuple[int, int, int]]],
     earlier: list[RowImages | None],
+    seen: int,
 ) -> tuple[list[RowImages | None], dict[int, list[Tensor | None]]]:
     """Deal the encoded images and videos out to the rows that hold their placeholders.
 
     Args:
-        tokens: placeholder token -> what it stands for, in the order in which a row's features are joined.
+        tokens: placeholder token -> what it stands for.
         features: placeholder token -> the merged features of each item, each (t * h * w, D), in batch order.
         grids: placeholder token -> (t, h, w) of each item, in merged patches.
         earlier: per row, images it has from earlier turns.
+        seen: tokens of those earlier turns; `input_ids` holds what comes after them.
 
     Returns:
         Per row all its images, and per placeholder token the new features of each row, to be written into its embeddings.
@@ -27,40 +42,55 @@ def collect_row_images(
     Raises:
         ValueError: a row's placeholders are not what a whole number of its images fill.
     """
-    rows: list[list[tuple[Tensor, list[tuple[int, int]]]]] = [[] for _ in range(input_ids.shape[0])]
+    rows: list[list[Item]] = [[] for _ in range(input_ids.shape[0])]
     placeholders: dict[int, list[Tensor | None]] = {}
     for token, name in tokens.items():
-        placeholders[token] = [None] * len(rows)
-        counts = (input_ids == token).sum(dim=1).tolist()
-        items = iter(zip(features.get(token, ()), grids.get(token, ())))
-        for row, count in enumerate(counts):
-            filled, before = 0, len(rows[row])
-            while filled < count:
-                item = next(items, None)
-                if item is None or filled + len(item[0]) > count:
-                    available = filled + (0 if item is None else len(item[0]))
-                    raise ValueError(
-                        f"Row {row} of `input_ids` has {count} {name} placeholders, but its {name}s have {available} features."
-                    )
-                values, (frames, height, width) = item
-                rows[row].append((values, [(height, width)] * frames))
-                filled += len(values)
-            if filled:
-                placeholders[token][row] = torch.cat([values for values, _ in rows[row][before:]])
-        left = sum(1 for _ in items)
+        pending = iter(zip(features.get(token, ()), grids.get(token, ())))
+        columns = special_columns(input_ids == token)
+        taken = [take_items(row, columns[row], pending, name, seen) for row in range(len(rows))]
+        placeholders[token] = [torch.cat([item.features for item in items]) if items else None for items in taken]
+        for row, items in zip(rows, taken):
+            row.extend(items)
+        left = sum(1 for _ in pending)
         if left:
             raise ValueError(
-                f"{left} {name}s were given that no row of `input_ids` has placeholders for ({counts} by row)."
+                f"{left} more {name}s were given than the rows of `input_ids` have placeholders for "
+                f"({[len(row) for row in columns]} by row)."
             )
     return [join(items, previous) for items, previous in zip(rows, earlier)], placeholders
 
 
-def join(items: list[tuple[Tensor, list[tuple[int, int]]]], earlier: RowImages | None) -> RowImages | None:
+def take_items(row: int, columns: list[int], pending: Iterator, name: str, seen: int) -> list[Item]:
+    """Take as many of the pending images as fill the placeholders of one row."""
+    items, filled = [], 0
+    while filled < len(columns):
+        values, grid = next(pending, (None, None))
+        reached = filled + (0 if values is None else len(values))
+        if values is None or reached > len(columns):
+            raise ValueError(
+                f"Row {row} of `input_ids` has {len(columns)} {name} placeholders, but its {name}s have {reached} features."
+            )
+        frames, height, width = grid
+        items.append(Item(seen + columns[filled], values, [(height, width)] * frames))
+        filled = reached
+    return items
+
+
+def join(items: list[Item], earlier: RowImages | None) -> RowImages | None:
+    """Put a row's images in the order in which they stand, behind those of earlier turns."""
     if not items:
         return earlier
-    before = [] if earlier is None else [(earlier.features, earlier.grids)]
-    items = before + items
-    return RowImages(torch.cat([values for values, _ in items]), [grid for _, grids in items for grid in grids])
+    items = sorted(items, key=lambda item: item.column)
+    new = RowImages(
+        torch.cat([item.features for item in items]),
+        [grid for item in items for grid in item.grids],
+        [item.column for item in items for _ in item.grids],
+    )
+    if earlier is None:
+        return new
+    return RowImages(
+        torch.cat([earlier.features, new.features]), earlier.grids + new.grids, earlier.columns + new.columns
+    )
 
 
 def drop_cached_items(input_ids: Tensor, seen: int, vision: dict, config, merge_size: int) -> dict:

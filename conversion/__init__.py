@@ -1,0 +1,1 @@
+"""Commands that turn other people's weights into checkpoint folders of this library; run with `python -m conversion.<name>`."""
