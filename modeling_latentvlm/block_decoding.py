@@ -15,9 +15,20 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache, DynamicCache
 
+from modeling_latentvlm.block_sites import BlockSite
 from modeling_latentvlm.interventions import Intervention, intervene
 from modeling_latentvlm.latent_former import RowImages, grid_places
-from modeling_latentvlm.segments import BlockSite, LatentState, first_segment_cache, next_segment_cache
+from modeling_latentvlm.segments import (
+    Block,
+    LatentState,
+    Piece,
+    Runs,
+    Segment,
+    first_segment_cache,
+    join_row,
+    next_segment_cache,
+    split_runs,
+)
 from modeling_latentvlm.trace import LatentStep, LatentTrace
 
 
@@ -63,17 +74,6 @@ class Decoded:
             return None
         targets = self.scale_targets.to(self.scale_logits[0].device) - 1
         return sum(F.cross_entropy(logits, targets[:, axis]) for axis, logits in enumerate(self.scale_logits))
-
-
-@dataclass
-class Block:
-    """A block that was opened and is to be decoded: what the next segment of its row begins with."""
-
-    site: BlockSite
-    latents: Tensor  # (P, D) those not decoded yet: all, or the last in autoregressive mode
-    positions: Tensor  # (P, 3)
-    end_position: Tensor  # (3,)
-    decoded: list[list[Tensor]] = field(default_factory=list)  # per layer, hidden states of latents decoded already
 
 
 class BlockDecoder:
@@ -205,7 +205,7 @@ class BlockDecoder:
             for layer in layers:
                 del layer._can_checkpoint_with_cache
 
-    def run_segments(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, sites) -> list["Segment"]:
+    def run_segments(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, sites) -> list[Segment]:
         rows = embeds.shape[0]
         runs = [
             Runs(
@@ -235,7 +235,7 @@ class BlockDecoder:
             blocks = self.open_blocks(opened, segments[-1], number) if opened else {}
         return segments
 
-    def piece(self, runs: "Runs", sites: list[BlockSite], number: int, block: "Block | None", row: int) -> "Piece":
+    def piece(self, runs: Runs, sites: list[BlockSite], number: int, block: Block | None, row: int) -> Piece:
         """One row's part of a segment; empty once the row has no more segments."""
         opening = sites[number] if number < len(sites) else None
         device = runs.embeds[0].device
@@ -271,7 +271,7 @@ class BlockDecoder:
         piece.is_token = torch.cat(is_token) if is_token else runs.attended[0][:0]
         return piece
 
-    def open_blocks(self, opened: dict[int, BlockSite], segment: "Segment", number: int) -> dict[int, Block]:
+    def open_blocks(self, opened: dict[int, BlockSite], segment: Segment, number: int) -> dict[int, Block]:
         """Build the blocks that rows open at the end of a segment."""
         if self.config.latent_mode == "autoregressive":
             return self.open_autoregressive(opened, segment, number)
@@ -305,7 +305,7 @@ class BlockDecoder:
             blocks[row] = self.block(piece, latents, first + offsets, max(height, width))
         return blocks
 
-    def open_autoregressive(self, opened: dict[int, BlockSite], segment: "Segment", number: int) -> dict[int, Block]:
+    def open_autoregressive(self, opened: dict[int, BlockSite], segment: Segment, number: int) -> dict[int, Block]:
         """Feed the last hidden state back, one latent a forward; the last latent is left to the next segment."""
         default = (1, self.config.num_autoregressive_latents)
         grids = {row: site.grid or self.context.grid or default for row, site in opened.items()}
@@ -355,7 +355,7 @@ class BlockDecoder:
         is_token = torch.zeros_like(attended).index_copy(0, index, columns)
         return self.decode(embeds, positions.permute(2, 0, 1), None if len(latents) == rows else attended, is_token)
 
-    def block(self, piece: "Piece", latents: Tensor, positions: Tensor, span: int) -> Block:
+    def block(self, piece: Piece, latents: Tensor, positions: Tensor, span: int) -> Block:
         """Bind latents to their row, whose later tokens move behind them by `span` positions and the controls."""
         site, controls = piece.opening, self.config.num_control_tokens
         taken = controls + span + (0 if site.num_pads else 1)
@@ -396,66 +396,3 @@ class BlockDecoder:
             trace = LatentTrace(rows, steps)
         cache = self.returned_cache
         return Decoded(layers[0], tuple(layers[1:]) or None, cache, logits, targets, trace)
-
-
-@dataclass
-class Runs:
-    """A row cut at its blocks: the text of each of its segments."""
-
-    embeds: tuple[Tensor, ...]  # (run, D)
-    positions: tuple[Tensor, ...]  # (run, 3), as if blocks took no position
-    attended: tuple[Tensor, ...]  # (run,) bool
-    shift: int = 0  # positions that the blocks so far took
-
-
-@dataclass
-class Piece:
-    """One row's part of one segment: [latents][</latent>][run][controls]."""
-
-    block: Block | None
-    opening: BlockSite | None
-    num_latents: int = 0
-    num_ends: int = 0
-    num_run: int = 0
-    open_position: Tensor | None = None  # (3,) of the `<latent>` that ends the run
-    embeds: Tensor | None = None
-    positions: Tensor | None = None
-    attended: Tensor | None = None
-    is_token: Tensor | None = None
-    runs: Runs | None = None
-    row: int = 0
-
-
-@dataclass
-class Segment:
-    pieces: list[Piece]
-    layers: list[Tensor]  # (B, T, D): the last hidden state, then one per layer if asked for
-
-
-def split_runs(values: Tensor, sites: list[BlockSite]) -> tuple[Tensor, ...]:
-    """Cut one row at its blocks; placeholders and what stands between `<latent>` and `</latent>` fall away."""
-    sizes, at = [], 0
-    for site in sites:
-        sizes += [site.column + 1 - at, site.num_pads]
-        at = site.column + 1 + site.num_pads
-    return values.split([*sizes, values.shape[0] - at])[::2]
-
-
-def join_row(segments: list[Segment], row: int, layer: int) -> Tensor:
-    """Put the hidden states of one row back in the order of its `input_ids`: (S, D)."""
-    parts = []
-    for segment in segments:
-        piece, values = segment.pieces[row], segment.layers[layer][row]
-        sizes = [piece.num_latents, piece.num_ends, piece.num_run]
-        latents, end, run, rest = values.split([*sizes, values.shape[0] - sum(sizes)])
-        if piece.block is not None and piece.block.site.num_pads:
-            parts += [decoded[layer] for decoded in piece.block.decoded] + [latents]
-        parts.append(end)
-        if piece.opening is None:
-            parts.append(run)
-        elif piece.opening.num_pads:
-            parts += [run, rest[: len(piece.embeds) - sum(sizes)]]
-        else:
-            # A lone `<latent>` answers with what follows its `</latent>`, in the next segment.
-            parts.append(run[:-1])
-    return torch.cat(parts)

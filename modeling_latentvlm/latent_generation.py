@@ -16,9 +16,9 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.utils import logging
 
 from modeling_latentvlm.block_decoding import LatentContext
+from modeling_latentvlm.block_sites import check_grid, find_block_sites
 from modeling_latentvlm.interventions import Intervention, check_intervention
 from modeling_latentvlm.row_images import drop_cached_items
-from modeling_latentvlm.segments import check_grid, find_block_sites
 from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_rows
 
 

@@ -34,11 +34,11 @@ from transformers.utils import can_return_tuple
 from configuration_latentvlm.configuration_deeplatent import DeepLatentConfig
 from configuration_latentvlm.model_card import write_model_card
 from modeling_latentvlm.block_decoding import BlockDecoder, LatentContext
+from modeling_latentvlm.block_sites import find_block_sites
 from modeling_latentvlm.interventions import Intervention, check_intervention
 from modeling_latentvlm.latent_former import LatentBlockBuilder, initialize_latent_module
 from modeling_latentvlm.latent_generation import LatentGenerationMixin
 from modeling_latentvlm.row_images import collect_row_images
-from modeling_latentvlm.segments import find_block_sites
 from modeling_latentvlm.trace import LatentTrace
 
 
@@ -216,6 +216,10 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
             if (pixels is None) != (grid_thw is None):
                 raise ValueError(f"The pixels and the `{kind}_grid_thw` of {kind}s must be given together.")
             if pixels is not None:
+                if len(pixels) != int(grid_thw.prod(dim=-1).sum()):
+                    raise ValueError(
+                        f"`{kind}_grid_thw` names {int(grid_thw.prod(dim=-1).sum())} patches, but the {kind}s have {len(pixels)}."
+                    )
                 features[token] = encode(
                     pixels.to(self.device), grid_thw.to(self.device), return_dict=True
                 ).pooler_output
@@ -237,7 +241,7 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
                 vocab_size=self.config.get_text_config().vocab_size,
                 **kwargs,
             )
-            scale_loss = decoded.scale_loss(self.config)
+            scale_loss = decoded.scale_loss()
             if scale_loss is not None:
                 loss = loss + self.config.scale_loss_weight * scale_loss.to(loss)
         return DeepLatentCausalLMOutputWithPast(

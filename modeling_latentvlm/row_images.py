@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modeling_latentvlm.block_sites import special_columns
 from modeling_latentvlm.latent_former import RowImages
-from modeling_latentvlm.segments import special_columns
 
 
 @dataclass

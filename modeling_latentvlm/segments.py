@@ -11,12 +11,13 @@ padding is masked out of the cache and consumes no position. Training and `gener
 Shapes: B rows, S new tokens, L cache slots so far, D hidden size.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+
+from modeling_latentvlm.block_sites import BlockSite
 
 
 @dataclass
@@ -102,98 +103,74 @@ def next_segment_cache(cache: Cache) -> Cache:
 
 
 @dataclass
-class BlockSite:
-    """Where a row opens a block. `num_pads` placeholders and `</latent>` follow, or (0) they are left to the model."""
+class Block:
+    """A block that was opened and is to be decoded: what the next segment of its row begins with."""
 
-    row: int
-    column: int  # of `<latent>` in `input_ids`
-    num_pads: int
-    grid: tuple[int, int] | None  # None: predicted
-
-
-def find_block_sites(input_ids: Tensor, config, latent_grid_hw: Tensor | None) -> list[list[BlockSite]]:
-    """Find the blocks of every row, in order, and give them their grids.
-
-    A block stands in `input_ids` either whole (`<latent>`, a placeholder for each control and latent, `</latent>`: what
-    the processor writes) or as `<latent>` alone (what `generate` returns).
-
-    Raises:
-        ValueError: the tokens of a block, the number of blocks, or a grid are not what they must be.
-    """
-    start, pad, end = config.latent_start_token_id, config.latent_pad_token_id, config.latent_end_token_id
-    special = (input_ids == start) | (input_ids == pad) | (input_ids == end)
-    sites: list[list[BlockSite]] = [[] for _ in range(input_ids.shape[0])]
-    if latent_grid_hw is None and not special.any():
-        return sites
-    grids = None if latent_grid_hw is None else [tuple(grid) for grid in latent_grid_hw.tolist()]
-    rows = input_ids.tolist()
-    for row, columns in enumerate(special_columns(special)):
-        sites[row] = parse_row(row, rows[row], columns, (start, pad, end))
-    flat = [site for row in sites for site in row]
-    if grids is None:
-        whole = [site for site in flat if site.num_pads]
-        if whole:
-            raise ValueError(
-                f"Row {whole[0].row} of `input_ids` holds a block of {whole[0].num_pads} placeholders, but no "
-                "`latent_grid_hw` says its height and width."
-            )
-        return sites
-    if len(grids) != len(flat):
-        raise ValueError(
-            f"`latent_grid_hw` gives {len(grids)} grids, but `input_ids` holds {len(flat)} blocks "
-            f"({[len(row) for row in sites]} by row)."
-        )
-    for site, grid in zip(flat, grids):
-        check_grid(grid, config, f"row {site.row}")
-        expected = config.num_control_tokens + grid[0] * grid[1]
-        if site.num_pads not in (0, expected):
-            raise ValueError(
-                f"A block of {grid[0]} x {grid[1]} takes {expected} placeholders, but row {site.row} of `input_ids` "
-                f"has {site.num_pads} after its `<latent>` at column {site.column}."
-            )
-        site.grid = grid
-    return sites
+    site: BlockSite
+    latents: Tensor  # (P, D) those not decoded yet: all, or the last in autoregressive mode
+    positions: Tensor  # (P, 3)
+    end_position: Tensor  # (3,)
+    decoded: list[list[Tensor]] = field(default_factory=list)  # per layer, hidden states of latents decoded already
 
 
-def special_columns(special: Tensor) -> list[list[int]]:
-    """The columns that are True, by row."""
-    columns: list[list[int]] = [[] for _ in range(special.shape[0])]
-    for row, column in special.nonzero().tolist():
-        columns[row].append(column)
-    return columns
+@dataclass
+class Runs:
+    """A row cut at its blocks: the text of each of its segments."""
+
+    embeds: tuple[Tensor, ...]  # (run, D)
+    positions: tuple[Tensor, ...]  # (run, 3), as if blocks took no position
+    attended: tuple[Tensor, ...]  # (run,) bool
+    shift: int = 0  # positions that the blocks so far took
 
 
-def parse_row(row: int, ids: list[int], columns: list[int], tokens: tuple[int, int, int]) -> list[BlockSite]:
-    """Read the blocks of one row off its special columns."""
-    start, pad, end = tokens
-    sites, index = [], 0
-    while index < len(columns):
-        column = columns[index]
-        if ids[column] != start:
-            name = "placeholder" if ids[column] == pad else "`</latent>`"
-            raise ValueError(f"Row {row} of `input_ids` has a latent {name} at column {column} outside any block.")
-        stop = column + 1
-        while stop < len(ids) and ids[stop] == pad:
-            stop += 1
-        num_pads = stop - column - 1
-        closed = stop < len(ids) and ids[stop] == end
-        if (num_pads > 0) != closed:
-            raise ValueError(
-                f"Row {row} of `input_ids`: the block at column {column} has {num_pads} placeholders and "
-                f"{'a' if closed else 'no'} `</latent>`; it takes both, or neither to leave them to the model."
-            )
-        sites.append(BlockSite(row, column, num_pads, None))
-        index += 1 + num_pads + closed
-    return sites
+@dataclass
+class Piece:
+    """One row's part of one segment: [latents][</latent>][run][controls]."""
+
+    block: Block | None
+    opening: BlockSite | None
+    num_latents: int = 0
+    num_ends: int = 0
+    num_run: int = 0
+    open_position: Tensor | None = None  # (3,) of the `<latent>` that ends the run
+    embeds: Tensor | None = None
+    positions: Tensor | None = None
+    attended: Tensor | None = None
+    is_token: Tensor | None = None
+    runs: Runs | None = None
+    row: int = 0
 
 
-def check_grid(grid: Sequence[int], config, where: str) -> None:
-    """Raise unless `grid` is a (height, width) that the model can build."""
-    if config.latent_mode == "autoregressive":
-        if grid[0] != 1 or grid[1] < 1:
-            raise ValueError(f"An autoregressive block is 1 x K latents, got {grid[0]} x {grid[1]} in {where}.")
-    elif not all(1 <= side <= config.latent_grid_size for side in grid):
-        raise ValueError(
-            f"A latent grid must lie within 1..{config.latent_grid_size} (`latent_grid_size`) in height and width, "
-            f"got {grid[0]} x {grid[1]} in {where}."
-        )
+@dataclass
+class Segment:
+    pieces: list[Piece]
+    layers: list[Tensor]  # (B, T, D): the last hidden state, then one per layer if asked for
+
+
+def split_runs(values: Tensor, sites: list[BlockSite]) -> tuple[Tensor, ...]:
+    """Cut one row at its blocks; placeholders and what stands between `<latent>` and `</latent>` fall away."""
+    sizes, at = [], 0
+    for site in sites:
+        sizes += [site.column + 1 - at, site.num_pads]
+        at = site.column + 1 + site.num_pads
+    return values.split([*sizes, values.shape[0] - at])[::2]
+
+
+def join_row(segments: list[Segment], row: int, layer: int) -> Tensor:
+    """Put the hidden states of one row back in the order of its `input_ids`: (S, D)."""
+    parts = []
+    for segment in segments:
+        piece, values = segment.pieces[row], segment.layers[layer][row]
+        sizes = [piece.num_latents, piece.num_ends, piece.num_run]
+        latents, end, run, rest = values.split([*sizes, values.shape[0] - sum(sizes)])
+        if piece.block is not None and piece.block.site.num_pads:
+            parts += [decoded[layer] for decoded in piece.block.decoded] + [latents]
+        parts.append(end)
+        if piece.opening is None:
+            parts.append(run)
+        elif piece.opening.num_pads:
+            parts += [run, rest[: len(piece.embeds) - sum(sizes)]]
+        else:
+            # A lone `<latent>` answers with what follows its `</latent>`, in the next segment.
+            parts.append(run[:-1])
+    return torch.cat(parts)

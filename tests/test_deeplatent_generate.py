@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
+from conftest import build_model, encode, picture, stock_twin, user_turn
 from helpers import GREEDY, open_at, step_logits, vision
 from torch.testing import assert_close
 from transformers import StoppingCriteria, TextIteratorStreamer
-
-from conftest import build_model, encode, picture, stock_twin, user_turn
 
 
 PLAN = [[0, 4], [2], []]  # generated positions where each row of `batch` opens a block
@@ -362,11 +361,11 @@ def test_wrong_prompts_raise(shared_model, rows):
         shared_model.generate(lone, **vision(rows[0]))
     with pytest.raises(ValueError, match="Row 0 .* 513 tokens.* 512"):
         shared_model.generate(torch.full((1, 513), 5), max_new_tokens=1)
+    stock = stock_twin(shared_model)(**rows[2], use_cache=True)
     with pytest.raises(ValueError, match="latent_state"):
-        stock = stock_twin(shared_model)(**rows[2], use_cache=True)
         shared_model.generate(torch.cat([rows[2]["input_ids"]] * 2, dim=1), past_key_values=stock.past_key_values)
+    done = shared_model.generate(**rows[2], **GREEDY)
     with pytest.raises(ValueError, match="same rows"):
-        done = shared_model.generate(**rows[2], **GREEDY)
         shared_model.generate(rows[2]["input_ids"], past_key_values=done.past_key_values)
     with pytest.raises(ValueError, match="Continuous batching"):
         shared_model.generate_batch([[1, 2]])

@@ -1,0 +1,72 @@
+"""The configuration: defaults, validation, and a round trip through JSON."""
+
+import pytest
+from conftest import backbone_fields, build_tokenizer
+from huggingface_hub.errors import StrictDataclassError
+
+from configuration_latentvlm import DeepLatentConfig, __version__
+from configuration_latentvlm.model_card import render_model_card
+from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
+
+
+@pytest.fixture(scope="module")
+def fields() -> dict:
+    tokenizer = build_tokenizer(LATENT_TOKENS)
+    names = ("latent_start_token_id", "latent_pad_token_id", "latent_end_token_id")
+    return backbone_fields(tokenizer) | dict(zip(names, tokenizer.convert_tokens_to_ids(list(LATENT_TOKENS))))
+
+
+def test_defaults_are_the_papers():
+    config = DeepLatentConfig()
+    assert (config.latent_grid_size, config.max_latent_blocks, config.latentformer_layers) == (16, 5, 1)
+    assert config.fixed_latent_grid == [16, 16] and config.num_control_tokens == 3
+    assert config.modulation_hidden_size == config.text_config.hidden_size // 4
+    assert config.latentformer_heads == config.text_config.num_attention_heads
+    assert DeepLatentConfig(latent_mode="autoregressive").num_control_tokens == 0
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"latent_grid_size": 0}, "`latent_grid_size` must be >= 1, got 0"),
+        ({"max_latent_blocks": -1}, "`max_latent_blocks` must be >= 0"),
+        ({"latent_mode": "serial"}, "latent_mode.*serial"),
+        ({"latent_scale": "big"}, "latent_scale"),
+        ({"fixed_latent_grid": [17, 1]}, "fixed_latent_grid.*17"),
+        ({"fixed_latent_grid": [2]}, "fixed_latent_grid"),
+        ({"latentformer_heads": 3}, r"latentformer_heads` \(3\).*\(64\)"),
+        ({"latent_query_rms": 0.0}, "latent_query_rms"),
+        ({"latent_start_token_id": 10**6}, "latent_start_token_id.*1000000"),
+        ({"latent_pad_token_id": 5, "latent_end_token_id": 5}, "differ"),
+        ({"latent_grid_size": "many"}, "latent_grid_size"),
+    ],
+)
+def test_wrong_values_raise(fields, wrong, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        DeepLatentConfig(**(fields | wrong))
+
+
+def test_round_trip_through_json(fields, tmp_path):
+    config = DeepLatentConfig(**fields, latent_grid_size=24, base_model="Qwen/x")
+    config.save_pretrained(tmp_path)
+    loaded = DeepLatentConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.latent_grid_size == 24 and loaded.latentvlm_version == __version__
+    assert loaded.auto_map["AutoModel"] == "modeling_deeplatent.DeepLatentForConditionalGeneration"
+
+
+def test_the_card_says_where_it_comes_from(fields):
+    card = render_model_card(
+        DeepLatentConfig(**fields, base_model="Qwen/Qwen2.5-VL-7B", base_model_license="apache-2.0")
+    )
+    head = card.split("---")[1]
+    for line in (
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        "license: apache-2.0",
+        "base_model: Qwen/Qwen2.5-VL-7B",
+    ):
+        assert line in head.splitlines()
+    assert "trust_remote_code=True" in card and "DeepLatentForConditionalGeneration" in card
+    plain = render_model_card(DeepLatentConfig(**fields))
+    assert "license:" not in plain.split("---")[1] and "unknown origin" in plain
