@@ -98,27 +98,15 @@ class LatentGenerationMixin:
         """
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         check_settings(settings, kwargs, output_latents, self.device)
-        check_intervention(latent_intervention, self.config.latent_mode == "autoregressive")
         low, high = self._block_limits(settings, min_latent_blocks, max_latent_blocks)
-        if latent_grid is not None:
-            check_grid(latent_grid, self.config, "`latent_grid`")
-            latent_grid = (int(latent_grid[0]), int(latent_grid[1]))
-        context = LatentContext(
-            images=[],
-            intervention=latent_intervention,
-            noise=latent_noise,
-            output_latents=output_latents,
-            grid=latent_grid,
-        )
+        context = self._new_generation_context(latent_grid, latent_intervention, latent_noise, output_latents, high)
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        expand = max(settings.num_beams or 1, settings.num_return_sequences or 1)
-        if input_ids is None:
-            context.images = [None] * kwargs["inputs_embeds"].shape[0] if "inputs_embeds" in kwargs else [None]
-            prompt_length = 0
-        else:
-            kwargs |= self._prepare_prompt(input_ids, latent_grid_hw, expand, context, settings, kwargs)
+        prompt_length = 0
+        if input_ids is not None:
             prompt_length = input_ids.shape[1]
-        context.max_blocks = high
+            kwargs |= self._prepare_prompt(input_ids, latent_grid_hw, context, settings, kwargs)
+        else:
+            context.images = [None] * len(kwargs.get("inputs_embeds", [None]))
         can_open = torch.tensor([images is not None for images in context.images], device=self.device)
         limits = LatentBlockLimits(prompt_length, self.config, can_open, low, high)
         output = super().generate(
@@ -129,17 +117,32 @@ class LatentGenerationMixin:
             latent_context=context,
             **kwargs,
         )
-        if not isinstance(output, Tensor):
-            output = self._account(output, context, prompt_length, settings, kwargs)
         if high and can_open.any() and not any(step.decode_step >= 0 for step in context.steps):
             logger.warning_once(
                 f"No latent block was opened: none of the {int(can_open.sum())} rows with an image wrote `<latent>`. "
                 "`min_latent_blocks=1` opens one."
             )
-        return output
+        if isinstance(output, Tensor):
+            return output
+        return self._account(output, context, prompt_length, settings, kwargs)
 
     def generate_batch(self, *args, **kwargs):
         raise ValueError("Continuous batching cannot open latent blocks: use `generate` on a batch instead.")
+
+    def _new_generation_context(self, grid, intervention, noise: bool, output_latents: bool, max_blocks: int):
+        """What this call wants of its blocks, checked."""
+        check_intervention(intervention, self.config.latent_mode == "autoregressive")
+        if grid is not None:
+            check_grid(grid, self.config, "`latent_grid`")
+            grid = (int(grid[0]), int(grid[1]))
+        return LatentContext(
+            images=[],
+            intervention=intervention,
+            noise=noise,
+            output_latents=output_latents,
+            grid=grid,
+            max_blocks=max_blocks,
+        )
 
     def _block_limits(self, settings, low: int | None, high: int | None) -> tuple[int, int]:
         """The fewest and most blocks, from the arguments, the generation config or the model config."""
@@ -150,7 +153,7 @@ class LatentGenerationMixin:
             raise ValueError(f"`min_latent_blocks` must lie within 0..`max_latent_blocks` ({high}), got {low}.")
         return low, high
 
-    def _prepare_prompt(self, input_ids, latent_grid_hw, expand, context, settings, kwargs) -> dict:
+    def _prepare_prompt(self, input_ids, latent_grid_hw, context, settings, kwargs) -> dict:
         """Encode what is new in the prompt and place it. Takes the vision inputs out of `kwargs`."""
         vision = {
             name: kwargs.pop(name, None)
@@ -169,6 +172,7 @@ class LatentGenerationMixin:
         self._check_length(input_ids, attention_mask)
         cache = kwargs.get("past_key_values")
         state = getattr(cache, "latent_state", None)
+        expand = expansion(settings)
         seen = 0
         if state is not None:
             seen = state.num_tokens
@@ -184,10 +188,9 @@ class LatentGenerationMixin:
             )
         if latent_grid_hw is not None:
             context.prompt_grids = torch.tensor([site.grid for row in sites for _ in range(expand) for site in row])
-        grids = (vision["image_grid_thw"], vision["video_grid_thw"])
         earlier = None if state is None else [state.images[row * expand] for row in range(len(new_ids))]
         context.images, context.placeholders = self._encode_images(new_ids, vision, earlier, seen)
-        positions = self._rope_positions(new_ids, attention_mask, *grids, vision["second_per_grid_ts"])
+        positions = self._rope_positions(new_ids, attention_mask, vision)
         return {"attention_mask": attention_mask, "position_ids": positions}
 
     def _check_length(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
@@ -258,7 +261,7 @@ class LatentGenerationMixin:
         """A static cache needs room for the blocks: at worst every row opens each of its blocks alone."""
         context = model_kwargs.get("latent_context")
         if context is not None:
-            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            rows = batch_size * expansion(generation_config)
             max_cache_length += rows * context.max_blocks * self._largest_block(context.grid)
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -297,6 +300,11 @@ class LatentGenerationMixin:
             stop_reason=stop_reasons(output.sequences[:, prompt_length:], settings, kwargs.get("tokenizer")),
             latent_trace=trace if context.output_latents else None,
         )
+
+
+def expansion(settings) -> int:
+    """Rows that `generate` makes of one prompt."""
+    return max(settings.num_beams or 1, settings.num_return_sequences or 1)
 
 
 def check_settings(settings, kwargs: dict, output_latents: bool, device: torch.device) -> None:

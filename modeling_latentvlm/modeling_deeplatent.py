@@ -123,9 +123,16 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
         Raises:
             ValueError: blocks, grids, placeholders or images do not fit together; the message names the row.
         """
-        cached = getattr(past_key_values, "latent_state", None)
+        vision = {
+            "pixel_values": pixel_values,
+            "image_grid_thw": image_grid_thw,
+            "pixel_values_videos": pixel_values_videos,
+            "video_grid_thw": video_grid_thw,
+            "second_per_grid_ts": second_per_grid_ts,
+        }
+        state = getattr(past_key_values, "latent_state", None)
         sites = self._find_sites(input_ids, latent_grid_hw, latent_context)
-        if latent_context is None and cached is None and not any(sites):
+        if latent_context is None and state is None and not any(sites):
             if mm_token_type_ids is None and input_ids is not None:
                 mm_token_type_ids = self._token_types(input_ids)
             return super().forward(
@@ -136,35 +143,24 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
                 inputs_embeds=inputs_embeds,
                 labels=labels,
                 use_cache=use_cache,
-                pixel_values=pixel_values,
-                pixel_values_videos=pixel_values_videos,
-                image_grid_thw=image_grid_thw,
-                video_grid_thw=video_grid_thw,
                 mm_token_type_ids=mm_token_type_ids,
-                second_per_grid_ts=second_per_grid_ts,
                 logits_to_keep=logits_to_keep,
+                **vision,
                 **kwargs,
             )
         if latent_context is None:
-            check_intervention(latent_intervention, self.config.latent_mode == "autoregressive")
-            vision = {
-                "pixel_values": pixel_values,
-                "image_grid_thw": image_grid_thw,
-                "pixel_values_videos": pixel_values_videos,
-                "video_grid_thw": video_grid_thw,
-            }
-            images, placeholders = self._encode_images(
-                input_ids, vision, getattr(cached, "images", None), getattr(cached, "num_tokens", 0)
-            )
-            latent_context = LatentContext(
-                images, placeholders, latent_intervention, noise=self.training, output_latents=output_latents
-            )
-            position_ids = self._rope_positions(
-                input_ids, attention_mask, image_grid_thw, video_grid_thw, second_per_grid_ts
-            )
+            latent_context = self._new_context(input_ids, vision, state, latent_intervention, output_latents)
+            position_ids = self._rope_positions(input_ids, attention_mask, vision)
         decoder = BlockDecoder(self, latent_context, past_key_values, use_cache, kwargs)
         decoded = decoder.run(input_ids, inputs_embeds, attention_mask, position_ids, sites)
         return self._predict(decoded, input_ids, labels, logits_to_keep, kwargs)
+
+    def _new_context(self, input_ids, vision: dict, state, intervention, output_latents: bool) -> LatentContext:
+        """What `forward` wants of its blocks when `generate` has not said it."""
+        check_intervention(intervention, self.config.latent_mode == "autoregressive")
+        earlier, seen = (None, 0) if state is None else (state.images, state.num_tokens)
+        images, placeholders = self._encode_images(input_ids, vision, earlier, seen)
+        return LatentContext(images, placeholders, intervention, noise=self.training, output_latents=output_latents)
 
     def _find_sites(self, input_ids, latent_grid_hw, latent_context):
         """The blocks of every row; those without a grid are predicted, which only `generate` does."""
@@ -188,19 +184,15 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
         config = self.config
         return (input_ids == config.image_token_id).int() + 2 * (input_ids == config.video_token_id).int()
 
-    def _rope_positions(self, input_ids, attention_mask, image_grid_thw, video_grid_thw, second_per_grid_ts) -> Tensor:
+    def _rope_positions(self, input_ids: Tensor, attention_mask: Tensor | None, vision: dict) -> Tensor:
         """(3, B, S) rotary positions as if blocks took none: `BlockDecoder` adds what they take."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
         mask = mask * (input_ids != self.config.latent_pad_token_id)
-        if image_grid_thw is None and video_grid_thw is None:
+        grids = {name: vision[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
+        if grids["image_grid_thw"] is None and grids["video_grid_thw"] is None:
             return (mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
         positions, _ = self.model.get_rope_index(
-            input_ids,
-            mm_token_type_ids=self._token_types(input_ids),
-            image_grid_thw=image_grid_thw,
-            video_grid_thw=video_grid_thw,
-            second_per_grid_ts=second_per_grid_ts,
-            attention_mask=mask,
+            input_ids, mm_token_type_ids=self._token_types(input_ids), attention_mask=mask, **grids
         )
         return positions
 

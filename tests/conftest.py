@@ -20,6 +20,9 @@ from processing_latentvlm import DeepLatentProcessor
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
 
 
+# The models are tiny: a second thread only waits for the first.
+torch.set_num_threads(1)
+
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
