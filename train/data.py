@@ -1,0 +1,124 @@
+"""Trajectories to batches: chat messages with pictures in the assistant's turn become training tensors.
+
+A line of a JSONL file holds `messages` as chat templates take them (`train.tasks` writes such files); image paths are
+relative to the file. What becomes of an assistant's pictures is the collator's `assistant_images`:
+
+    "latent"   a latent block of the picture's grid stands in its place
+    "image"    the picture itself stays
+    "drop"     it is left out: the text alone
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+PATCH = 28  # pixels of a merged patch
+ASSISTANT_IMAGES = ("latent", "image", "drop")
+
+
+def read_trajectories(path: str | Path) -> list[dict]:
+    """Read a JSONL file and make its image paths absolute.
+
+    Raises:
+        ValueError: a line is no JSON object with `messages`; the message names the line.
+    """
+    path = Path(path)
+    samples = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            sample = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Line {number} of {path} is no JSON: {error}") from error
+        if not isinstance(sample, dict) or not isinstance(sample.get("messages"), list):
+            raise ValueError(f"Line {number} of {path} must be an object with a list of `messages`.")
+        for item in picture_items(sample["messages"]):
+            if isinstance(item["image"], str):
+                item["image"] = str(path.parent / item["image"])
+                if not Path(item["image"]).is_file():
+                    raise ValueError(f"Line {number} of {path} names an image that does not exist: {item['image']}.")
+        samples.append(sample)
+    return samples
+
+
+def picture_items(messages: list[dict]) -> list[dict]:
+    contents = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return [item for content in contents for item in content if item.get("type") == "image"]
+
+
+def fit_grid(width: int, height: int, largest: int) -> tuple[int, int]:
+    """The (height, width) in merged patches of a picture in pixels, shrunk into largest x largest with its aspect kept."""
+    rows, columns = max(1.0, height / PATCH), max(1.0, width / PATCH)
+    scale = min(1.0, largest / max(rows, columns))
+    return max(1, round(rows * scale)), max(1, round(columns * scale))
+
+
+class TrajectoryCollator:
+    """Renders, encodes and pads trajectories; the labels are the assistant's turns.
+
+    Args:
+        processor: of the model that is trained.
+        assistant_images: "latent", "image" or "drop", see the module.
+        latent_grid_size: the model's largest grid side, for "latent".
+    """
+
+    def __init__(self, processor, assistant_images: str = "latent", latent_grid_size: int = 16):
+        if assistant_images not in ASSISTANT_IMAGES:
+            raise ValueError(f"`assistant_images` must be one of {ASSISTANT_IMAGES}, got {assistant_images!r}.")
+        self.processor, self.assistant_images, self.latent_grid_size = processor, assistant_images, latent_grid_size
+        tokenizer = processor.tokenizer
+        self.header = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+        self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
+        conversations = [[self.render(message) for message in sample["messages"]] for sample in samples]
+        inputs = self.processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        )
+        inputs["labels"] = self.labels(inputs["input_ids"], inputs["attention_mask"])
+        return dict(inputs)
+
+    def render(self, message: dict) -> dict:
+        """Put what stands for a picture in the place of each picture of an assistant message."""
+        if message["role"] != "assistant" or self.assistant_images == "image" or isinstance(message["content"], str):
+            return message
+        content = []
+        for item in message["content"]:
+            if item.get("type") != "image":
+                content.append(item)
+            elif self.assistant_images == "latent":
+                content.append({"type": "latent", "grid": self.grid_of(item["image"])})
+        return message | {"content": content}
+
+    def grid_of(self, image) -> tuple[int, int]:
+        if isinstance(image, Image.Image):
+            return fit_grid(*image.size, self.latent_grid_size)
+        with Image.open(image) as opened:
+            return fit_grid(*opened.size, self.latent_grid_size)
+
+    def labels(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Keep what follows an assistant header, to the end of its turn; -100 elsewhere.
+
+        Raises:
+            ValueError: a row holds no assistant turn, so nothing could be learned from it.
+        """
+        header = torch.tensor(self.header)
+        windows = input_ids.unfold(1, len(header), 1)
+        labels = torch.full_like(input_ids, -100)
+        for row, column in (windows == header).all(dim=-1).nonzero().tolist():
+            first = column + len(header)
+            ends = (input_ids[row, first:] == self.end).nonzero().flatten()
+            last = first + int(ends[0]) + 1 if len(ends) else input_ids.shape[1]
+            labels[row, first:last] = input_ids[row, first:last]
+        labels = labels.masked_fill(attention_mask == 0, -100)
+        empty = (labels == -100).all(dim=1).nonzero().flatten().tolist()
+        if empty:
+            raise ValueError(f"Rows {empty} of the batch hold no assistant turn to learn from.")
+        return labels

@@ -1,0 +1,36 @@
+"""Backgrounds: regions of the public domain photos in `train/photos` (see `LICENSE.md` there)."""
+
+from functools import cache
+from pathlib import Path
+
+from PIL import Image, ImageEnhance
+
+from train.tasks.sample import Request
+
+
+PHOTO_FOLDER = Path(__file__).parent.parent / "photos"
+
+# Whole photos, not regions, are dealt to the splits: no background of one split is ever seen in another.
+PHOTOS = {
+    "train": ("astronaut", "brick", "camera", "coffee", "gravel", "retina"),
+    "val": ("grass", "rocket"),
+    "test": ("chelsea", "hubble"),
+}
+
+
+@cache
+def load_photo(name: str) -> Image.Image:
+    with Image.open(PHOTO_FOLDER / f"{name}.jpg") as photo:
+        return photo.convert("RGB")
+
+
+def draw_background(request: Request) -> Image.Image:
+    """Return a square region of a photo of the request's split, with random place, size, mirroring and brightness."""
+    rng, size = request.rng, request.image_size
+    photo = load_photo(rng.choice(PHOTOS[request.split]))
+    side = rng.uniform(0.5, 1.0) * min(photo.size)
+    left, top = rng.uniform(0, photo.width - side), rng.uniform(0, photo.height - side)
+    region = photo.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    if rng.random() < 0.5:
+        region = region.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return ImageEnhance.Brightness(region).enhance(rng.uniform(0.7, 1.2))

@@ -1,0 +1,134 @@
+"""What every task produces: one question with its answer, its reasoning steps and the pictures between them."""
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from random import Random
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+
+# A merged patch of Qwen2-VL and Qwen2.5-VL: sides in multiples of it reach the model without another resize.
+PATCH_MULTIPLE = 28
+
+
+class Step(NamedTuple):
+    """One sentence of the rationale, and the picture the model looks at right after it.
+
+    A picture comes with the box of the question's image that it shows.
+    """
+
+    text: str
+    image: Image.Image | None = None
+    box: tuple[int, int, int, int] | None = None  # left, top, right, bottom in pixels
+
+
+@dataclass(frozen=True)
+class Request:
+    """The coordinates of one sample. Everything a task draws follows from them, on any machine.
+
+    `image_size` is no part of the seed: the same sample at another size is the same scene.
+    """
+
+    task: str
+    split: str
+    seed: int
+    index: int
+    image_size: int
+
+    @cached_property
+    def rng(self) -> Random:
+        return self._random("scene", self.index)
+
+    def balanced(self, choices: tuple[str, ...]) -> str:
+        """Pick the answer so that any `len(choices)` consecutive samples, counted from 0, hold every choice once.
+
+        Drawn before the scene and independent of it, so that neither the question nor the distractors give it away.
+        """
+        block, place = divmod(self.index, len(choices))
+        return self._random("answers", block).sample(choices, len(choices))[place]
+
+    def _random(self, purpose: str, number: int) -> Random:
+        # Never `hash()`: it is salted per process.
+        name = "|".join(map(str, (self.task, self.split, self.seed, purpose, number)))
+        return Random(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
+
+
+@dataclass
+class Sample:
+    """A question about `image`. `objects` says what was drawn where, for tests and for measures of attention."""
+
+    request: Request
+    image: Image.Image
+    question: str
+    answer: str
+    choices: tuple[str, ...]
+    steps: list[Step]
+    objects: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def id(self) -> str:
+        return f"{self.request.task}-{self.request.split}-{self.request.seed}-{self.request.index:06d}"
+
+    @property
+    def rationale(self) -> list[str]:
+        return [step.text for step in self.steps]
+
+    @property
+    def assistant_images(self) -> list[Image.Image]:
+        return [step.image for step in self.steps if step.image is not None]
+
+    @property
+    def boxes(self) -> list[tuple[int, int, int, int]]:
+        return [step.box for step in self.steps if step.image is not None]
+
+    def messages(self, image: Any = None, assistant_images: list[Any] | None = None) -> list[dict[str, Any]]:
+        """Return the sample as a chat. Pictures are PIL images unless paths are given in their place."""
+        pictures = iter(self.assistant_images if assistant_images is None else assistant_images)
+        reasoning = []
+        for step in self.steps:
+            reasoning.append({"type": "text", "text": step.text})
+            if step.image is not None:
+                reasoning.append({"type": "image", "image": next(pictures)})
+        reasoning.append({"type": "text", "text": f"The answer is \\boxed{{{self.answer}}}."})
+        question = [
+            {"type": "image", "image": self.image if image is None else image},
+            {"type": "text", "text": self.question},
+        ]
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": reasoning}]
+
+    def record(self) -> dict[str, Any]:
+        """Return the line of `data.jsonl`, with pictures as paths relative to it."""
+        image = f"images/{self.id}.png"
+        assistant_images = [f"images/{self.id}_crop{number}.png" for number in range(len(self.assistant_images))]
+        return {
+            "id": self.id,
+            "task": self.request.task,
+            "split": self.request.split,
+            "question": self.question,
+            "answer": self.answer,
+            "choices": list(self.choices),
+            "rationale": self.rationale,
+            "image": image,
+            "assistant_images": assistant_images,
+            "boxes": [list(box) for box in self.boxes],
+            "objects": self.objects,
+            "messages": self.messages(image, assistant_images),
+        }
+
+
+def zoom_step(text: str, image: Image.Image, box: tuple[int, int, int, int], context: float = 1.7) -> Step:
+    """Return a step that looks at the surroundings of `box`, enlarged to half the side of `image`.
+
+    Args:
+        context: side of the region looked at, in sides of `box`.
+    """
+    left, top, right, bottom = box
+    side = round(max(right - left, bottom - top) * context)
+    left = min(max((left + right - side) // 2, 0), image.width - side)
+    top = min(max((top + bottom - side) // 2, 0), image.height - side)
+    region = (left, top, left + side, top + side)
+    zoomed = PATCH_MULTIPLE * math.ceil(image.width / 2 / PATCH_MULTIPLE)
+    return Step(text, image.resize((zoomed, zoomed), Image.Resampling.BICUBIC, box=region), region)
