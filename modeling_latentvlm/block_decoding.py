@@ -289,7 +289,7 @@ class BlockDecoder:
             self.context.output_latents,
         )
         steps = [
-            self.step(row, site, grid, latents, images[row])
+            self.step(row, site, grid, latents.to(ends), images[row])
             for (row, site), grid, latents in zip(opened.items(), built.grids, built.latents)
         ]
         for step, attention in zip(steps, built.image_attention or ()):

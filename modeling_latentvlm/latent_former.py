@@ -345,6 +345,8 @@ class LatentBlockBuilder(nn.Module):
         output_attention: bool = False,
     ) -> LatentBlocks:
         """Build R blocks at the given grids, or at the predicted ones where a grid is None."""
+        # The backbone may be in another dtype: quantized, or float16 with these weights kept in float32.
+        states = states.to(self.queries.weight.dtype)
         height_logits, width_logits = self.scale_head(states[:, 0])
         grids = self.choose_grids(grids, height_logits, width_logits)
         queries = self.modulate_rows(
@@ -359,7 +361,7 @@ class LatentBlockBuilder(nn.Module):
         features = self.modulate_rows(
             self.image_modulation if self.config.modulate_images else None,
             states[:, 2],
-            [row.features.to(states.device) for row in images],
+            [row.features.to(states) for row in images],
             noise,
         )
         features = [values + self.embed_image_index(row, states.device) for values, row in zip(features, images)]

@@ -107,7 +107,7 @@ class LatentGenerationMixin:
             kwargs |= self._prepare_prompt(input_ids, latent_grid_hw, context, settings, kwargs)
         else:
             context.images = [None] * len(kwargs.get("inputs_embeds", [None]))
-        can_open = torch.tensor([images is not None for images in context.images], device=self.device)
+        can_open = torch.tensor([images is not None for images in context.images])
         limits = LatentBlockLimits(prompt_length, self.config, can_open, low, high)
         output = super().generate(
             input_ids,
@@ -125,6 +125,10 @@ class LatentGenerationMixin:
         if isinstance(output, Tensor):
             return output
         return self._account(output, context, prompt_length, settings, kwargs)
+
+    def _input_device(self, inputs: Tensor) -> torch.device:
+        """Where inputs belong: offloaded weights lie on `meta` and are fetched to where the caller put the inputs."""
+        return inputs.device if self.device.type == "meta" else self.device
 
     def generate_batch(self, *args, **kwargs):
         raise ValueError("Continuous batching cannot open latent blocks: use `generate` on a batch instead.")
@@ -178,7 +182,7 @@ class LatentGenerationMixin:
             seen = state.num_tokens
             self._continue_cache(cache, state, input_ids, attention_mask, expand)
             vision = drop_cached_items(input_ids, seen, vision, self.config, self.model.visual.spatial_merge_size)
-        new_ids = input_ids[:, seen:].to(self.device)
+        new_ids = input_ids[:, seen:].to(self._input_device(input_ids))
         sites = find_block_sites(new_ids, self.config, latent_grid_hw)
         lone = [site for row in sites for site in row if site.grid is None]
         if lone and state is None:
@@ -243,8 +247,8 @@ class LatentGenerationMixin:
             model_inputs |= {"attention_mask": attention_mask, "position_ids": position_ids}
             if inputs_embeds is not None:
                 return model_inputs | {"inputs_embeds": inputs_embeds}
-            return model_inputs | {"input_ids": input_ids[:, seen:].to(self.device)}
-        return model_inputs | {"input_ids": input_ids[:, -1:].to(self.device)}
+            return model_inputs | {"input_ids": input_ids[:, seen:].to(self._input_device(input_ids))}
+        return model_inputs | {"input_ids": input_ids[:, -1:].to(self._input_device(input_ids))}
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         model_kwargs |= {"attention_mask": None, "position_ids": None}

@@ -51,6 +51,15 @@ register_checkpoint_conversion_mapping(
 )
 
 
+def refuse_blocks(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    """The backbone below the head builds no blocks, and would take their placeholders for words."""
+    if kwargs.get("latent_grid_hw") is not None:
+        raise ValueError(
+            "`latent_grid_hw` reached the backbone, which builds no latent blocks: something called it past the model's "
+            "`forward`, as the trainers of TRL do (`add_fused_lm_head`). Train on blocks with `transformers.Trainer`."
+        )
+
+
 @dataclass
 class DeepLatentCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` with what belongs to the blocks of this forward, in the order of `latent_grid_hw`.
@@ -71,12 +80,15 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
 
     config: DeepLatentConfig
     config_class = DeepLatentConfig
+    # Small, and the seat of all latents: quantizers skip them, and float16 (which overflows where bfloat16 does not) too.
+    _keep_in_fp32_modules = ["latent_control", "latent_blocks"]
     _no_split_modules = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock", "LatentBlockBuilder"]
 
     def __init__(self, config: DeepLatentConfig):
         super().__init__(config)
         self.latent_control = nn.Embedding(3, config.get_text_config().hidden_size)  # e_s, e_q, e_v
         self.latent_blocks = LatentBlockBuilder(config)
+        self.model.register_forward_pre_hook(refuse_blocks, with_kwargs=True)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -212,9 +224,8 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
                     raise ValueError(
                         f"`{kind}_grid_thw` names {int(grid_thw.prod(dim=-1).sum())} patches, but the {kind}s have {len(pixels)}."
                     )
-                features[token] = encode(
-                    pixels.to(self.device), grid_thw.to(self.device), return_dict=True
-                ).pooler_output
+                device = self._input_device(pixels)
+                features[token] = encode(pixels.to(device), grid_thw.to(device), return_dict=True).pooler_output
                 grids[token] = [(t, h // merge, w // merge) for t, h, w in grid_thw.tolist()]
         tokens = {self.config.image_token_id: "image", self.config.video_token_id: "video"}
         return collect_row_images(input_ids, tokens, features, grids, earlier or [None] * input_ids.shape[0], seen)
