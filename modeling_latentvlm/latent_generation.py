@@ -117,11 +117,8 @@ class LatentGenerationMixin:
             latent_context=context,
             **kwargs,
         )
-        if high and can_open.any() and not any(step.decode_step >= 0 for step in context.steps):
-            logger.warning_once(
-                f"No latent block was opened: none of the {int(can_open.sum())} rows with an image wrote `<latent>`. "
-                "`min_latent_blocks=1` opens one."
-            )
+        if high and can_open.any():
+            self._warn_if_unused(output if isinstance(output, Tensor) else output.sequences, prompt_length, can_open)
         if isinstance(output, Tensor):
             return output
         return self._account(output, context, prompt_length, settings, kwargs)
@@ -129,6 +126,13 @@ class LatentGenerationMixin:
     def _input_device(self, inputs: Tensor) -> torch.device:
         """Where inputs belong: offloaded weights lie on `meta` and are fetched to where the caller put the inputs."""
         return inputs.device if self.device.type == "meta" else self.device
+
+    def _warn_if_unused(self, sequences: Tensor, prompt_length: int, can_open: Tensor) -> None:
+        if not (sequences[:, prompt_length:] == self.config.latent_start_token_id).any():
+            logger.warning_once(
+                f"No latent block was opened: none of the {int(can_open.sum())} rows with an image wrote `<latent>`. "
+                "`min_latent_blocks=1` opens one."
+            )
 
     def generate_batch(self, *args, **kwargs):
         raise ValueError("Continuous batching cannot open latent blocks: use `generate` on a batch instead.")

@@ -1,0 +1,74 @@
+"""Trajectories to batches: labels, what becomes of assistant pictures, and bad lines."""
+
+import json
+
+import pytest
+import torch
+from conftest import picture, user_turn
+
+from train.data import TrajectoryCollator, fit_grid, read_trajectories
+
+
+@pytest.fixture(scope="module")
+def trajectory() -> dict:
+    content = [
+        {"type": "text", "text": "I look closer."},
+        {"type": "image", "image": picture(84, 56, 5)},
+        {"type": "text", "text": "It is red."},
+    ]
+    return {"messages": [*user_turn("what colour?", picture(56, 84, 1)), {"role": "assistant", "content": content}]}
+
+
+def test_labels_are_the_assistants_turn(processor, trajectory):
+    batch = TrajectoryCollator(processor, "drop")(
+        [trajectory, {"messages": [*user_turn("hi"), {"role": "assistant", "content": "you"}]}]
+    )
+    learned = [processor.tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+    assert learned == ["I look closer.It is red.<|im_end|>", "you<|im_end|>"]
+    kept = batch["labels"] != -100
+    assert torch.equal(batch["labels"][kept], batch["input_ids"][kept])
+
+
+def test_assistant_pictures_become_blocks(processor, trajectory, shared_model):
+    batch = TrajectoryCollator(processor, "latent", 4)([trajectory])
+    assert batch["latent_grid_hw"].tolist() == [[2, 3]]
+    assert batch["image_grid_thw"].tolist() == [[1, 6, 4]]  # the question's picture alone
+    assert torch.isfinite(shared_model(**batch).loss)
+
+
+def test_assistant_pictures_stay_or_go(processor, trajectory):
+    assert len(TrajectoryCollator(processor, "image")([trajectory])["image_grid_thw"]) == 2
+    dropped = TrajectoryCollator(processor, "drop")([trajectory])
+    assert len(dropped["image_grid_thw"]) == 1 and "latent_grid_hw" not in dropped
+    with pytest.raises(ValueError, match="assistant_images"):
+        TrajectoryCollator(processor, "keep")
+
+
+def test_grids_keep_their_aspect_within_the_largest():
+    assert fit_grid(84, 56, 16) == (2, 3)
+    assert fit_grid(28 * 40, 28 * 20, 16) == (8, 16)
+    assert fit_grid(5000, 28, 16) == (1, 16)
+    assert fit_grid(3, 3, 16) == (1, 1)
+
+
+def test_a_batch_without_an_assistant_turn_raises(processor):
+    with pytest.raises(ValueError, match=r"Rows \[0\]"):
+        TrajectoryCollator(processor)([{"messages": user_turn("hi")}])
+
+
+def test_reading_makes_paths_absolute_and_names_bad_lines(tmp_path):
+    picture().save(tmp_path / "p.png")
+    good = {"messages": [{"role": "user", "content": [{"type": "image", "image": "p.png"}]}]}
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(good) + "\n")
+    (sample,) = read_trajectories(path)
+    assert sample["messages"][0]["content"][0]["image"] == str(tmp_path / "p.png")
+    missing = {"messages": [{"role": "user", "content": [{"type": "image", "image": "q.png"}]}]}
+    for line, message in (
+        ("{", "Line 2 .* no JSON"),
+        ("[]", "Line 2 .*messages"),
+        (json.dumps(missing), "Line 2 .*q.png"),
+    ):
+        path.write_text(json.dumps(good) + "\n" + line)
+        with pytest.raises(ValueError, match=message):
+            read_trajectories(path)
