@@ -60,6 +60,9 @@ def refuse_blocks(model: nn.Module, args: tuple, kwargs: dict) -> None:
         )
 
 
+NEW_WEIGHTS = ("latent_control.", "latent_blocks.")
+
+
 @dataclass
 class DeepLatentCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` with what belongs to the blocks of this forward, in the order of `latent_grid_hw`.
@@ -90,6 +93,26 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
         self.latent_blocks = LatentBlockBuilder(config)
         self.model.register_forward_pre_hook(refuse_blocks, with_kwargs=True)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, *args, ignore_mismatched_sizes: bool = False, output_loading_info: bool = False, **kwargs
+    ):
+        """As in transformers, but a backbone that is not all there is an error and no line in a log.
+
+        Raises:
+            ValueError: a weight has another shape than the config says, or a weight of the backbone is missing.
+        """
+        model, info = super().from_pretrained(*args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
+        wrong = [f"{name} is {tuple(got)}, expected {tuple(want)}" for name, got, want in info["mismatched_keys"]]
+        if wrong and not ignore_mismatched_sizes:
+            raise ValueError(f"The checkpoint does not fit its config: {'; '.join(sorted(wrong))}.")
+        missing = [name for name in info["missing_keys"] if not name.startswith(NEW_WEIGHTS)]
+        if missing:
+            raise ValueError(
+                f"The checkpoint lacks {len(missing)} weights of the backbone: {', '.join(sorted(missing)[:5])}."
+            )
+        return (model, info) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
         if not initialize_latent_module(module, self.config.latent_query_rms):
