@@ -114,6 +114,7 @@ class DeepLatentConfig(HubCodeMixin, Qwen2_5_VLConfig):
             self.fixed_latent_grid = [self.latent_grid_size, self.latent_grid_size]
 
     def to_json_file(self, json_file_path, *args, **kwargs) -> None:
+        self.latentvlm_version = __version__  # whichever wrote the checkpoint that this config was read from
         super().to_json_file(json_file_path, *args, **kwargs)
         write_model_card(self, Path(json_file_path).parent)
 
@@ -135,11 +136,11 @@ class DeepLatentConfig(HubCodeMixin, Qwen2_5_VLConfig):
             "scale_loss_weight": 0.0,
         }
         for name, least in at_least.items():
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:  # so that NaN fails too
                 raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)}.")
         for name in ("latent_query_rms", "latentformer_rope_theta"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be > 0, got {getattr(self, name)}.")
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` must be > 0 and finite, got {getattr(self, name)}.")
         grid = list(self.fixed_latent_grid)
         if len(grid) != 2 or not all(1 <= side <= self.latent_grid_size for side in grid):
             raise ValueError(

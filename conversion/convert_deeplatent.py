@@ -50,11 +50,10 @@ from conversion.checkpoint_io import (
     replaced_folder,
     write_weights,
 )
-from modeling_latentvlm import DeepLatentForConditionalGeneration
+from modeling_latentvlm.modeling_deeplatent import NEW_WEIGHTS, DeepLatentForConditionalGeneration
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS, DeepLatentProcessor
 
 
-NEW_WEIGHTS = ("latent_control.", "latent_blocks.")
 LATENT_TOKEN_FIELDS = ("latent_start_token_id", "latent_pad_token_id", "latent_end_token_id")
 # Decided by the tokenizer and by this library, not by `--set`.
 DECIDED_FIELDS = (*LATENT_TOKEN_FIELDS, "latentvlm_version")
@@ -192,6 +191,7 @@ def convert_deeplatent(
 
 def save_side_files(folder: Path, backbone: Backbone, config: DeepLatentConfig) -> None:
     """Write config, code, model card, stop tokens, processor and licence texts."""
+    backbone.tokenizer.padding_side = "left"  # `generate` goes on from the last column
     config.save_pretrained(folder)
     write_generation_config(folder, backbone.folder, config)
     DeepLatentProcessor(

@@ -48,7 +48,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER_NAME = "smollm2-135m-qwen2_5_vl"
 MARKER_NAME = "latentvlm_asset.json"
 # Raise when the files written here change: folders of an older format are then rebuilt.
-FORMAT = 1
+FORMAT = 2
 SEED = 0
 
 # Control tokens that SmolLM2's training never used: their embeddings are still equal.
@@ -89,7 +89,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-README = """# SmolLM2-135M-Instruct as a Qwen2.5-VL backbone
+README = """---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+
+# SmolLM2-135M-Instruct as a Qwen2.5-VL backbone
 
 Built by `python -m conversion.fetch_assets` of latentvlm, for demonstrations and tests.
 

@@ -36,6 +36,7 @@ def test_defaults_are_the_papers():
         ({"fixed_latent_grid": [2]}, "fixed_latent_grid"),
         ({"latentformer_heads": 3}, r"latentformer_heads` \(3\).*\(64\)"),
         ({"latent_query_rms": 0.0}, "latent_query_rms"),
+        ({"latent_query_rms": float("nan")}, "latent_query_rms"),
         ({"latent_start_token_id": 10**6}, "latent_start_token_id.*1000000"),
         ({"latent_pad_token_id": 5, "latent_end_token_id": 5}, "differ"),
         ({"latent_grid_size": "many"}, "latent_grid_size"),

@@ -853,3 +853,9 @@ def test_memory_stays_near_the_largest_shard(backbone, tmp_path, arguments):
     assert result.returncode == 0, result.stderr[-3000:]
     written = [file.stat().st_size / 2**20 for file in Path(f"{tmp_path}/out-large").glob("*.safetensors")]
     assert float(result.stdout.splitlines()[-1]) < 1.5 * max(written)
+
+
+def test_the_tokenizer_pads_where_generation_needs_it(converted):
+    from transformers import AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(converted).padding_side == "left"
