@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -49,15 +48,19 @@ FILES = {
 }
 
 
-def answer(model, processor, image: str) -> dict:
-    """All that a user sees of a checkpoint, for a dialogue with a block in its history and one to come."""
-    messages = [
+def dialogue(image: str) -> list[dict]:
+    """With a block in its history, and one to come."""
+    return [
         {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "what colour?"}]},
         {"role": "assistant", "content": [{"type": "latent", "grid": [2, 1]}, {"type": "text", "text": "red"}]},
         {"role": "user", "content": [{"type": "text", "text": "and the small one?"}]},
     ]
+
+
+def answer(model, processor, image: str) -> dict:
+    """All that a user sees of a checkpoint."""
     inputs = processor.apply_chat_template(
-        [messages], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        [dialogue(image)], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
     # A copy: weights mapped in from a file lie unaligned in memory, which can change the last bit of a product.
     output = copy.deepcopy(model).generate(
@@ -102,19 +105,24 @@ class FakeHub:
         self.files |= {one.path_in_repo: Path(one.path_or_fileobj).read_bytes() for one in operations}
         self.card = self.files["README.md"].decode() if "README.md" in self.files else self.card
 
+    def upload_folder(self, folder_path, **kwargs):
+        self.files |= {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+
     def load_card(self, repo_id, **kwargs):
+        if Path(repo_id).is_file():
+            return ModelCard(Path(repo_id).read_text())
         if self.card is None:
             raise EntryNotFoundError(f"{repo_id} has no README.md")
         return ModelCard(self.card)
 
 
-# What the other processes run, behind the three definitions above.
+# What the other processes run, behind the four definitions above.
 CLEAN_PROCESS = """
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, pipeline
 
 torch.set_num_threads(job["threads"])
-seen = {"importable": [name for name in job["ours"] if importlib.util.find_spec(name)], "folders": {}}
+seen = {"folders": {}}
 for folder in job["load"]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -126,11 +134,9 @@ for folder in job["load"]:
     seen["folders"][folder] = {
         "classes": [f"{type(one).__module__}.{type(one).__qualname__}" for one in (config, processor, *models.values())],
         "bases": [len([base for base in type(one).__mro__ if base.__name__ == type(one).__name__]) for one in models.values()],
-        "config": config.to_dict(),
         "infos": infos,
         "weights": [digest(one) for one in models.values()],
         "answers": [answer(one.eval(), processor, job["image"]) for one in models.values()],
-        "version": config.latentvlm_version,
     }
     if folder in job["save"]:
         save, trainer, third = job["save"][folder]
@@ -141,6 +147,12 @@ for folder in job["load"]:
         args = TrainingArguments(output_dir=trainer, use_cpu=True, report_to="none")
         Trainer(model=models["AutoModelForCausalLM"], args=args, processing_class=processor).save_model()
 
+ask = pipeline("image-text-to-text", model=job["load"][-1], trust_remote_code=True)
+seen["pipeline"] = ask(
+    text=dialogue(job["image"]), max_new_tokens=4, return_full_text=False,
+    generate_kwargs={"min_latent_blocks": 1, "max_latent_blocks": 1, "do_sample": False, "eos_token_id": None},
+)[0]["generated_text"]
+
 hub = FakeHub()
 transformers.utils.hub.hf_api, transformers.utils.hub.ModelCard.load = lambda: hub, hub.load_card
 models["AutoModel"].push_to_hub("me/again")
@@ -150,6 +162,7 @@ seen["pushed"] = hub.files
 os.chdir(Path(job["image"]).parent)
 exec(re.search("```python\\n(.*?)```", Path(job["load"][0], "README.md").read_text(), re.DOTALL)[1].replace("256", "3"),
      {"path": job["load"][0]})
+seen["ours"] = [name for name, module in sys.modules.items() if module and name.partition(".")[0] in job["ours"]]
 torch.save(seen, job["out"])
 """
 
@@ -159,19 +172,19 @@ def run_clean(script_dir: Path, **job) -> dict:
     script_dir.mkdir()
     job |= {"ours": OURS, "threads": torch.get_num_threads(), "out": str(script_dir / "seen.pt")}
     header = (
-        "import copy, hashlib, importlib.util, os, re, sys\nfrom pathlib import Path\nfrom types import SimpleNamespace\n"
+        "import copy, hashlib, os, re, sys\nfrom pathlib import Path\nfrom types import SimpleNamespace\n"
         f"job = {job!r}\n"
         # An installed package, editable or not, is out of reach: Python takes None for `there is no such module`.
         "sys.modules.update(dict.fromkeys(job['ours']))\n"
         "import torch, transformers\nfrom huggingface_hub import ModelCard\n"
         "from huggingface_hub.errors import EntryNotFoundError\n"
     )
-    shared = "\n\n".join(inspect.getsource(one) for one in (answer, digest, FakeHub))
+    shared = "\n\n".join(inspect.getsource(one) for one in (dialogue, answer, digest, FakeHub))
     script = script_dir / "clean_process.py"
     script.write_text(header + shared + CLEAN_PROCESS, encoding="utf-8")
     kept = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
     environment = {
-        "PATH": os.environ.get("PATH", ""),
+        **{name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
         "HOME": str(script_dir),
         "PYTHONPATH": os.pathsep.join(kept),
         "HF_HOME": str(script_dir.parent / "hf_home"),
@@ -182,7 +195,8 @@ def run_clean(script_dir: Path, **job) -> dict:
     done = subprocess.run(
         [sys.executable, str(script)], env=environment, cwd="/", capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0, done.stderr[-6000:]
+    if done.returncode:
+        pytest.fail(done.stderr[-3000:])
     return torch.load(script_dir / "seen.pt", weights_only=True) | {"printed": done.stdout}
 
 
@@ -250,7 +264,7 @@ def comparable(config: str | bytes) -> dict:
 def test_the_package_is_out_of_reach_there(journey):
     """Otherwise nothing below would prove anything."""
     for seen in journey.processes:
-        assert seen["importable"] == []
+        assert seen["ours"] == []
         for found in seen["folders"].values():
             assert all(name.startswith("transformers_modules.") for name in found["classes"])
 
@@ -277,6 +291,12 @@ def test_weights_and_logits_are_the_same_bits(journey, original):
                 assert given.keys() == journey.expected.keys()
                 for name, values in journey.expected.items():
                     assert torch.equal(given[name], values), (folder, name)
+
+
+def test_pipeline_answers_there(journey, processor):
+    new = journey.expected["sequences"][0, journey.expected["input_ids"].shape[1] :]
+    for seen in journey.processes:
+        assert seen["pipeline"] == processor.decode(new, skip_special_tokens=True)
 
 
 def test_saved_again_is_the_same_checkpoint(journey):
@@ -378,9 +398,9 @@ def test_the_version_and_the_card(journey):
 @pytest.fixture
 def hub(request, monkeypatch) -> FakeHub:
     fake = FakeHub(getattr(request, "param", None))
-    for module in (transformers.utils.hub, transformers.modeling_utils):
+    for module in (transformers.utils.hub, transformers.modeling_utils, transformers.trainer):
         monkeypatch.setattr(module, "hf_api", lambda: fake)
-    monkeypatch.setattr(huggingface_hub.ModelCard, "load", fake.load_card)
+    monkeypatch.setattr(ModelCard, "load", fake.load_card)
     return fake
 
 
@@ -398,6 +418,13 @@ def test_a_push_carries_weights_code_and_card(journey, original, processor, hub,
     processor.push_to_hub("me/model")
     assert set(hub.files) == {path.name for path in first.iterdir()}
     assert b"pipeline_tag: image-text-to-text" in hub.files["README.md"]
+
+
+def test_a_push_by_trainer_carries_weights_and_code(journey, original, processor, hub, tmp_path):
+    """The card in it is Trainer's own, about the training run."""
+    args = TrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none", hub_model_id="me/run")
+    Trainer(model=copy.deepcopy(original), args=args, processing_class=processor).push_to_hub()
+    assert set(hub.files) == FILES | set(code_of(journey.folders["first"])) | {"training_args.bin"}
 
 
 @pytest.mark.parametrize("hub", ["---\nlicense: mit\n---\n\n# Mine\n"], indirect=True)
