@@ -355,17 +355,19 @@ def test_wrong_prompts_raise(shared_model, rows):
             inputs["input_ids"], pixel_values=inputs["pixel_values"][:64], image_grid_thw=inputs["image_grid_thw"][:1]
         )
     with pytest.raises(ValueError, match="more images"):
-        shared_model.generate(rows[2]["input_ids"], **vision(inputs))
+        shared_model.generate(rows[2]["input_ids"], max_new_tokens=1, **vision(inputs))
     lone = torch.cat([rows[0]["input_ids"], torch.tensor([[config.latent_start_token_id, 5]])], dim=1)
     with pytest.raises(ValueError, match="latent_grid_hw"):
-        shared_model.generate(lone, **vision(rows[0]))
+        shared_model.generate(lone, max_new_tokens=1, **vision(rows[0]))
     with pytest.raises(ValueError, match="Row 0 .* 513 tokens.* 512"):
         shared_model.generate(torch.full((1, 513), 5), max_new_tokens=1)
     stock = stock_twin(shared_model)(**rows[2], use_cache=True)
     with pytest.raises(ValueError, match="latent_state"):
-        shared_model.generate(torch.cat([rows[2]["input_ids"]] * 2, dim=1), past_key_values=stock.past_key_values)
+        shared_model.generate(
+            torch.cat([rows[2]["input_ids"]] * 2, dim=1), past_key_values=stock.past_key_values, max_new_tokens=1
+        )
     done = shared_model.generate(**rows[2], **GREEDY)
     with pytest.raises(ValueError, match="same rows"):
-        shared_model.generate(rows[2]["input_ids"], past_key_values=done.past_key_values)
+        shared_model.generate(rows[2]["input_ids"], past_key_values=done.past_key_values, max_new_tokens=1)
     with pytest.raises(ValueError, match="Continuous batching"):
         shared_model.generate_batch([[1, 2]])
