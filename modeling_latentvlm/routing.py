@@ -125,7 +125,9 @@ def selected_mask(attended: Tensor, length: int, implementation: str, dtype: tor
     own = nn.functional.pad(own, (past, 0))
     allowed = ((causal & attended[:, None]) | own)[:, None]  # (B, 1, length, P + length)
     if base == "eager":
-        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)
+        return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(
+            ~allowed, torch.finfo(dtype).min
+        )
     return allowed
 
 
