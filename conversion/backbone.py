@@ -20,6 +20,7 @@ from PIL import Image
 from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedConfig, ProcessorMixin
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from yaml import YAMLError
 
 from conversion.checkpoint_io import SourceWeights, write_json
@@ -141,7 +142,7 @@ def load_backbone(folder: Path, config_class: type[PreTrainedConfig]) -> Backbon
     config, weights = read_config(folder, config_class), SourceWeights(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        image_processor = load_image_processor(folder)
         saved = ProcessorMixin.get_processor_dict(folder)[0]
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
@@ -150,6 +151,14 @@ def load_backbone(folder: Path, config_class: type[PreTrainedConfig]) -> Backbon
         tokenizer.init_kwargs.pop(circumstance, None)
     chat_template = saved.get("chat_template") or tokenizer.chat_template
     return Backbone(folder, config, weights, tokenizer, image_processor, chat_template)
+
+
+def load_image_processor(folder: Path):
+    """The backbone's image processor; older transformers find theirs without torchvision by its class alone."""
+    try:
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    except ImportError:
+        return Qwen2VLImageProcessorPil.from_pretrained(folder)
 
 
 def add_tokens(tokenizer, tokens: tuple[str, ...]) -> dict[str, int]:

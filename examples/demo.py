@@ -10,9 +10,9 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 from transformers.utils import logging
 
-from configuration_latentvlm import DeepLatentConfig
+from configuration_latentvlm import DeepLatentConfig, __version__
 from conversion.convert_deeplatent import convert_deeplatent
-from conversion.fetch_assets import fetch_smollm2_backbone, find_cache_root
+from conversion.fetch_assets import FORMAT, fetch_smollm2_backbone, find_cache_root
 from processing_latentvlm import draw_trace
 
 
@@ -26,8 +26,8 @@ UNTRAINED = (
 
 
 def demo_checkpoint() -> Path:
-    """Convert the backbone once; later calls refresh the code in the folder alone."""
-    folder = find_cache_root() / "deeplatent-smollm2-135m"
+    """Convert the backbone once a version; later calls refresh the code in the folder alone."""
+    folder = find_cache_root() / f"deeplatent-smollm2-135m-{__version__}-{FORMAT}"
     if (folder / "config.json").is_file():
         DeepLatentConfig.from_pretrained(folder).save_pretrained(folder)
         return folder

@@ -40,14 +40,16 @@ class LatentContext:
     output_latents: bool = False
     grid: tuple[int, int] | None = None  # forced on every block that `generate` opens
     max_blocks: int = 0  # most blocks of an answer, for the size of a static cache
-    prompt_grids: Tensor | None = None  # of the blocks that stand in the prompt already
+    prompt_sites: list | None = None  # the blocks that stand in the prompt already, by row
+    earlier_grids: list = field(default_factory=list)  # by prompt row, of the blocks in a continued cache
+    is_unused: bool = False  # whether blocks could have been opened and none was
     decode_step: int = -1  # the generated token that is being consumed; -1: the prompt
     steps: list[LatentStep] = field(default_factory=list)
 
-    def take_prompt_grids(self) -> Tensor | None:
-        """The prompt's grids, once: later tokens of `generate` open blocks of their own."""
-        grids, self.prompt_grids = self.prompt_grids, None
-        return grids
+    def take_prompt_sites(self) -> list | None:
+        """The prompt's blocks, once: later tokens of `generate` open blocks of their own."""
+        sites, self.prompt_sites = self.prompt_sites, None
+        return sites
 
     def of_row(self, values: list, row: int, num_rows: int):
         """The entry of the prompt row that `row` of an expanded batch continues."""
@@ -102,7 +104,7 @@ class BlockDecoder(SegmentDecoder):
             layers = [torch.stack([join_row(segments, row, layer) for row in range(rows)]) for layer in range(count)]
         else:
             layers = self.decode(embeds, positions, mask, None)
-        self.state.num_tokens += length
+        self.state.remember(input_ids, length)
         self.context.decode_step += 1
         return self.decoded(layers, sites, rows)
 
@@ -209,7 +211,9 @@ class BlockDecoder(SegmentDecoder):
         for step, attention in zip(steps, built.image_attention or ()):
             step.image_attention = attention.detach()
         blocks = {}
-        for index, (step, latents) in enumerate(zip(steps, intervene(self.context.intervention, steps))):
+        for index, (step, latents) in enumerate(
+            zip(steps, intervene(self.context.intervention, steps, self.prompts_of(steps)))
+        ):
             self.record(step, latents)
             row, (height, width) = step.row, step.grid
             self.scale_logits[row, number] = (built.height_logits[index], built.width_logits[index])
@@ -233,7 +237,7 @@ class BlockDecoder(SegmentDecoder):
             steps = [
                 self.step(row, opened[row], (1, 1), latents[row], self.images_of(row, opened[row])) for row in active
             ]
-            for row, changed in zip(active, intervene(self.context.intervention, steps)):
+            for row, changed in zip(active, intervene(self.context.intervention, steps, self.prompts_of(steps))):
                 collected[row].append(changed)
             going_on = [row for row in active if index + 1 < grids[row][1]]
             if not going_on:
@@ -292,10 +296,16 @@ class BlockDecoder(SegmentDecoder):
             decode_step=self.context.decode_step,
         )
 
+    def prompts_of(self, steps: list[LatentStep]) -> list[int]:
+        """The prompt that each step's row belongs to: beams of one prompt share it."""
+        rows = self.state.attention_mask.shape[0]
+        return [self.context.of_row(list(range(len(self.context.images))), step.row, rows) for step in steps]
+
     def record(self, step: LatentStep, latents: Tensor) -> None:
         """Keep what happened; the tensors only where they were asked for."""
         kept = latents.detach() if self.context.output_latents else None
         self.context.steps.append(replace(step, latents=kept))
+        self.state.grids[step.row].append(step.grid)
 
     def decoded(self, layers: list[Tensor], sites: list[list[BlockSite]], rows: int) -> Decoded:
         places = [(row, number) for row, found in enumerate(sites) for number in range(len(found))]

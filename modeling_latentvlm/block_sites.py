@@ -7,6 +7,7 @@ writes) or as `<latent>` alone (what `generate` returns).
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -20,8 +21,13 @@ class BlockSite:
     grid: tuple[int, int] | None  # None: predicted
 
 
-def find_block_sites(input_ids: Tensor, config, latent_grid_hw: Tensor | None) -> list[list[BlockSite]]:
+def find_block_sites(
+    input_ids: Tensor, config, latent_grid_hw: Tensor | None, open_ended: bool = False
+) -> list[list[BlockSite]]:
     """Find the blocks of every row, in order, and give them their grids.
+
+    Args:
+        open_ended: a `<latent>` that ends its row may go without a grid: an answer was cut off there.
 
     Raises:
         ValueError: the tokens of a block, the number of blocks, or a grid are not what they must be.
@@ -31,7 +37,7 @@ def find_block_sites(input_ids: Tensor, config, latent_grid_hw: Tensor | None) -
     sites: list[list[BlockSite]] = [[] for _ in range(input_ids.shape[0])]
     if latent_grid_hw is None and not special.any():
         return sites
-    grids = None if latent_grid_hw is None else [tuple(grid) for grid in latent_grid_hw.tolist()]
+    grids = None if latent_grid_hw is None else read_grids(latent_grid_hw)
     rows = input_ids.tolist()
     for row, columns in enumerate(special_columns(special)):
         sites[row] = parse_row(row, rows[row], columns, (start, pad, end))
@@ -44,6 +50,9 @@ def find_block_sites(input_ids: Tensor, config, latent_grid_hw: Tensor | None) -
                 "`latent_grid_hw` says its height and width."
             )
         return sites
+    ends = [site for site in flat if open_ended and site.column == input_ids.shape[1] - 1]
+    if ends and len(grids) == len(flat) - len(ends):
+        flat = [site for site in flat if site not in ends]
     if len(grids) != len(flat):
         raise ValueError(
             f"`latent_grid_hw` gives {len(grids)} grids, but `input_ids` holds {len(flat)} blocks "
@@ -59,6 +68,16 @@ def find_block_sites(input_ids: Tensor, config, latent_grid_hw: Tensor | None) -
             )
         site.grid = grid
     return sites
+
+
+def read_grids(latent_grid_hw) -> list[tuple[int, int]]:
+    """(height, width) pairs from a tensor or nested lists of whole numbers."""
+    grids = torch.as_tensor(latent_grid_hw)
+    if grids.ndim != 2 or grids.shape[1] != 2 or grids.is_floating_point():
+        raise ValueError(
+            f"`latent_grid_hw` must be whole numbers of shape (blocks, 2), got shape {tuple(grids.shape)} of {grids.dtype}."
+        )
+    return [tuple(grid) for grid in grids.tolist()]
 
 
 def special_columns(special: Tensor) -> list[list[int]]:
@@ -95,6 +114,8 @@ def parse_row(row: int, ids: list[int], columns: list[int], tokens: tuple[int, i
 
 def check_grid(grid: Sequence[int], config, where: str) -> None:
     """Raise unless `grid` is a (height, width) that the model can build."""
+    if len(grid) != 2 or not all(isinstance(side, int) for side in grid):
+        raise ValueError(f"A latent grid is (height, width) in whole numbers, got {grid} in {where}.")
     if config.latent_mode == "autoregressive":
         if grid[0] != 1 or grid[1] < 1:
             raise ValueError(f"An autoregressive block is 1 x K latents, got {grid[0]} x {grid[1]} in {where}.")

@@ -6,7 +6,7 @@
     "noise"    Gaussian noise of each latent's own norm
     "mean"     every latent becomes the mean of its block
     "shuffle"  the latents of a block change places
-    "swap"     a row gets the latents of the next row that opens a block at the same time, resized to its own grid
+    "swap"     a row gets the latents of the next row, of another prompt, that opens a block at the same time, resized
     callable   `f(latents, step) -> latents`, (N, D) in and out; `step` is the `LatentStep` before the change
 
 The changed latents are what the cache, the trace and the rest of the answer see.
@@ -78,20 +78,29 @@ def check_intervention(intervention: str | Intervention | None, one_at_a_time: b
         )
 
 
-def intervene(intervention: str | Intervention | None, steps: list[LatentStep]) -> list[Tensor]:
-    """Return the latents of all blocks opened together, changed."""
+def intervene(intervention: str | Intervention | None, steps: list[LatentStep], prompts: list[int]) -> list[Tensor]:
+    """Return the latents of all blocks opened together, changed. `prompts` says which rows share one: beams do."""
     if intervention is None:
         return [step.latents for step in steps]
     if intervention == "swap":
-        if len(steps) < 2:
-            raise ValueError(
-                f'`latent_intervention="swap"` needs two rows that open a block at the same time, but row {steps[0].row} opens '
-                "one alone. Batch rows with `min_latent_blocks=1`, or pass a callable that holds the other sample's latents."
-            )
-        donors = steps[1:] + steps[:1]
-        return [resize_latents(donor.latents, donor.grid, step.grid) for donor, step in zip(donors, steps)]
+        return [
+            resize_latents(donor.latents, donor.grid, step.grid)
+            for step, donor in zip(steps, (find_donor(index, steps, prompts) for index in range(len(steps))))
+        ]
     change = INTERVENTIONS[intervention] if isinstance(intervention, str) else intervention
     return [checked(change(step.latents, step), step) for step in steps]
+
+
+def find_donor(index: int, steps: list[LatentStep], prompts: list[int]) -> LatentStep:
+    """The next step, in turn, of another prompt."""
+    for step, prompt in zip(steps[index + 1 :] + steps[:index], prompts[index + 1 :] + prompts[:index]):
+        if prompt != prompts[index]:
+            return step
+    raise ValueError(
+        f'`latent_intervention="swap"` needs two prompts that open a block at the same time, but that of row '
+        f"{steps[index].row} opens one alone. Batch prompts with `min_latent_blocks=1`, or pass a callable that holds the "
+        "other sample's latents."
+    )
 
 
 def checked(changed: Tensor, step: LatentStep) -> Tensor:

@@ -305,21 +305,23 @@ def length_mask(lengths: list[int], device: torch.device) -> Tensor | None:
     return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
 
 
-class ImageIndexEmbedding(nn.Linear):
+class ImageIndexEmbedding(nn.Module):
     """A learned, zero-initialised map of an image's number in the prompt: relative places collide between images.
 
-    Over sinusoids and not a table, so that any number of images has an embedding.
+    Over sinusoids and not a table, so that any number of images has an embedding. No `nn.Linear`: adapters that replace
+    those call them with features, and this one takes numbers.
     """
 
     num_frequencies = 16
 
     def __init__(self, hidden_size: int):
-        super().__init__(2 * self.num_frequencies, hidden_size, bias=False)
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size, 2 * self.num_frequencies))
 
     def forward(self, index: Tensor) -> Tensor:  # (M,) -> (M, D)
         exponents = torch.arange(self.num_frequencies, device=index.device) / self.num_frequencies
         angles = index[:, None].float() * 1000.0**-exponents
-        return super().forward(torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.weight.dtype))
+        return F.linear(torch.cat([angles.sin(), angles.cos()], dim=-1).to(self.weight.dtype), self.weight)
 
 
 class LatentBlockBuilder(nn.Module):
@@ -378,7 +380,7 @@ class LatentBlockBuilder(nn.Module):
         return blocks
 
     def choose_grids(self, grids, height_logits: Tensor, width_logits: Tensor) -> list[tuple[int, int]]:
-        """Fill in the predicted grid where none is given: the one place where a block waits for the device."""
+        """Fill in the predicted grid where none is given, which waits for the device."""
         if None not in grids:
             return list(grids)
         if self.config.latent_scale == "fixed":

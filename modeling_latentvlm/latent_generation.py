@@ -6,57 +6,25 @@ through beam search; what one call wants lives in a `LatentContext`. Nothing sta
 
 import torch
 from torch import Tensor
-from transformers.generation import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-    StopStringCriteria,
-)
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
 from modeling_latentvlm.block_decoding import LatentContext
 from modeling_latentvlm.block_sites import check_grid, find_block_sites
+from modeling_latentvlm.generation_rules import (
+    LatentBlockLimits,
+    check_settings,
+    expansion,
+    infer_attention_mask,
+    stop_reasons,
+)
 from modeling_latentvlm.interventions import Intervention, check_intervention
 from modeling_latentvlm.row_images import drop_cached_items
+from modeling_latentvlm.segments import check_continuation, find_state
 from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_rows
 
 
 logger = logging.get_logger(__name__)
-
-SUPPORTED_MODES = (
-    GenerationMode.GREEDY_SEARCH,
-    GenerationMode.SAMPLE,
-    GenerationMode.BEAM_SEARCH,
-    GenerationMode.BEAM_SAMPLE,
-)
-
-
-class LatentBlockLimits(LogitsProcessor):
-    """Opens the first blocks, forbids more than the most, and keeps a block's inner tokens from being written.
-
-    Reads the count off the generated tokens, so it is right for every beam and needs no state.
-    """
-
-    def __init__(self, prompt_length: int, config, can_open: Tensor, min_blocks: int, max_blocks: int):
-        self.prompt_length, self.start = prompt_length, config.latent_start_token_id
-        self.inner = [config.latent_pad_token_id, config.latent_end_token_id]
-        self.can_open, self.min_blocks, self.max_blocks = can_open, min_blocks, max_blocks
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        opened = (input_ids[:, self.prompt_length :] == self.start).sum(dim=1)
-        can_open = self.can_open.to(opened.device).repeat_interleave(len(opened) // len(self.can_open))
-        scores = scores.clone()
-        scores[:, self.inner] = -float("inf")
-        scores[:, self.start] = scores[:, self.start].masked_fill(
-            ~can_open | (opened >= self.max_blocks), -float("inf")
-        )
-        if self.min_blocks:
-            forced = can_open & (opened < self.min_blocks)
-            only_start = torch.full_like(scores, -float("inf"))
-            only_start[:, self.start] = 0
-            scores = torch.where(forced[:, None], only_start, scores)
-        return scores
 
 
 class LatentGenerationMixin:
@@ -106,7 +74,7 @@ class LatentGenerationMixin:
             prompt_length = input_ids.shape[1]
             kwargs |= self._prepare_prompt(input_ids, latent_grid_hw, context, settings, kwargs)
         else:
-            context.images = [None] * len(kwargs.get("inputs_embeds", [None]))
+            context.images = [None] * len(self._check_blind_prompt(kwargs, low, latent_grid, latent_grid_hw))
         can_open = torch.tensor([images is not None for images in context.images])
         limits = LatentBlockLimits(prompt_length, self.config, can_open, low, high)
         output = super().generate(
@@ -118,21 +86,35 @@ class LatentGenerationMixin:
             **kwargs,
         )
         if high and can_open.any():
-            self._warn_if_unused(output if isinstance(output, Tensor) else output.sequences, prompt_length, can_open)
+            sequences = output if isinstance(output, Tensor) else output.sequences
+            context.is_unused = self._warn_if_unused(sequences, prompt_length, can_open)
         if isinstance(output, Tensor):
             return output
         return self._account(output, context, prompt_length, settings, kwargs)
+
+    def _check_blind_prompt(self, kwargs: dict, low: int, grid, grids) -> Tensor | list:
+        """A prompt of embeddings alone (or none) has no images that a block could look at."""
+        needless = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
+        given = [name for name in needless if kwargs.get(name) is not None]
+        given += ["min_latent_blocks"] * bool(low) + ["latent_grid"] * (grid is not None)
+        given += ["latent_grid_hw"] * (grids is not None)
+        if given:
+            raise ValueError(f"{given} need `input_ids`: in `inputs_embeds` no image can be found.")
+        embeds = kwargs.get("inputs_embeds")
+        return [None] if embeds is None else embeds
 
     def _input_device(self, inputs: Tensor) -> torch.device:
         """Where inputs belong: offloaded weights lie on `meta` and are fetched to where the caller put the inputs."""
         return inputs.device if self.device.type == "meta" else self.device
 
-    def _warn_if_unused(self, sequences: Tensor, prompt_length: int, can_open: Tensor) -> None:
-        if not (sequences[:, prompt_length:] == self.config.latent_start_token_id).any():
+    def _warn_if_unused(self, sequences: Tensor, prompt_length: int, can_open: Tensor) -> bool:
+        unused = not (sequences[:, prompt_length:] == self.config.latent_start_token_id).any()
+        if unused:
             logger.warning_once(
                 f"No latent block was opened: none of the {int(can_open.sum())} rows with an image wrote `<latent>`. "
                 "`min_latent_blocks=1` opens one."
             )
+        return unused
 
     def generate_batch(self, *args, **kwargs):
         raise ValueError("Continuous batching cannot open latent blocks: use `generate` on a batch instead.")
@@ -141,8 +123,8 @@ class LatentGenerationMixin:
         """What this call wants of its blocks, checked."""
         check_intervention(intervention, self.config.latent_mode == "autoregressive")
         if grid is not None:
+            grid = tuple(grid)
             check_grid(grid, self.config, "`latent_grid`")
-            grid = (int(grid[0]), int(grid[1]))
         return LatentContext(
             images=[],
             intervention=intervention,
@@ -157,52 +139,59 @@ class LatentGenerationMixin:
         low = getattr(settings, "min_latent_blocks", None) if low is None else low
         high = getattr(settings, "max_latent_blocks", None) if high is None else high
         low, high = low or 0, self.config.max_latent_blocks if high is None else high
-        if not 0 <= low <= high:
-            raise ValueError(f"`min_latent_blocks` must lie within 0..`max_latent_blocks` ({high}), got {low}.")
+        if not (isinstance(low, int) and isinstance(high, int) and 0 <= low <= high):
+            raise ValueError(
+                f"`min_latent_blocks` must be a whole number within 0..`max_latent_blocks` ({high}), got {low}."
+            )
         return low, high
 
     def _prepare_prompt(self, input_ids, latent_grid_hw, context, settings, kwargs) -> dict:
         """Encode what is new in the prompt and place it. Takes the vision inputs out of `kwargs`."""
-        vision = {
-            name: kwargs.pop(name, None)
-            for name in (
-                "pixel_values",
-                "image_grid_thw",
-                "pixel_values_videos",
-                "video_grid_thw",
-                "second_per_grid_ts",
-            )
-        }
+        names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+        vision = {name: kwargs.pop(name, None) for name in names}
         kwargs.pop("mm_token_type_ids", None)
+        if kwargs.get("position_ids") is not None:
+            raise ValueError(
+                "`position_ids` cannot be given to `generate`: latent blocks take positions of their own."
+            )
         attention_mask = kwargs.get("attention_mask")
         if attention_mask is None:
             attention_mask = infer_attention_mask(input_ids, settings)
         self._check_length(input_ids, attention_mask)
-        cache = kwargs.get("past_key_values")
-        state = getattr(cache, "latent_state", None)
-        expand = expansion(settings)
-        seen = 0
+        cache, expand = kwargs.get("past_key_values"), expansion(settings)
+        state = find_state(cache)
+        seen = 0 if state is None else state.num_tokens
         if state is not None:
-            seen = state.num_tokens
-            self._continue_cache(cache, state, input_ids, attention_mask, expand)
+            check_continuation(cache, state, input_ids, attention_mask)
             vision = drop_cached_items(input_ids, seen, vision, self.config, self.model.visual.spatial_merge_size)
         new_ids = input_ids[:, seen:].to(self._input_device(input_ids))
-        sites = find_block_sites(new_ids, self.config, latent_grid_hw)
+        sites = find_block_sites(new_ids, self.config, latent_grid_hw, open_ended=True)
         lone = [site for row in sites for site in row if site.grid is None]
-        if lone and state is None:
+        if lone and state is None and latent_grid_hw is None:
             raise ValueError(
                 f"Row {lone[0].row} of the prompt opens a latent block at column {lone[0].column}, but `latent_grid_hw` is not "
                 "given. Pass the grids, or the `past_key_values`, that `generate` returned with the sequences."
             )
-        if latent_grid_hw is not None:
-            context.prompt_grids = torch.tensor([site.grid for row in sites for _ in range(expand) for site in row])
-        earlier = None if state is None else [state.images[row * expand] for row in range(len(new_ids))]
+        context.prompt_sites = [row for row in sites for _ in range(expand)]
+        if state is not None:
+            context.earlier_grids = [list(grids) for grids in state.grids]
+        earlier = None if state is None else state.images
         context.images, context.placeholders = self._encode_images(new_ids, vision, earlier, seen)
         positions = self._rope_positions(new_ids, attention_mask, vision)
+        if state is not None:  # last: until here a failed call has left the caller's cache as it was
+            if attention_mask is not None and not attention_mask.all():
+                state.mask_tokens(attention_mask[:, :seen].bool())
+            if expand > 1:
+                cache.batch_repeat_interleave(expand)
+                state.repeat_interleave(expand)
         return {"attention_mask": attention_mask, "position_ids": positions}
 
     def _check_length(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
         longest = self.config.get_text_config().max_position_embeddings
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}."
+            )
         if input_ids.shape[1] <= longest:
             return
         lengths = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).sum(dim=1)
@@ -211,25 +200,6 @@ class LatentGenerationMixin:
             raise ValueError(
                 f"Row {row} of the prompt has {int(lengths[row])} tokens, but the context holds {longest}."
             )
-
-    def _continue_cache(self, cache, state, input_ids: Tensor, attention_mask: Tensor | None, expand: int) -> None:
-        """Check that a returned cache fits the sequences that continue it, and ready it for them."""
-        rows = state.attention_mask.shape[0]
-        if rows != input_ids.shape[0] or input_ids.shape[1] <= state.num_tokens:
-            raise ValueError(
-                f"`past_key_values` holds {rows} rows of {state.num_tokens} tokens; `input_ids` must be the same rows from their "
-                f"start, with new tokens behind, but its shape is {tuple(input_ids.shape)}."
-            )
-        if attention_mask is not None:
-            if attention_mask.shape != input_ids.shape:
-                raise ValueError(
-                    f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}."
-                )
-            if not attention_mask.all():
-                state.mask_tokens(attention_mask[:, : state.num_tokens].bool())
-        if expand > 1:
-            cache.batch_repeat_interleave(expand)
-            state.repeat_interleave(expand)
 
     def prepare_inputs_for_generation(
         self,
@@ -270,7 +240,9 @@ class LatentGenerationMixin:
         context = model_kwargs.get("latent_context")
         if context is not None:
             rows = batch_size * expansion(generation_config)
-            max_cache_length += rows * context.max_blocks * self._largest_block(context.grid)
+            room = rows * context.max_blocks * self._largest_block(context.grid)
+            check_room(model_kwargs.get("past_key_values"), max_cache_length + room)
+            max_cache_length += room
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
@@ -299,69 +271,28 @@ class LatentGenerationMixin:
             blocks[step.row] += 1
             latents[step.row] += step.grid[0] * step.grid[1]
         trace = LatentTrace(rows, steps)
+        grids = []
+        for row in range(rows):
+            grids += context.of_row(context.earlier_grids, row, rows) if context.earlier_grids else []
+            grids += [step.grid for step in trace.row(row)]
         kind = LatentGenerateBeamOutput if hasattr(output, "beam_indices") else LatentGenerateOutput
         return kind(
             **output,
             num_latent_blocks=blocks,
             num_latents=latents,
-            latent_grid_hw=trace.latent_grid_hw,
-            stop_reason=stop_reasons(output.sequences[:, prompt_length:], settings, kwargs.get("tokenizer")),
+            latent_grid_hw=torch.tensor(grids, dtype=torch.long).view(-1, 2),
+            latents_unused=context.is_unused,
+            stop_reason=stop_reasons(
+                output.sequences[:, prompt_length:], settings, kwargs.get("tokenizer"), prompt_length
+            ),
             latent_trace=trace if context.output_latents else None,
         )
 
 
-def expansion(settings) -> int:
-    """Rows that `generate` makes of one prompt."""
-    return max(settings.num_beams or 1, settings.num_return_sequences or 1)
-
-
-def check_settings(settings, kwargs: dict, output_latents: bool, device: torch.device) -> None:
-    """Raise for what cannot work with latent blocks."""
-    mode = settings.get_generation_mode(kwargs.get("assistant_model"))
-    if mode not in SUPPORTED_MODES:
+def check_room(cache, needed: int) -> None:
+    """Raise if a fixed-size cache that the caller brought is too small for the worst case."""
+    sizes = [layer.max_cache_len for layer in getattr(cache, "layers", []) if hasattr(layer, "max_cache_len")]
+    if sizes and min(sizes) < needed:
         raise ValueError(
-            f"`{mode.value}` cannot open latent blocks: it rewinds or rescores tokens one by one. Supported: "
-            f"{[supported.value for supported in SUPPORTED_MODES]}."
+            f"The static cache holds {min(sizes)} positions, but prompt, answer and latent blocks may take {needed}."
         )
-    if settings.use_cache is False:
-        raise ValueError("`use_cache=False` cannot work: latent blocks live in the key-value cache.")
-    if settings.prefill_chunk_size is not None:
-        raise ValueError(f"`prefill_chunk_size` cannot work with latent blocks, got {settings.prefill_chunk_size}.")
-    if settings.output_attentions:
-        raise ValueError("`output_attentions` has no one shape with latent blocks: use `output_latents=True`.")
-    if settings.cache_implementation == "paged":
-        raise ValueError("`cache_implementation='paged'` (continuous batching) cannot open latent blocks.")
-    if "offloaded" in (settings.cache_implementation or "") and device.type == "cpu":
-        raise ValueError(
-            f"`cache_implementation={settings.cache_implementation!r}` moves a cache to the CPU, where it is already."
-        )
-    if output_latents and not settings.return_dict_in_generate:
-        raise ValueError("`output_latents=True` needs `return_dict_in_generate=True`.")
-
-
-def infer_attention_mask(input_ids: Tensor, settings) -> Tensor | None:
-    """As transformers does: padding is masked where the pad token is no end token."""
-    pad, eos = settings.pad_token_id, settings.eos_token_id
-    eos = eos if isinstance(eos, list | tuple) else [eos]
-    if pad is None or pad in eos or not (input_ids == pad).any():
-        return None
-    return (input_ids != pad).long()
-
-
-def stop_reasons(generated: Tensor, settings, tokenizer) -> list[str]:
-    """Why each row ended, read off its generated tokens (rows, T)."""
-    eos = settings.eos_token_id if isinstance(settings.eos_token_id, list | tuple) else [settings.eos_token_id]
-    eos = [token for token in eos if token is not None]
-    stop_strings = settings.stop_strings and StopStringCriteria(tokenizer, settings.stop_strings)
-    budget = settings.max_new_tokens
-    reasons = []
-    for row in generated:
-        ends = torch.isin(row, torch.tensor(eos, device=row.device)).nonzero().flatten().tolist() if eos else []
-        kept = row[: ends[0]] if ends else row
-        if stop_strings and len(kept) and bool(stop_strings(kept[None], None)[0]):
-            reasons.append("stop_string")
-        elif ends:
-            reasons.append("eos")
-        else:
-            reasons.append("max_length" if budget is None or len(row) >= budget else "stopping_criteria")
-    return reasons

@@ -9,8 +9,8 @@ parallel; the whole block enters the language model in one forward pass and text
     z_1 .. z_N    = latent_blocks(h_s, h_q, h_v, image features)        `latent_former.py`, eq. 2-4
     logits        = decoder(z_1 .. z_N </latent>)[-1]
 
-From outside that is one decoding step: `<latent>` goes in, the logits after `</latent>` come out, so every decoding mode
-of transformers works unchanged. Without blocks the model *is* the backbone; a test holds it to that. `forward` builds
+From outside that is one decoding step: `<latent>` goes in, the logits after `</latent>` come out, so the decoding loops of
+transformers (greedy, sampling, beams) work unchanged. Without blocks the model *is* the backbone; a test holds it to that. `forward` builds
 blocks that stand in `input_ids` (a training sample, an earlier answer) by the same code that `generate` runs.
 
 Rotary positions: `<latent>` and the controls take one each; with p the next, z at (i, j) takes (p, p + i, p + j), as an
@@ -68,7 +68,7 @@ class DeepLatentCausalLMOutputWithPast(CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` with what belongs to the blocks of this forward, in the order of `latent_grid_hw`.
 
     Args:
-        scale_loss (`torch.FloatTensor` of shape `(1,)`, *optional*): L_scale (eq. 7), already in `loss` with its weight.
+        scale_loss (`torch.FloatTensor` scalar, *optional*): L_scale (eq. 7), already in `loss` with its weight.
         scale_logits (`tuple[torch.FloatTensor]`, *optional*): height and width logits, each `(num_blocks, G)`.
         latent_trace (`LatentTrace`, *optional*): with `output_latents=True`.
     """
@@ -101,17 +101,19 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
         """As in transformers, but a backbone that is not all there is an error and no line in a log.
 
         Raises:
-            ValueError: a weight has another shape than the config says, or a weight of the backbone is missing.
+            ValueError: a weight has another shape than the config says, or is missing. Only a checkpoint without any of the
+                latent weights, which is a backbone's, may lack them; `ignore_mismatched_sizes=True` lets all through.
         """
         model, info = super().from_pretrained(*args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
         wrong = [f"{name} is {tuple(got)}, expected {tuple(want)}" for name, got, want in info["mismatched_keys"]]
         if wrong and not ignore_mismatched_sizes:
             raise ValueError(f"The checkpoint does not fit its config: {'; '.join(sorted(wrong))}.")
-        missing = [name for name in info["missing_keys"] if not name.startswith(NEW_WEIGHTS)]
-        if missing:
-            raise ValueError(
-                f"The checkpoint lacks {len(missing)} weights of the backbone: {', '.join(sorted(missing)[:5])}."
-            )
+        fresh = {name for name in info["missing_keys"] if name.startswith(NEW_WEIGHTS)}
+        missing = sorted(set(info["missing_keys"]) - fresh)
+        if fresh and len(fresh) < sum(name.startswith(NEW_WEIGHTS) for name in model.state_dict()):
+            missing += sorted(fresh)  # a backbone has none of them; some of them is no checkpoint of anything
+        if missing and not ignore_mismatched_sizes:
+            raise ValueError(f"The checkpoint lacks {len(missing)} weights: {', '.join(missing[:5])}.")
         return (model, info) if output_loading_info else model
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -170,7 +172,7 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
         if latent_context is None and state is None and not any(sites):
             if mm_token_type_ids is None and input_ids is not None:
                 mm_token_type_ids = self._token_types(input_ids)
-            return super().forward(
+            output = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -183,12 +185,28 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
                 **vision,
                 **kwargs,
             )
+            if output.loss is not None:
+                output.loss = self._touch_latents(output.loss)
+            return output
         if latent_context is None:
+            self._check_inputs(input_ids, attention_mask, position_ids, state, kwargs)
             latent_context = self._new_context(input_ids, vision, state, latent_intervention, output_latents)
             position_ids = self._rope_positions(input_ids, attention_mask, vision)
         decoder = BlockDecoder(self, latent_context, past_key_values, use_cache, kwargs)
         decoded = decoder.run(input_ids, inputs_embeds, attention_mask, position_ids, sites)
         return self._predict(decoded, input_ids, labels, logits_to_keep, kwargs)
+
+    def _check_inputs(self, input_ids, attention_mask, position_ids, state, kwargs: dict) -> None:
+        """Raise for what a forward with blocks cannot honour."""
+        if position_ids is not None:
+            raise ValueError("`position_ids` cannot be given with latent blocks: they take positions of their own.")
+        if kwargs.get("output_attentions"):
+            raise ValueError("`output_attentions` has no one shape with latent blocks: use `output_latents=True`.")
+        seen, new = (0 if state is None else state.num_tokens), input_ids.shape[1]
+        if attention_mask is not None and attention_mask.shape[1] not in (new, seen + new):
+            raise ValueError(
+                f"`attention_mask` must cover the {new} new columns of `input_ids`, or all {seen + new}, got {attention_mask.shape[1]}."
+            )
 
     def _new_context(self, input_ids, vision: dict, state, intervention, output_latents: bool) -> LatentContext:
         """What `forward` wants of its blocks when `generate` has not said it."""
@@ -204,7 +222,11 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
                 raise ValueError("`latent_grid_hw` needs `input_ids`: blocks cannot be found in `inputs_embeds`.")
             return []
         if latent_context is not None:
-            latent_grid_hw = latent_context.take_prompt_grids()
+            prompt_sites = latent_context.take_prompt_sites()
+            if prompt_sites is not None:
+                return prompt_sites
+            if latent_context.max_blocks == 0:
+                return [[] for _ in input_ids]
         sites = find_block_sites(input_ids, self.config, latent_grid_hw)
         lone = [site for row in sites for site in row if site.grid is None]
         if lone and latent_context is None:
@@ -268,6 +290,7 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
                 **kwargs,
             )
             scale_loss = decoded.scale_loss()
+            loss = self._touch_latents(loss)
             if scale_loss is not None:
                 loss = loss + self.config.scale_loss_weight * scale_loss.to(loss)
         return DeepLatentCausalLMOutputWithPast(
@@ -279,6 +302,14 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
             scale_logits=decoded.scale_logits,
             latent_trace=decoded.trace,
         )
+
+    def _touch_latents(self, loss: Tensor) -> Tensor:
+        """Give every latent weight a gradient of zero: a replica whose batch uses fewer of them must not stall the others."""
+        if not (self.training and torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return loss
+        plain = [weight for module in (self.latent_control, self.latent_blocks) for weight in module.parameters()]
+        plain = [weight for weight in plain if weight.requires_grad and not hasattr(weight, "placements")]
+        return loss + sum((0 * weight.sum() for weight in plain), torch.zeros_like(loss))
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
         # transformers has just put its empty card in the place of ours.

@@ -113,10 +113,16 @@ def drop_cached_items(input_ids: Tensor, seen: int, vision: dict, config, merge_
         is_placeholder = input_ids == token
         if sum(sizes) == int(is_placeholder[:, seen:].sum()):
             continue
+        if len(vision[pixels]) != sum(patches.tolist()):
+            raise ValueError(
+                f"`{kind}_grid_thw` names {sum(patches.tolist())} patches, but the {kind}s have {len(vision[pixels])}."
+            )
         keep = new_items(sizes, is_placeholder[:, :seen].sum(dim=1).tolist(), is_placeholder.sum(dim=1).tolist())
         parts = vision[pixels].split(patches.tolist())
         vision[f"{kind}_grid_thw"] = grid_thw[keep] if keep else None
         vision[pixels] = torch.cat([parts[index] for index in keep]) if keep else None
+        if kind == "video" and vision["second_per_grid_ts"] is not None:
+            vision["second_per_grid_ts"] = [vision["second_per_grid_ts"][index] for index in keep]
     return vision
 
 

@@ -11,8 +11,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils import logging
 
 from modeling_latentvlm.segments import LatentState, first_segment_cache, next_segment_cache
+
+
+logger = logging.get_logger(__name__)
 
 
 class SegmentDecoder:
@@ -29,6 +33,10 @@ class SegmentDecoder:
             self.use_cache = self.text_model.config.use_cache
         self.returned_cache = self.cache
         if self.cache is None and has_latents and torch.is_grad_enabled():
+            if self.use_cache and not self.model.training:
+                logger.warning_once(
+                    "`use_cache=True` is ignored: with gradients, the cache of latents is not returned."
+                )
             self.cache = first_segment_cache(self.text_model.config.num_hidden_layers)
         elif self.cache is None and (has_latents or self.use_cache):
             self.cache = DynamicCache(config=self.text_model.config)
@@ -92,9 +100,13 @@ class SegmentDecoder:
     @contextmanager
     def kept_cache(self):
         """Keep the cache under gradient checkpointing: `SegmentLayer` can be replayed, so it need not be dropped."""
-        layers = self.text_model.layers if self.is_segmented and self.is_checkpointing() else []
+        # transformers drops the cache in training mode, without gradients too.
+        active = self.cache is not None and self.model.training
+        layers = [layer for layer in self.text_model.layers if layer.gradient_checkpointing] if active else []
         for layer in layers:
-            if getattr(layer._gradient_checkpointing_func, "keywords", {}).get("use_reentrant", True):
+            if torch.is_grad_enabled() and getattr(layer._gradient_checkpointing_func, "keywords", {}).get(
+                "use_reentrant", True
+            ):
                 raise ValueError(
                     "Latents need gradient checkpointing with `use_reentrant=False`: the reentrant kind passes no "
                     "gradient to the keys and values of earlier segments."

@@ -27,14 +27,28 @@ class LatentState:
     attention_mask: Tensor  # (B, L) bool, the slots that may be attended
     is_token: Tensor  # (B, L) bool, the slots that hold a column of `input_ids`; others hold latents or padding
     next_position: Tensor  # (B,) rotary position of the next token
-    has_holes: bool  # whether any slot is masked; without, attention keeps its fast path
-    num_tokens: int = 0  # columns of `input_ids` in the cache
+    tokens: Tensor  # (B, columns) the `input_ids` in the cache; -1 where only embeddings were given
+    has_holes: bool = False  # whether any slot is masked; without, attention keeps its fast path
     images: list = field(default_factory=list)  # B x RowImages | None
+    grids: list[list[tuple[int, int]]] = field(default_factory=list)  # B x (height, width) of each block
 
     @classmethod
     def empty(cls, batch_size: int, device: torch.device, images: list) -> "LatentState":
         slots = torch.zeros(batch_size, 0, dtype=torch.bool, device=device)
-        return cls(slots, slots, torch.zeros(batch_size, dtype=torch.long, device=device), False, 0, images)
+        tokens = torch.zeros(batch_size, 0, dtype=torch.long, device=device)
+        positions = torch.zeros(batch_size, dtype=torch.long, device=device)
+        return cls(slots, slots, positions, tokens, images=images, grids=[[] for _ in range(batch_size)])
+
+    @property
+    def num_tokens(self) -> int:
+        """Columns of `input_ids` in the cache."""
+        return self.tokens.shape[1]
+
+    def remember(self, input_ids: Tensor | None, length: int) -> None:
+        """Keep which tokens the last slots came from, so that a later call can tell what it continues."""
+        if input_ids is None:
+            input_ids = self.tokens.new_full((self.tokens.shape[0], length), -1)
+        self.tokens = torch.cat([self.tokens, input_ids.to(self.tokens)], dim=1)
 
     def append(self, attended: Tensor | None, is_token: Tensor | None, length: int) -> Tensor | None:
         """Add `length` slots and return the mask for attention; None for a mask means all of them."""
@@ -47,14 +61,18 @@ class LatentState:
     def reorder(self, rows: Tensor) -> None:
         """Follow the cache through beam search. Beams move within their prompt, so `images` stay where they are."""
         self.attention_mask, self.is_token = self.attention_mask[rows], self.is_token[rows]
-        self.next_position = self.next_position[rows]
+        self.next_position, self.tokens = self.next_position[rows], self.tokens[rows]
+        if any(self.grids):
+            self.grids = [list(self.grids[row]) for row in rows.tolist()]
 
     def repeat_interleave(self, repeats: int) -> None:
         """Follow the cache when every row is continued `repeats` times."""
         self.attention_mask = self.attention_mask.repeat_interleave(repeats, dim=0)
         self.is_token = self.is_token.repeat_interleave(repeats, dim=0)
         self.next_position = self.next_position.repeat_interleave(repeats, dim=0)
+        self.tokens = self.tokens.repeat_interleave(repeats, dim=0)
         self.images = [images for images in self.images for _ in range(repeats)]
+        self.grids = [list(grids) for grids in self.grids for _ in range(repeats)]
 
     def mask_tokens(self, attention_mask: Tensor) -> None:
         """Mask cached tokens that the caller masks by now, e.g. the padding of rows that finished early.
@@ -67,6 +85,46 @@ class LatentState:
         after[self.is_token] = before[self.is_token] & attention_mask.flatten()
         self.next_position = self.next_position - (before & ~after).sum(dim=1)
         self.attention_mask, self.has_holes = after, True
+
+
+def find_state(cache: Cache | None) -> LatentState | None:
+    """The state of a cache, or None where it is empty: a cache that was reset starts anew.
+
+    Raises:
+        ValueError: positions were added to the cache or cropped from it by somebody who did not know of the latents.
+    """
+    state = getattr(cache, "latent_state", None)
+    if state is None:
+        return None
+    held, known = int(cache.get_seq_length()), state.attention_mask.shape[1]
+    if held == 0:
+        del cache.latent_state
+        return None
+    if held != known:
+        raise ValueError(
+            f"`past_key_values` holds {held} positions, but its `latent_state` knows {known}: it was changed."
+        )
+    return state
+
+
+def check_continuation(cache: Cache, state: LatentState, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    """Raise unless `input_ids` are the tokens in the cache, with new ones behind."""
+    rows, seen = state.tokens.shape
+    if rows != input_ids.shape[0] or input_ids.shape[1] <= seen:
+        raise ValueError(
+            f"`past_key_values` holds {rows} rows of {seen} tokens; `input_ids` must be the same rows from their "
+            f"start, with new tokens behind, but its shape is {tuple(input_ids.shape)}."
+        )
+    attended = state.attention_mask[state.is_token].view(rows, seen)
+    if attention_mask is not None:
+        attended = attended & attention_mask[:, :seen].bool().to(attended.device)
+    differs = (state.tokens != input_ids[:, :seen].to(state.tokens.device)) & attended & (state.tokens >= 0)
+    if differs.any():
+        row, column = differs.nonzero()[0].tolist()
+        raise ValueError(
+            f"`input_ids` do not continue `past_key_values`: row {row} has token {int(input_ids[row, column])} at column "
+            f"{column}, the cache has {int(state.tokens[row, column])}."
+        )
 
 
 class SegmentLayer(DynamicLayer):

@@ -62,7 +62,9 @@ class LatentGenerateOutput(GenerateDecoderOnlyOutput):
     Args:
         num_latent_blocks (`torch.LongTensor` of shape `(batch_size,)`): blocks or steps that each answer took.
         num_latents (`torch.LongTensor` of shape `(batch_size,)`): latent positions in all of them.
-        latent_grid_hw (`torch.LongTensor` of shape `(num_blocks, 2)`): grid of every block, by row.
+        latent_grid_hw (`torch.LongTensor` of shape `(num_blocks, 2)`): grid of every block in `sequences`, by row; those of
+            the prompt and of a continued cache included.
+        latents_unused (`bool`): blocks could have been opened and none was.
         stop_reason (`list[str]`): per row `"eos"`, `"stop_string"`, `"stopping_criteria"` or `"max_length"`.
         latent_trace (`LatentTrace`, *optional*): with `output_latents=True`.
     """
@@ -70,6 +72,7 @@ class LatentGenerateOutput(GenerateDecoderOnlyOutput):
     num_latent_blocks: torch.LongTensor | None = None
     num_latents: torch.LongTensor | None = None
     latent_grid_hw: torch.LongTensor | None = None
+    latents_unused: bool | None = None
     stop_reason: list | None = None
     latent_trace: LatentTrace | None = None
 
@@ -81,6 +84,7 @@ class LatentGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
     num_latent_blocks: torch.LongTensor | None = None
     num_latents: torch.LongTensor | None = None
     latent_grid_hw: torch.LongTensor | None = None
+    latents_unused: bool | None = None
     stop_reason: list | None = None
     latent_trace: LatentTrace | None = None
 

@@ -9,6 +9,7 @@ import re
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.utils import is_torchvision_available
@@ -67,11 +68,25 @@ class DeepLatentProcessor(HubCodeMixin, Qwen2_5_VLProcessor):
         grids: list[tuple[int, int]] = []
         if text is not None:
             rows = [text] if isinstance(text, str) else list(text)
+            self.check_image_count(rows, images)
             text = [self.expand_blocks(row, sample, grids) for row, sample in enumerate(rows)]
         features = super().__call__(images=images, text=text, videos=videos, **kwargs)
         if grids:
             features["latent_grid_hw"] = torch.tensor(grids) if "return_tensors" in kwargs else grids
         return features
+
+    def check_image_count(self, rows: list[str], images: Any) -> None:
+        """Every placeholder of the text needs an image, and every image a placeholder."""
+        asked = [sample.count(self.image_token) for sample in rows]
+        nested = isinstance(images, list) and images and all(isinstance(row, list) for row in images)
+        given = (
+            [len(row) for row in images]
+            if nested
+            else [len(images) if isinstance(images, list) else 0 if images is None else 1]
+        )
+        wrong = asked != given if nested and len(given) == len(asked) else sum(asked) != sum(given)
+        if wrong:
+            raise ValueError(f"The rows of `text` have {asked} image placeholders, but {given} images were given.")
 
     def expand_blocks(self, row: int, sample: str, grids: list[tuple[int, int]]) -> str:
         """Write out the placeholders of every block and collect the grids."""
@@ -93,18 +108,20 @@ class DeepLatentProcessor(HubCodeMixin, Qwen2_5_VLProcessor):
             )
         return _BLOCK.sub(expand, sample)
 
-    def load_images(self, images: Any) -> Any:
+    def load_images(self, images: Any, where: str = "") -> Any:
         """Read paths and URLs, keeping the nesting, and refuse what cannot be seen."""
         if isinstance(images, list | tuple):
-            return [self.load_images(image) for image in images]
+            return [self.load_images(image, f"{where}[{index}]") for index, image in enumerate(images)]
         try:
             image = self.image_processor.fetch_images(images)
+            if isinstance(image, Image.Image):
+                image.load()
         except (OSError, ValueError) as error:
-            raise ValueError(f"The image {str(images)[:200]!r} cannot be read: {error}") from error
+            raise ValueError(f"`images{where}` ({str(images)[:200]!r}) cannot be read: {error}") from error
         size = getattr(image, "size", None)
         shape = size if isinstance(size, tuple) else tuple(getattr(image, "shape", (1,)))
         if 0 in shape:
-            raise ValueError(f"An image must have at least one pixel, got one of size {shape}.")
+            raise ValueError(f"`images{where}` must have at least one pixel, its size is {shape}.")
         return image
 
     def apply_chat_template(self, conversation, *args, **kwargs):

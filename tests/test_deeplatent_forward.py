@@ -286,6 +286,19 @@ def test_ablations_train(tokenizer, samples, fields):
     assert (output.scale_loss is None) == ("latent_scale" in fields)
 
 
+def test_every_latent_weight_gets_a_gradient_where_replicas_wait(tmp_path, model, batch):
+    """One process stands for many: a batch without blocks must not leave latent weights without a gradient."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        loss = model.train()(**batch, labels=batch["input_ids"]).loss
+        loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    weights = dict(model.named_parameters())
+    assert all(weights[name].grad is not None and not weights[name].grad.any() for name in weights if "latent" in name)
+    assert loss == model(**batch, labels=batch["input_ids"]).loss
+
+
 def test_forward_with_a_cache_goes_on_where_it_stopped(shared_model, processor, trajectories):
     """A plain forward keeps a cache with its state; the next tokens see the blocks in it."""
     whole = encode(processor, [trajectories[0]], add_generation_prompt=False)
@@ -309,6 +322,9 @@ def test_forward_with_a_cache_goes_on_where_it_stopped(shared_model, processor, 
         (lambda s: s.update(pixel_values=s["pixel_values"][:-4]), "names 96 patches.*have 92"),
         (lambda s: s.update(latent_intervention="other"), "latent_intervention"),
         (lambda s: s.update(image_grid_thw=None), "together"),
+        (lambda s: s.update(output_attentions=True), "output_attentions"),
+        (lambda s: s.update(position_ids=torch.zeros(3, 3, 5, dtype=torch.long)), "position_ids"),
+        (lambda s: s.update(attention_mask=s["attention_mask"][:, 1:]), "must cover"),
     ],
 )
 def test_wrong_samples_raise(shared_model, samples, change, message):

@@ -156,7 +156,7 @@ def test_a_returned_cache_is_continued(mode_model, processor, rows, images):
         logits_processor=open_at(mode_model, {"input_ids": ids}, [[1]]),
         **GREEDY,
     )
-    grids = torch.cat([first.latent_grid_hw, second.latent_grid_hw])
+    grids = second.latent_grid_hw  # of the whole sequence
     assert len(grids) == 3  # the last `<latent>` of the first answer is built by the second call
     forced = mode_model(second.sequences[:, :-1], **both, latent_grid_hw=grids)
     close(forced.logits[:, ids.shape[1] - 1 :], step_logits(second))
@@ -341,11 +341,17 @@ def test_says_so_when_no_block_was_opened(shared_model, rows, caplog, monkeypatc
         ({"latent_intervention": "nothing"}, "latent_intervention"),
         ({"output_latents": True, "return_dict_in_generate": False}, "return_dict_in_generate"),
         ({"no_such_option": 1}, "no_such_option"),
+        ({"guidance_scale": 2.0}, "guidance_scale"),
+        ({"latent_grid": (2.5, 2)}, "whole numbers"),
+        ({"min_latent_blocks": 1.5}, "whole number"),
+        ({"latent_grid_hw": [[1, 2, 3]]}, r"\(blocks, 2\)"),
+        ({"position_ids": torch.zeros(3, 1, 25, dtype=torch.long)}, "position_ids"),
+        ({"attention_mask": torch.ones(1, 4, dtype=torch.long)}, "attention_mask"),
     ],
 )
 def test_what_cannot_work_raises(shared_model, rows, wrong, message):
     with pytest.raises(ValueError, match=message):
-        shared_model.generate(**rows[0], **(GREEDY | wrong))
+        shared_model.generate(**(dict(rows[0]) | GREEDY | wrong))
 
 
 def test_wrong_prompts_raise(shared_model, rows):
@@ -371,3 +377,124 @@ def test_wrong_prompts_raise(shared_model, rows):
         shared_model.generate(rows[2]["input_ids"], past_key_values=done.past_key_values, max_new_tokens=1)
     with pytest.raises(ValueError, match="Continuous batching"):
         shared_model.generate_batch([[1, 2]])
+
+
+def test_embeddings_alone_take_no_pictures(shared_model, rows):
+    embeds = shared_model.get_input_embeddings()(rows[0]["input_ids"])
+    with pytest.raises(ValueError, match="pixel_values.*need `input_ids`"):
+        shared_model.generate(inputs_embeds=embeds, **vision(rows[0]), **GREEDY)
+    with pytest.raises(ValueError, match="min_latent_blocks.*need `input_ids`"):
+        shared_model.generate(inputs_embeds=embeds, min_latent_blocks=1, **GREEDY)
+    text = shared_model.get_input_embeddings()(rows[2]["input_ids"])
+    close(
+        step_logits(shared_model.generate(inputs_embeds=text, **GREEDY)),
+        step_logits(shared_model.generate(rows[2]["input_ids"], **GREEDY)),
+    )
+
+
+def test_rollouts_in_training_mode_with_checkpointing(model, rows):
+    """No gradients, but the state of a model in the middle of training: transformers would drop the cache."""
+    inputs = rows[0]
+    settings = GREEDY | {"logits_processor": open_at(model, inputs, [[1]])}
+    expected = model.generate(**inputs, **settings)
+    model.train().gradient_checkpointing_enable()
+    close(step_logits(model.generate(**inputs, **settings)), step_logits(expected))
+    sequences = expected.sequences[:, :-1]
+    model.eval()
+    grids = expected.latent_grid_hw
+    forced = model(sequences, **vision(inputs), latent_grid_hw=grids).logits
+    model.train()
+    model.latent_blocks.eval()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        noisy = model(sequences, **vision(inputs), latent_grid_hw=grids).logits
+        model.gradient_checkpointing_disable()
+        torch.manual_seed(0)
+        plain = model(sequences, **vision(inputs), latent_grid_hw=grids).logits
+    close(noisy, plain)
+    assert forced.shape == noisy.shape
+
+
+def continued(model, first, **kwargs):
+    ids = torch.cat([first.sequences, torch.full((len(first.sequences), 2), 40)], dim=1)
+    return model.generate(ids, past_key_values=first.past_key_values, max_latent_blocks=0, **(GREEDY | kwargs))
+
+
+def test_a_cache_that_was_changed_is_refused(shared_model, rows):
+    model = shared_model
+    first = model.generate(**rows[0], min_latent_blocks=1, max_latent_blocks=1, **GREEDY)
+    first.past_key_values.crop(-5)
+    with pytest.raises(ValueError, match="was changed"):
+        continued(model, first)
+    first = model.generate(**rows[0], min_latent_blocks=1, max_latent_blocks=1, **GREEDY)
+    first.sequences[0, 3] = 77
+    with pytest.raises(ValueError, match="row 0 has token 77 at column 3"):
+        continued(model, first)
+
+
+def test_the_cache_of_beams_is_not_taken_for_that_of_the_answers(shared_model, rows):
+    settings = {"num_beams": 3, "num_return_sequences": 3, "min_latent_blocks": 1, "max_latent_blocks": 1}
+    first = shared_model.generate(**rows[0], **settings, **GREEDY)
+    cache = first.past_key_values
+    same = torch.equal(first.sequences[:, : cache.latent_state.num_tokens], cache.latent_state.tokens)
+    if same:
+        pytest.skip("the running beams happen to be the answers")
+    with pytest.raises(ValueError, match="do not continue"):
+        continued(shared_model, first)
+
+
+def test_a_reset_cache_starts_anew(shared_model, rows):
+    from transformers import StaticCache
+
+    cache = StaticCache(config=shared_model.config.get_text_config(), max_cache_len=200)
+    settings = GREEDY | {"max_latent_blocks": 1, "latent_grid": (2, 2)}
+    shared_model.generate(**rows[0], past_key_values=cache, min_latent_blocks=1, **settings)
+    cache.reset()
+    again = shared_model.generate(**rows[1], past_key_values=cache, min_latent_blocks=1, **settings)
+    close(step_logits(again), step_logits(shared_model.generate(**rows[1], min_latent_blocks=1, **settings)))
+    small = StaticCache(config=shared_model.config.get_text_config(), max_cache_len=40)
+    with pytest.raises(ValueError, match="holds 40 positions"):
+        shared_model.generate(**rows[1], past_key_values=small, min_latent_blocks=1, **settings)
+
+
+def test_a_failed_call_leaves_the_cache_as_it_was(shared_model, processor, rows):
+    first = shared_model.generate(**rows[0], **(GREEDY | {"max_latent_blocks": 0}))
+    turn = encode(processor, [user_turn("and?", picture(56, 56, 3))])
+    ids = torch.cat([first.sequences, turn["input_ids"]], dim=1)
+    bad = {"pixel_values": turn["pixel_values"][:4], "image_grid_thw": turn["image_grid_thw"]}
+    with pytest.raises(ValueError, match="16 patches, but the images have 4"):
+        shared_model.generate(ids, past_key_values=first.past_key_values, num_beams=2, **bad, **GREEDY)
+    good = shared_model.generate(ids, past_key_values=first.past_key_values, num_beams=2, **vision(turn), **GREEDY)
+    assert good.sequences.shape[1] == ids.shape[1] + 9
+
+
+def test_an_answer_cut_off_at_a_block_can_be_fed_back(shared_model, rows):
+    inputs, length = rows[0], rows[0]["input_ids"].shape[1]
+    plan = open_at(shared_model, inputs, [[1, 8]])  # the last of nine tokens is `<latent>`, not built any more
+    cut = shared_model.generate(**inputs, logits_processor=plan, **GREEDY)
+    assert cut.latent_grid_hw.shape == (1, 2)
+    settings = GREEDY | {"max_latent_blocks": 0}
+    again = shared_model.generate(cut.sequences, **vision(inputs), latent_grid_hw=cut.latent_grid_hw, **settings)
+    on = shared_model.generate(**inputs, logits_processor=plan, **(GREEDY | {"max_new_tokens": 10}))
+    close(step_logits(again)[:, 0], step_logits(on)[:, 9])
+    assert again.latent_grid_hw.tolist() == on.latent_grid_hw.tolist()
+    assert on.sequences.shape[1] == length + 10
+
+
+def test_rows_that_stop_before_the_others(shared_model, processor, batch):
+    """Padding behind a row's end is not its end."""
+    settings = GREEDY | {"max_latent_blocks": 0, "pad_token_id": processor.tokenizer.pad_token_id}
+    length = batch["input_ids"].shape[1]
+    plain = shared_model.generate(**batch, **settings).sequences[:, length:]
+
+    class RowZero(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.tensor([input_ids.shape[1] >= length + 2, False, False])
+
+    eos = int(plain[1, 4])
+    settings |= {"eos_token_id": eos, "stopping_criteria": [RowZero()]}
+    output = shared_model.generate(**batch, **settings)
+    expected = ["stopping_criteria", "eos", "eos" if eos in plain[2].tolist() else "max_length"]
+    if eos in plain[0, :2].tolist():
+        expected[0] = "eos"
+    assert output.stop_reason == expected

@@ -51,6 +51,27 @@ def test_blocks_look_at_every_slice_of_a_video(shared_model, video):
     assert_close(forced.logits[:, length - 1 :], step_logits(output), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("given", ["only new", "all"])
+def test_a_cache_is_continued_with_another_video(shared_model, video, given):
+    """Each video keeps its own seconds per slice."""
+    first = shared_model.generate(**video, max_latent_blocks=0, **GREEDY)
+    config = shared_model.config
+    turn = [config.vision_start_token_id, *[config.video_token_id] * 4, config.vision_end_token_id, *range(40, 52)]
+    ids = torch.cat([first.sequences, torch.tensor([turn])], dim=1)
+    new = {
+        "pixel_values_videos": torch.randn(16, 1176),
+        "video_grid_thw": torch.tensor([[2, 2, 4]]),
+        "second_per_grid_ts": torch.tensor([1.0]),
+    }
+    both = {name: torch.cat([video[name], new[name]]) for name in new}
+    pictures = {name: video[name] for name in ("pixel_values", "image_grid_thw")}
+    vision = new if given == "only new" else both | pictures
+    settings = GREEDY | {"min_latent_blocks": 1, "max_latent_blocks": 1}
+    second = shared_model.generate(ids, past_key_values=first.past_key_values, **vision, **settings)
+    forced = shared_model(second.sequences[:, :-1], **both, **pictures, latent_grid_hw=second.latent_grid_hw)
+    assert_close(forced.logits[:, ids.shape[1] - 1 :], step_logits(second), atol=1e-5, rtol=1e-5)
+
+
 def test_the_processor_takes_videos_where_torchvision_is(processor, shared_model):
     pytest.importorskip("torchvision", reason="torchvision is not installed")
     frames = torch.stack([torch.full((3, 56, 56), value, dtype=torch.uint8) for value in (0, 60, 120, 180)])

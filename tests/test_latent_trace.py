@@ -79,12 +79,28 @@ def test_swap_gives_each_row_its_neighbours_latents(shared_model, batch):
 
 
 def test_swap_alone_and_wrong_callables_raise(shared_model, rows):
-    with pytest.raises(ValueError, match="two rows"):
-        shared_model.generate(**rows[0], latent_intervention="swap", **ONE)
+    for beams in ({}, {"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}):
+        with pytest.raises(ValueError, match="two prompts"):
+            shared_model.generate(**rows[0], latent_intervention="swap", **(ONE | beams))
     with pytest.raises(ValueError, match=r"block 0 of row 0, got \(1, 64\)"):
         shared_model.generate(
             **rows[0], latent_intervention=lambda latents, step: latents[:1], latent_grid=(2, 2), **ONE
         )
+
+
+def test_swap_takes_from_another_prompt_than_its_own_beams(shared_model, batch):
+    settings = ONE | {"num_beams": 2, "latent_grid": (2, 2)}
+    clean = shared_model.generate(**batch, **settings).latent_trace.steps
+    swapped = shared_model.generate(**batch, latent_intervention="swap", **settings).latent_trace.steps
+    assert_close(swapped[0].latents, clean[1].latents, atol=1e-5, rtol=1e-5)
+    assert_close(swapped[1].latents, clean[0].latents, atol=1e-5, rtol=1e-5)
+
+
+def test_unused_latents_are_reported(shared_model, rows):
+    settings = GREEDY | {"suppress_tokens": [shared_model.config.latent_start_token_id]}
+    assert shared_model.generate(**rows[0], **settings).latents_unused is True
+    assert shared_model.generate(**rows[2], **settings).latents_unused is False  # none was possible
+    assert shared_model.generate(**rows[0], **ONE).latents_unused is False
 
 
 def test_a_callable_sees_the_step(shared_model, rows):

@@ -33,8 +33,15 @@ def test_a_wrong_shape_is_refused_with_both_shapes(checkpoint):
 
 def test_a_missing_backbone_weight_is_refused(checkpoint):
     folder = checkpoint(lambda weights: weights.pop(next(name for name in weights if "layers.1.mlp.up_proj" in name)))
-    with pytest.raises(ValueError, match=r"lacks 1 weights of the backbone: .*layers\.1\.mlp\.up_proj"):
+    with pytest.raises(ValueError, match=r"lacks 1 weights: .*layers\.1\.mlp\.up_proj"):
         DeepLatentForConditionalGeneration.from_pretrained(folder)
+
+
+def test_some_latent_weights_missing_is_refused(checkpoint):
+    folder = checkpoint(lambda weights: weights.pop(next(name for name in weights if "cross_attention" in name)))
+    with pytest.raises(ValueError, match="lacks 1 weights: latent_blocks.*cross_attention"):
+        DeepLatentForConditionalGeneration.from_pretrained(folder)
+    DeepLatentForConditionalGeneration.from_pretrained(folder, ignore_mismatched_sizes=True)
 
 
 def test_missing_latent_weights_start_fresh(checkpoint):

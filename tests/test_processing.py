@@ -60,9 +60,13 @@ def test_a_user_cannot_write_latent_tokens(processor):
 def test_images_that_cannot_be_seen_raise(processor, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not a picture")
+    cut = tmp_path / "cut.png"
+    picture(112, 112).save(cut)
+    cut.write_bytes(cut.read_bytes()[:900])
     for image, message in (
-        (str(broken), "broken.png' cannot be read"),
-        (str(tmp_path / "missing.png"), "missing.png' cannot be read"),
+        (Image.open(cut), "cannot be read"),
+        (str(broken), r"images\[0\]\[0\]. .*broken.png'. cannot be read"),
+        (str(tmp_path / "missing.png"), r"missing.png'. cannot be read"),
         (Image.new("RGB", (0, 5)), r"at least one pixel.*\(0, 5\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -70,8 +74,13 @@ def test_images_that_cannot_be_seen_raise(processor, tmp_path):
 
 
 def test_image_counts_must_fit(processor):
-    with pytest.raises(ValueError, match="1 <|image_pad|> tokens"):
-        processor(text="<|vision_start|><|image_pad|><|vision_end|>", images=[picture(), picture()])
+    one = "<|vision_start|><|image_pad|><|vision_end|>"
+    with pytest.raises(ValueError, match=r"\[1\] image placeholders, but \[2\] images"):
+        processor(text=one, images=[picture(), picture()])
+    with pytest.raises(ValueError, match=r"\[1, 1\] image placeholders, but \[0\] images"):
+        processor(text=[one, one])
+    with pytest.raises(ValueError, match=r"\[1, 1\] image placeholders, but \[2, 0\] images"):
+        processor(text=[one, one], images=[[picture(), picture()], []])
 
 
 def test_paths_pictures_and_batches_are_the_same(processor, tmp_path):
