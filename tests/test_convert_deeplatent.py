@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from tqdm import tqdm
 from transformers import (
-    AutoImageProcessor,
     AutoProcessor,
     GenerationConfig,
     PreTrainedTokenizerFast,
@@ -335,7 +334,7 @@ def test_new_weights_start_as_the_model_starts_them(converted):
 
 def test_query_size_is_that_of_the_backbones_image_features(backbone, converted):
     stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(backbone, dtype=torch.float32).eval()
-    inputs = AutoImageProcessor.from_pretrained(backbone)(images=[reference_picture()], return_tensors="pt")
+    inputs = load_image_processor(backbone)(images=[reference_picture()], return_tensors="pt")
     with torch.no_grad():
         features = torch.cat(tuple(stock.get_image_features(**inputs).pooler_output))
     expected = features.square().mean().sqrt().item()

@@ -7,7 +7,7 @@ import torch
 from conftest import build_model, encode, picture, stock_twin, user_turn
 from helpers import GREEDY, open_at, step_logits, vision
 from torch.testing import assert_close
-from transformers import StoppingCriteria, TextIteratorStreamer
+from transformers import QuantizedCache, StoppingCriteria, TextIteratorStreamer
 
 
 PLAN = [[0, 4], [2], []]  # generated positions where each row of `batch` opens a block
@@ -191,6 +191,10 @@ def test_static_cache_gives_the_same_logits(mode_model, batch):
 
 def test_quantized_cache_runs_near_the_exact_one(shared_model, rows):
     """fp8 needs no extra package; it is lossy, so near is all that can be asked."""
+    try:
+        QuantizedCache("fp8", shared_model.config.get_text_config())
+    except ValueError as error:
+        pytest.skip(f"this version of transformers has no fp8 cache: {error}")
     inputs = rows[0]
     settings = GREEDY | {"logits_processor": open_at(shared_model, inputs, [[1]]), "max_new_tokens": 4}
     exact = step_logits(shared_model.generate(**inputs, **settings))
