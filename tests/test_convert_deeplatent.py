@@ -25,7 +25,14 @@ from transformers import (
 from configuration_latentvlm import DeepLatentConfig
 from conversion import backbone as backbone_module
 from conversion import checkpoint_io, convert_deeplatent
-from conversion.backbone import add_tokens, check_overrides, find_license, parse_overrides, reference_picture
+from conversion.backbone import (
+    add_tokens,
+    check_overrides,
+    find_license,
+    load_image_processor,
+    parse_overrides,
+    reference_picture,
+)
 from conversion.checkpoint_io import (
     Layout,
     SourceWeights,
