@@ -1,8 +1,4 @@
-"""`generate` for models that open latent blocks: transformers' own decoding loops, with the blocks inside `forward`.
-
-A mixin of small hook overrides. What the decoding needs beyond tokens lives on the cache (`LatentState`) and follows it
-through beam search; what one call wants lives in a `LatentContext`. Nothing stays on the model between calls.
-"""
+"""`generate` for models that open latent blocks: transformers' own decoding loops, with the blocks inside `forward`."""
 
 import torch
 from torch import Tensor
@@ -19,6 +15,7 @@ from modeling_latentvlm.generation_rules import (
     stop_reasons,
 )
 from modeling_latentvlm.interventions import Intervention, check_intervention
+from modeling_latentvlm.latent_decoding import LatentDecodingMixin
 from modeling_latentvlm.row_images import drop_cached_items
 from modeling_latentvlm.segments import check_continuation, find_state
 from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_rows
@@ -27,7 +24,7 @@ from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOut
 logger = logging.get_logger(__name__)
 
 
-class LatentGenerationMixin:
+class LatentGenerationMixin(LatentDecodingMixin):
     """`generate` over `LatentContext`; the class beside it brings `forward`, `_encode_images` and `_rope_positions`."""
 
     @torch.no_grad()
@@ -103,10 +100,6 @@ class LatentGenerationMixin:
         embeds = kwargs.get("inputs_embeds")
         return [None] if embeds is None else embeds
 
-    def _input_device(self, inputs: Tensor) -> torch.device:
-        """Where inputs belong: offloaded weights lie on `meta` and are fetched to where the caller put the inputs."""
-        return inputs.device if self.device.type == "meta" else self.device
-
     def _warn_if_unused(self, sequences: Tensor, prompt_length: int, can_open: Tensor) -> bool:
         unused = not (sequences[:, prompt_length:] == self.config.latent_start_token_id).any()
         if unused:
@@ -115,9 +108,6 @@ class LatentGenerationMixin:
                 "`min_latent_blocks=1` opens one."
             )
         return unused
-
-    def generate_batch(self, *args, **kwargs):
-        raise ValueError("Continuous batching cannot open latent blocks: use `generate` on a batch instead.")
 
     def _new_generation_context(self, grid, intervention, noise: bool, output_latents: bool, max_blocks: int):
         """What this call wants of its blocks, checked."""
@@ -186,53 +176,6 @@ class LatentGenerationMixin:
                 state.repeat_interleave(expand)
         return {"attention_mask": attention_mask, "position_ids": positions}
 
-    def _check_length(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
-        longest = self.config.get_text_config().max_position_embeddings
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}."
-            )
-        if input_ids.shape[1] <= longest:
-            return
-        lengths = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).sum(dim=1)
-        if lengths.max() > longest:
-            row = int(lengths.argmax())
-            raise ValueError(
-                f"Row {row} of the prompt has {int(lengths[row])} tokens, but the context holds {longest}."
-            )
-
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        next_sequence_length=None,
-        past_key_values=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        position_ids=None,
-        is_first_iteration=False,
-        latent_context=None,
-        **kwargs,
-    ):
-        """What is new since the cache; masks and positions of later steps belong to the cache's `latent_state`."""
-        state = getattr(past_key_values, "latent_state", None)
-        seen = 0 if state is None else state.num_tokens
-        model_inputs = {"past_key_values": past_key_values, "latent_context": latent_context, **kwargs}
-        if is_first_iteration:
-            model_inputs |= {"attention_mask": attention_mask, "position_ids": position_ids}
-            if inputs_embeds is not None:
-                return model_inputs | {"inputs_embeds": inputs_embeds}
-            return model_inputs | {"input_ids": input_ids[:, seen:].to(self._input_device(input_ids))}
-        return model_inputs | {"input_ids": input_ids[:, -1:].to(self._input_device(input_ids))}
-
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
-        model_kwargs |= {"attention_mask": None, "position_ids": None}
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-
-    def _reorder_cache(self, past_key_values, beam_idx: Tensor):
-        past_key_values.reorder_cache(beam_idx)
-        past_key_values.latent_state.reorder(beam_idx)
-        return past_key_values
-
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
@@ -253,13 +196,6 @@ class LatentGenerationMixin:
             return 1 + (grid or (1, self.config.num_autoregressive_latents))[1]
         height, width = grid or (self.config.latent_grid_size, self.config.latent_grid_size)
         return self.config.num_control_tokens + height * width + 1
-
-    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
-        # Where a block opens depends on the data, so the whole forward is no one graph. Compile the part that is:
-        # `model.model.language_model.compile()`.
-        if generation_config.compile_config is not None:
-            logger.warning_once("`compile_config` is ignored: compile `model.model.language_model` instead.")
-        return False
 
     def _account(self, output, context: LatentContext, prompt_length: int, settings, kwargs):
         """Add block counts, grids, stop reasons and the trace to what the decoding loop returned."""

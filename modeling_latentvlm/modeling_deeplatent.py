@@ -20,7 +20,6 @@ Shapes: B rows, S new tokens, N latents of a block, D hidden size, G largest gri
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +31,12 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForCond
 from transformers.utils import can_return_tuple
 
 from configuration_latentvlm.configuration_deeplatent import DeepLatentConfig
-from configuration_latentvlm.model_card import write_model_card
 from modeling_latentvlm.block_decoding import BlockDecoder, LatentContext
 from modeling_latentvlm.block_sites import find_block_sites
 from modeling_latentvlm.interventions import Intervention, check_intervention
 from modeling_latentvlm.latent_former import LatentBlockBuilder, initialize_latent_module
 from modeling_latentvlm.latent_generation import LatentGenerationMixin
-from modeling_latentvlm.row_images import collect_row_images
+from modeling_latentvlm.qwen_inputs import QwenInputsMixin
 from modeling_latentvlm.trace import LatentTrace
 
 
@@ -78,7 +76,9 @@ class DeepLatentCausalLMOutputWithPast(CausalLMOutputWithPast):
     latent_trace: LatentTrace | None = None
 
 
-class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForConditionalGeneration, GenerationMixin):
+class DeepLatentForConditionalGeneration(
+    LatentGenerationMixin, QwenInputsMixin, Qwen2_5_VLForConditionalGeneration, GenerationMixin
+):
     """Qwen2.5-VL that can open blocks of parallel, image-grounded latents in the middle of its text."""
 
     config: DeepLatentConfig
@@ -115,6 +115,10 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
         if missing and not ignore_mismatched_sizes:
             raise ValueError(f"The checkpoint lacks {len(missing)} weights: {', '.join(missing[:5])}.")
         return (model, info) if output_loading_info else model
+
+    @property
+    def latent_placeholder_id(self) -> int:
+        return self.config.latent_pad_token_id
 
     def _init_weights(self, module: nn.Module) -> None:
         if not initialize_latent_module(module, self.config.latent_query_rms):
@@ -236,45 +240,6 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
             )
         return sites
 
-    def _token_types(self, input_ids: Tensor) -> Tensor:
-        """1 for image, 2 for video tokens. The backbone drops M-RoPE without a word where they are missing."""
-        config = self.config
-        return (input_ids == config.image_token_id).int() + 2 * (input_ids == config.video_token_id).int()
-
-    def _rope_positions(self, input_ids: Tensor, attention_mask: Tensor | None, vision: dict) -> Tensor:
-        """(3, B, S) rotary positions as if blocks took none: `BlockDecoder` adds what they take."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
-        mask = mask * (input_ids != self.config.latent_pad_token_id)
-        grids = {name: vision[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
-        if grids["image_grid_thw"] is None and grids["video_grid_thw"] is None:
-            return (mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
-        positions, _ = self.model.get_rope_index(
-            input_ids, mm_token_type_ids=self._token_types(input_ids), attention_mask=mask, **grids
-        )
-        return positions
-
-    def _encode_images(self, input_ids: Tensor, vision: dict, earlier: list | None = None, seen: int = 0):
-        """Run the vision tower once and deal its features out to the rows; those of earlier turns come first."""
-        merge = self.model.visual.spatial_merge_size
-        features, grids = {}, {}
-        for kind, token, pixels, encode in (
-            ("image", self.config.image_token_id, vision["pixel_values"], self.model.get_image_features),
-            ("video", self.config.video_token_id, vision["pixel_values_videos"], self.model.get_video_features),
-        ):
-            grid_thw = vision[f"{kind}_grid_thw"]
-            if (pixels is None) != (grid_thw is None):
-                raise ValueError(f"The pixels and the `{kind}_grid_thw` of {kind}s must be given together.")
-            if pixels is not None:
-                if len(pixels) != int(grid_thw.prod(dim=-1).sum()):
-                    raise ValueError(
-                        f"`{kind}_grid_thw` names {int(grid_thw.prod(dim=-1).sum())} patches, but the {kind}s have {len(pixels)}."
-                    )
-                device = self._input_device(pixels)
-                features[token] = encode(pixels.to(device), grid_thw.to(device), return_dict=True).pooler_output
-                grids[token] = [(t, h // merge, w // merge) for t, h, w in grid_thw.tolist()]
-        tokens = {self.config.image_token_id: "image", self.config.video_token_id: "video"}
-        return collect_row_images(input_ids, tokens, features, grids, earlier or [None] * input_ids.shape[0], seen)
-
     def _predict(self, decoded, input_ids, labels, logits_to_keep, kwargs) -> DeepLatentCausalLMOutputWithPast:
         hidden = decoded.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -310,15 +275,6 @@ class DeepLatentForConditionalGeneration(LatentGenerationMixin, Qwen2_5_VLForCon
         plain = [weight for module in (self.latent_control, self.latent_blocks) for weight in module.parameters()]
         plain = [weight for weight in plain if weight.requires_grad and not hasattr(weight, "placements")]
         return loss + sum((0 * weight.sum() for weight in plain), torch.zeros_like(loss))
-
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # transformers has just put its empty card in the place of ours.
-        write_model_card(self.config, Path(working_dir))
-        return super()._upload_modified_files(working_dir, *args, **kwargs)
-
-    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
-        # `generate` gives the prompt's positions; later ones belong to the cache's `latent_state`.
-        return None
 
 
 __all__ = ["DeepLatentForConditionalGeneration"]

@@ -1,0 +1,90 @@
+"""Hooks into transformers' decoding loops that every architecture with latents shares.
+
+What the decoding needs beyond tokens lives on the cache (`LatentState`) and follows it through beam search; what one
+call wants lives in a context object that is handed through as `latent_context`. Nothing stays on the model.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from configuration_latentvlm.model_card import write_model_card
+
+
+logger = logging.get_logger(__name__)
+
+
+class LatentDecodingMixin:
+    """For a class that brings `forward(..., latent_context=...)` and lies before `GenerationMixin`."""
+
+    def _input_device(self, inputs: Tensor) -> torch.device:
+        """Where inputs belong: offloaded weights lie on `meta` and are fetched to where the caller put the inputs."""
+        return inputs.device if self.device.type == "meta" else self.device
+
+    def _check_length(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+        longest = self.config.get_text_config().max_position_embeddings
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}."
+            )
+        if input_ids.shape[1] <= longest:
+            return
+        lengths = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).sum(dim=1)
+        if lengths.max() > longest:
+            row = int(lengths.argmax())
+            raise ValueError(
+                f"Row {row} of the prompt has {int(lengths[row])} tokens, but the context holds {longest}."
+            )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        position_ids=None,
+        is_first_iteration=False,
+        latent_context=None,
+        **kwargs,
+    ):
+        """What is new since the cache; masks and positions of later steps belong to the cache's `latent_state`."""
+        state = getattr(past_key_values, "latent_state", None)
+        seen = 0 if state is None else state.num_tokens
+        model_inputs = {"past_key_values": past_key_values, "latent_context": latent_context, **kwargs}
+        if is_first_iteration:
+            model_inputs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+            if inputs_embeds is not None:
+                return model_inputs | {"inputs_embeds": inputs_embeds}
+            return model_inputs | {"input_ids": input_ids[:, seen:].to(self._input_device(input_ids))}
+        return model_inputs | {"input_ids": input_ids[:, -1:].to(self._input_device(input_ids))}
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        # `generate` gives the prompt's positions; later ones belong to the cache's `latent_state`.
+        return None
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        model_kwargs |= {"attention_mask": None, "position_ids": None}
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
+    def _reorder_cache(self, past_key_values, beam_idx: Tensor):
+        past_key_values.reorder_cache(beam_idx)
+        past_key_values.latent_state.reorder(beam_idx)
+        return past_key_values
+
+    def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
+        # What a forward does depends on the data, so it is no one graph. Compile the part that is:
+        # `model.model.language_model.compile()`.
+        if generation_config.compile_config is not None:
+            logger.warning_once("`compile_config` is ignored: compile `model.model.language_model` instead.")
+        return False
+
+    def generate_batch(self, *args, **kwargs):
+        raise ValueError("Continuous batching cannot decode latents: use `generate` on a batch instead.")
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # transformers has just put its empty card in the place of ours.
+        write_model_card(self.config, Path(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
