@@ -7,9 +7,11 @@ the one that another checkpoint brought (see `hub_code.py`).
 from transformers import AutoConfig
 
 from configuration_latentvlm.configuration_deeplatent import DeepLatentConfig
+from configuration_latentvlm.configuration_vedas import VedasConfig
 from configuration_latentvlm.hub_code import __version__
 
 
-AutoConfig.register(DeepLatentConfig.model_type, DeepLatentConfig)
+for config_class in (DeepLatentConfig, VedasConfig):
+    AutoConfig.register(config_class.model_type, config_class)
 
-__all__ = ["DeepLatentConfig", "__version__"]
+__all__ = ["DeepLatentConfig", "VedasConfig", "__version__"]

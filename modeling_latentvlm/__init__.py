@@ -2,12 +2,14 @@
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from configuration_latentvlm import DeepLatentConfig
+from configuration_latentvlm import DeepLatentConfig, VedasConfig
 from modeling_latentvlm.modeling_deeplatent import DeepLatentForConditionalGeneration
+from modeling_latentvlm.modeling_vedas import VedasForConditionalGeneration
 from modeling_latentvlm.trace import LatentStep, LatentTrace
 
 
 for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
     auto_class.register(DeepLatentConfig, DeepLatentForConditionalGeneration)
+    auto_class.register(VedasConfig, VedasForConditionalGeneration)
 
-__all__ = ["DeepLatentForConditionalGeneration", "LatentStep", "LatentTrace"]
+__all__ = ["DeepLatentForConditionalGeneration", "LatentStep", "LatentTrace", "VedasForConditionalGeneration"]

@@ -21,6 +21,38 @@ from modeling_latentvlm.block_sites import BlockSite
 
 
 @dataclass
+class Sequence:
+    """A padded batch on its way through the decoder."""
+
+    embeds: Tensor  # (B, T, D)
+    attended: Tensor  # (B, T) bool
+    positions: Tensor  # (3, B, T)
+
+    @property
+    def length(self) -> int:
+        return self.embeds.shape[1]
+
+    def last(self) -> Tensor:
+        """(B,) the last token of every row."""
+        order = torch.arange(self.length, device=self.attended.device)
+        return (order * self.attended).argmax(dim=1)
+
+    def reach(self) -> Tensor:
+        """(B,) the position behind every row's last."""
+        return (self.positions.amax(0) + 1).masked_fill(~self.attended, 0).amax(1)
+
+    def rows(self, rows: Tensor) -> "Sequence":
+        return Sequence(self.embeds[rows], self.attended[rows], self.positions[:, rows])
+
+    def join(self, other: "Sequence") -> "Sequence":
+        return Sequence(
+            torch.cat([self.embeds, other.embeds], dim=1),
+            torch.cat([self.attended, other.attended], dim=1),
+            torch.cat([self.positions, other.positions], dim=2),
+        )
+
+
+@dataclass
 class LatentState:
     """What a cache with latents in it needs beyond keys and values; kept as `cache.latent_state`."""
 
@@ -31,6 +63,7 @@ class LatentState:
     has_holes: bool = False  # whether any slot is masked; without, attention keeps its fast path
     images: list = field(default_factory=list)  # B x RowImages | None
     grids: list[list[tuple[int, int]]] = field(default_factory=list)  # B x (height, width) of each block
+    sequence: Sequence | None = None  # all embeddings so far, where nothing can be cached (Vedas, scope "reference")
 
     @classmethod
     def empty(cls, batch_size: int, device: torch.device, images: list) -> "LatentState":
@@ -62,6 +95,8 @@ class LatentState:
         """Follow the cache through beam search. Beams move within their prompt, so `images` stay where they are."""
         self.attention_mask, self.is_token = self.attention_mask[rows], self.is_token[rows]
         self.next_position, self.tokens = self.next_position[rows], self.tokens[rows]
+        if self.sequence is not None:
+            self.sequence = self.sequence.rows(rows)
         if any(self.grids):
             self.grids = [list(self.grids[row]) for row in rows.tolist()]
 

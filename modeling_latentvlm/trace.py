@@ -107,3 +107,13 @@ def follow_rows(steps: list[LatentStep], num_rows: int, beam_indices: Tensor | N
             followed += [replace(step, row=answer, index=index) for index, step in enumerate(chosen)]
     followed = [step for step in followed if step.row < num_rows]
     return sorted(followed, key=lambda step: (step.row, step.index))
+
+
+def follow_prompt_rows(steps: list[LatentStep], num_rows: int, beam_indices: Tensor | None) -> list[LatentStep]:
+    """Give the steps taken behind the prompts to the rows of the returned sequences: a beam has those of its prompt."""
+    computed = 1 + max((step.row for step in steps), default=0)
+    followed = []
+    for answer in range(num_rows):
+        source = int(beam_indices[answer, 0]) if beam_indices is not None else answer * computed // num_rows
+        followed += [replace(step, row=answer) for step in steps if step.row == source]
+    return sorted(followed, key=lambda step: (step.row, step.index))

@@ -2,11 +2,13 @@
 
 from transformers import AutoProcessor
 
-from configuration_latentvlm import DeepLatentConfig
+from configuration_latentvlm import DeepLatentConfig, VedasConfig
 from processing_latentvlm.draw_trace import draw_trace
 from processing_latentvlm.processing_deeplatent import DeepLatentProcessor
+from processing_latentvlm.processing_vedas import VedasProcessor
 
 
 AutoProcessor.register(DeepLatentConfig, DeepLatentProcessor)
+AutoProcessor.register(VedasConfig, VedasProcessor)
 
-__all__ = ["DeepLatentProcessor", "draw_trace"]
+__all__ = ["DeepLatentProcessor", "VedasProcessor", "draw_trace"]

@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import build_model, picture
+from conftest import CHAT_TEMPLATE, LATENT_TOKENS, build_model, build_tokenizer, picture
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
@@ -206,6 +206,12 @@ def put_on_hub(folder: Path, hf_home: Path) -> None:
     shutil.copytree(folder, repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
+
+
+@pytest.fixture(scope="module")
+def processor(image_processor) -> DeepLatentProcessor:
+    """Its own: a tokenizer saves the padding of its last call, and others use the shared one."""
+    return DeepLatentProcessor(image_processor, build_tokenizer(LATENT_TOKENS), chat_template=CHAT_TEMPLATE)
 
 
 @pytest.fixture(scope="module")
