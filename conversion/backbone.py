@@ -96,6 +96,10 @@ def find_license(folder: Path) -> str | None:
     return ", ".join(licenses) if isinstance(licenses, list) else licenses
 
 
+def read_model_type(folder: Path) -> str | None:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+
+
 def read_config(folder: Path, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     """Read the config of a stock, unquantised checkpoint.
 

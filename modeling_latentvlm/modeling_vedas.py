@@ -36,7 +36,13 @@ from modeling_latentvlm.generation_rules import check_settings, infer_attention_
 from modeling_latentvlm.interventions import Intervention, check_intervention
 from modeling_latentvlm.latent_decoding import LatentDecodingMixin
 from modeling_latentvlm.qwen_inputs import QwenInputsMixin
-from modeling_latentvlm.routing import DepthRouter, RoutedQwen2_5_VLDecoderLayer, RoutedQwen2VLDecoderLayer
+from modeling_latentvlm.routing import (
+    GATE_BIAS,
+    DepthRouter,
+    RoutedQwen2_5_VLDecoderLayer,
+    RoutedQwen2VLDecoderLayer,
+    TokenScore,
+)
 from modeling_latentvlm.step_decoding import StepContext, StepDecoder
 from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_prompt_rows
 
@@ -49,7 +55,6 @@ BACKBONES = {
     "qwen2_vl": (Qwen2VLModel, RoutedQwen2VLDecoderLayer),
     "qwen2_5_vl": (Qwen2_5_VLModel, RoutedQwen2_5_VLDecoderLayer),
 }
-GATE_BIAS = -4.0  # a fresh model starts near its backbone
 
 
 @dataclass
@@ -102,10 +107,13 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         return self.config.latent_token_id
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, DepthRouter):
-            init.constant_(module.score.bias, GATE_BIAS)
+        if isinstance(module, TokenScore):
+            init.normal_(module.weight, std=self.config.get_text_config().initializer_range)
+            init.constant_(module.bias, GATE_BIAS)
+        elif isinstance(module, DepthRouter):
             init.ones_(module.depth_scale)
+        else:
+            super()._init_weights(module)
 
     @can_return_tuple
     def forward(

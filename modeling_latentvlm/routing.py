@@ -21,12 +21,22 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 from modeling_latentvlm.saliency import SUFFIX
 
 
+GATE_BIAS = -4.0  # of a fresh router: a new model starts near its backbone
+
+
+class TokenScore(nn.Linear):
+    """The router's linear map to one score. A class of its own, because its bias starts apart (`GATE_BIAS`)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, 1)
+
+
 class DepthRouter(nn.Module):
     """Scores tokens, and scales each further pass."""
 
     def __init__(self, hidden_size: int, depth: int):
         super().__init__()
-        self.score = nn.Linear(hidden_size, 1)
+        self.score = TokenScore(hidden_size)
         self.depth_scale = nn.Parameter(torch.ones(depth, hidden_size))
 
     def forward(self, states: Tensor) -> Tensor:  # (B, T, D) -> (B, T) float32

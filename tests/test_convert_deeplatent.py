@@ -24,7 +24,7 @@ from transformers import (
 
 from configuration_latentvlm import DeepLatentConfig
 from conversion import backbone as backbone_module
-from conversion import checkpoint_io, convert_deeplatent
+from conversion import checkpoint_io, convert_deeplatent, qwen_backbone
 from conversion.backbone import (
     add_tokens,
     check_overrides,
@@ -663,7 +663,7 @@ def test_interruption_leaves_everything_as_it_was(backbone, tmp_path, monkeypatc
         monkeypatch.setattr(checkpoint_io, "write_safetensors", interrupt_second(checkpoint_io.write_safetensors))
     elif where == "processor":
         seen.append([])
-        monkeypatch.setattr(convert_deeplatent, "copy_legal_files", interrupt_second(None))
+        monkeypatch.setattr(qwen_backbone, "copy_legal_files", interrupt_second(None))
     else:
         rename = Path.rename
 
