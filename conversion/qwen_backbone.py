@@ -225,7 +225,9 @@ def dtype_of_new_weights(model: PreTrainedModel) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and model._keep_in_fp32_modules else dtype
 
 
-def run_converter(description: str, convert: Callable[..., Path]) -> None:
+def run_converter(
+    description: str, convert: Callable[..., Path], add_arguments: Callable = lambda parser: None
+) -> None:
     """The command line of a converter; prints the folder."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", required=True, help="folder or Hub id of the backbone's checkpoint")
@@ -235,6 +237,7 @@ def run_converter(description: str, convert: Callable[..., Path]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the new weights (default: 0)")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint at --output")
     parser.add_argument("--license", metavar="ID", help="licence for the model card (default: the backbone's)")
+    add_arguments(parser)
     arguments = vars(parser.parse_args())
     with exit_on_error():
         arguments["overrides"] = parse_overrides(arguments.pop("set"))

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from configuration_latentvlm import DeepLatentConfig
-from modeling_latentvlm import DeepLatentForConditionalGeneration
+from modeling_latentvlm import DeepLatentForConditionalGeneration, step_decoding
+from modeling_latentvlm.visual_replay import Replay, pick_tokens
 from processing_latentvlm import DeepLatentProcessor
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
 
@@ -225,3 +226,19 @@ def batch(processor, conversations):
 @pytest.fixture(scope="session")
 def rows(processor, conversations) -> list:
     return [encode(processor, [conversation]) for conversation in conversations]
+
+
+@pytest.fixture
+def imposed_order(monkeypatch):
+    """Put picked tokens in a recorded order; which are picked is checked, and left to us."""
+    orders: list[torch.Tensor] = []
+
+    def pick(*args) -> Replay:
+        replay, wanted = pick_tokens(*args), orders.pop(0)
+        assert torch.equal(replay.tokens, wanted.sort(dim=1).values)
+        place = (replay.tokens[:, None] == wanted[:, :, None]).int().argmax(-1)
+        embeds = replay.embeds.gather(1, place[..., None].expand_as(replay.embeds))
+        return Replay(embeds, replay.attended, wanted, replay.positions)
+
+    monkeypatch.setattr(step_decoding, "pick_tokens", pick)
+    return orders

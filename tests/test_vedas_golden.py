@@ -11,10 +11,9 @@ from torch.testing import assert_close
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
 
 from configuration_latentvlm import VedasConfig
-from modeling_latentvlm import VedasForConditionalGeneration, step_decoding
+from modeling_latentvlm import VedasForConditionalGeneration
 from modeling_latentvlm.routing import RoutedQwen2_5_VLDecoderLayer, Routing
 from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
-from modeling_latentvlm.visual_replay import Replay, pick_tokens
 
 
 GOLDEN = Path(__file__).parent / "golden" / "vedas"
@@ -127,22 +126,6 @@ def test_language_model(case, aligned):
         close(hidden, golden[f"{case}.last_hidden_state"])
         close(model.lm_head(hidden), golden[f"{case}.logits"])
         close(recorder.mean(), golden[f"{case}.saliency_last_row"])
-
-
-@pytest.fixture
-def imposed_order(monkeypatch):
-    """Put picked tokens in a recorded order; which are picked is checked, and left to us."""
-    orders: list[torch.Tensor] = []
-
-    def pick(*args) -> Replay:
-        replay, wanted = pick_tokens(*args), orders.pop(0)
-        assert torch.equal(replay.tokens, wanted.sort(dim=1).values)
-        place = (replay.tokens[:, None] == wanted[:, :, None]).int().argmax(-1)
-        embeds = replay.embeds.gather(1, place[..., None].expand_as(replay.embeds))
-        return Replay(embeds, replay.attended, wanted, replay.positions)
-
-    monkeypatch.setattr(step_decoding, "pick_tokens", pick)
-    return orders
 
 
 def decode(model, golden):
