@@ -104,8 +104,19 @@ def seconds(call) -> float:
     return time.perf_counter() - start
 
 
+def interleave(arms: dict, repeats: int) -> dict[str, float]:
+    """Median milliseconds of every arm; each runs once a round, and the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for round_number in tqdm(range(repeats + 1)):
+        for name, call in arms.items():
+            spent = seconds(call)
+            if round_number:
+                times[name].append(1000 * spent)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 def measure(ours, stock, inputs: dict, grid: tuple[int, int], tokens: int, repeats: int) -> dict[str, float]:
-    """Medians in milliseconds, every arm once per round."""
+    """What a text token and a block take, in milliseconds and as ratios."""
 
     def run(model, new_tokens: int, **kwargs):
         return model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, **kwargs)
@@ -118,13 +129,7 @@ def measure(ours, stock, inputs: dict, grid: tuple[int, int], tokens: int, repea
         "ours": lambda: run(ours, 1 + tokens, max_latent_blocks=0),
         "block": lambda: run(ours, 1 + tokens, **block),
     }
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for round_number in tqdm(range(repeats + 1)):
-        for name, call in arms.items():
-            spent = seconds(call)
-            if round_number:
-                times[name].append(1000 * spent)
-    median = {name: statistics.median(values) for name, values in times.items()}
+    median = interleave(arms, repeats)
     stock_token = (median["stock"] - median["stock first"]) / tokens
     our_token = (median["ours"] - median["ours first"]) / tokens
     one_block = median["block"] - median["ours"]

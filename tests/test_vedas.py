@@ -353,3 +353,13 @@ def test_wrong_slots_raise(model, batch, rows):
         model.generate(**rows[0], cache_implementation="static", **GREEDY)
     with pytest.raises(ValueError, match="one by one"):
         model.generate(**rows[0], latent_intervention="mean", **GREEDY)
+
+
+def test_a_position_passes_the_decoder_once_and_an_answer_token_takes_one_pass(tokenizer, rows):
+    """Scope "incremental": prompt, steps and answer each on the cache of what came before."""
+    model, lengths = build(tokenizer, routed_layers=[]), []
+    layer = model.model.language_model.layers[1]
+    hook = layer.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    model.generate(**rows[0], **GREEDY)
+    hook.remove()
+    assert lengths == [rows[0]["input_ids"].shape[1], 5, 5, *[1] * 8]  # the first token comes with the last step
