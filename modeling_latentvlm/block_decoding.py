@@ -91,7 +91,7 @@ class BlockDecoder(SegmentDecoder):
         position_ids: Tensor | None,
         sites: list[list[BlockSite]],
     ) -> Decoded:
-        embeds = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        embeds = self.model._embed_prompt(input_ids, self.context) if inputs_embeds is None else inputs_embeds
         rows, length = embeds.shape[:2]
         mask = None if attention_mask is None else attention_mask[:, -length:].bool().to(embeds.device)
         self.prepare_cache(rows, embeds, any(sites))
@@ -107,19 +107,6 @@ class BlockDecoder(SegmentDecoder):
         self.state.remember(input_ids, length)
         self.context.decode_step += 1
         return self.decoded(layers, sites, rows)
-
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Token embeddings with image features in their placeholders."""
-        embeds = self.model.get_input_embeddings()(input_ids)
-        rows = input_ids.shape[0]
-        for token, by_row in self.context.placeholders.items():
-            features = [self.context.of_row(by_row, row, rows) for row in range(rows)]
-            features = [values for values in features if values is not None]
-            if features:
-                mask = (input_ids == token)[..., None].to(embeds.device)
-                embeds = embeds.masked_scatter(mask, torch.cat(features).to(embeds.device, embeds.dtype))
-        self.context.placeholders = {}
-        return embeds
 
     def run_segments(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, sites) -> list[Segment]:
         rows = embeds.shape[0]

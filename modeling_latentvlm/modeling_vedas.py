@@ -193,18 +193,6 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
             loss=loss, logits=logits, past_key_values=decoder.returned_cache, latent_trace=trace
         )
 
-    def _embed_prompt(self, input_ids: Tensor, context: StepContext) -> Tensor:
-        """Token embeddings with image features in their placeholders."""
-        embeds = self.get_input_embeddings()(input_ids)
-        for token, by_row in context.placeholders.items():
-            features = [context.of_row(by_row, row, len(input_ids)) for row in range(len(input_ids))]
-            features = [values for values in features if values is not None]
-            if features:
-                mask = (input_ids == token)[..., None].to(embeds.device)
-                embeds = embeds.masked_scatter(mask, torch.cat(features).to(embeds.device, embeds.dtype))
-        context.placeholders = {}
-        return embeds
-
     def _split_rows(self, input_ids: Tensor, labels: Tensor | None, mask: Tensor) -> tuple[list[int], int]:
         """Columns of every row's prompt, and the number of slots behind it."""
         is_slot = input_ids == self.config.latent_token_id

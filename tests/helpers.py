@@ -1,6 +1,7 @@
 """What several test files need besides fixtures."""
 
 import torch
+from torch.testing import assert_close
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
 
@@ -40,3 +41,8 @@ def vision(inputs) -> dict:
 
 def step_logits(output) -> torch.Tensor:  # (B, T, V)
     return torch.stack(output.logits, dim=1)
+
+
+def assert_near(actual, expected, tolerance: float = 1e-5) -> None:
+    """Equal up to what another order of summation leaves in float32."""
+    assert_close(actual, expected, atol=tolerance, rtol=tolerance)

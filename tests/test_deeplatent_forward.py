@@ -4,12 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_model, encode, picture, stock_twin, user_turn
-from helpers import vision
-from torch.testing import assert_close
-
-
-def close(actual, expected, tolerance=1e-5):
-    assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+from helpers import assert_near, vision
 
 
 def answer(*parts) -> dict:
@@ -47,7 +42,7 @@ def test_a_padded_row_equals_the_row_alone(shared_model, processor, trajectories
     for row, trajectory in enumerate(trajectories):
         alone = encode(processor, [trajectory], add_generation_prompt=False)
         length = alone["input_ids"].shape[1]
-        close(logits[row, -length:], shared_model(**alone).logits[0])
+        assert_near(logits[row, -length:], shared_model(**alone).logits[0])
 
 
 def test_padding_on_either_side_is_the_same(shared_model, samples, tokenizer):
@@ -62,7 +57,7 @@ def test_padding_on_either_side_is_the_same(shared_model, samples, tokenizer):
     ).logits
     left = shared_model(**samples).logits
     for row, length in enumerate(mask.sum(dim=1).tolist()):
-        close(right[row, :length], left[row, -length:])
+        assert_near(right[row, :length], left[row, -length:])
 
 
 def test_whole_blocks_equal_lone_latents(shared_model, processor, trajectories):
@@ -76,7 +71,7 @@ def test_whole_blocks_equal_lone_latents(shared_model, processor, trajectories):
     starts = (ids[kept] == config.latent_start_token_id).nonzero().flatten()
     ends = (ids[0] == config.latent_end_token_id).nonzero().flatten()
     answers[starts] = full[ends]
-    close(lone, answers)
+    assert_near(lone, answers)
 
 
 def test_without_blocks_forward_is_the_backbone(shared_model, batch):
@@ -111,7 +106,7 @@ def test_a_block_does_not_see_a_later_image(shared_model, processor):
     second = user_turn("two", picture(84, 28, 5))
     alone = shared_model(**encode(processor, [first], add_generation_prompt=False), output_latents=True)
     both = shared_model(**encode(processor, [first + second], add_generation_prompt=False), output_latents=True)
-    close(both.latent_trace.steps[0].latents, alone.latent_trace.steps[0].latents)
+    assert_near(both.latent_trace.steps[0].latents, alone.latent_trace.steps[0].latents)
 
 
 def test_loss_is_over_text_only_and_adds_the_scale(shared_model, samples):
@@ -122,8 +117,8 @@ def test_loss_is_over_text_only_and_adds_the_scale(shared_model, samples):
     text = F.cross_entropy(output.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
     heights, widths = samples["latent_grid_hw"].T - 1
     scale = F.cross_entropy(output.scale_logits[0], heights) + F.cross_entropy(output.scale_logits[1], widths)
-    close(output.scale_loss, scale)
-    close(output.loss, text + config.scale_loss_weight * scale)
+    assert_near(output.scale_loss, scale)
+    assert_near(output.loss, text + config.scale_loss_weight * scale)
 
 
 def gradients(model, samples) -> dict[str, torch.Tensor]:
@@ -182,7 +177,7 @@ def test_gradient_checkpointing_changes_nothing(tokenizer, processor, trajectori
     actual = gradients(model, samples)
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        close(actual[name], gradient)
+        assert_near(actual[name], gradient)
     assert not any("_can_checkpoint_with_cache" in vars(layer) for layer in model.model.language_model.layers)
 
 
@@ -226,19 +221,19 @@ def test_autoregressive_forward_equals_padded(tokenizer, processor, trajectories
     )
     mask = (torch.arange(width) >= width - torch.tensor([[length], [total]])).long()
     both = model(ids, attention_mask=mask, **vision(samples), latent_grid_hw=samples["latent_grid_hw"])
-    close(both.logits[0, -length:], model(**samples).logits[0])
-    close(both.logits[1, -total:], model(**other).logits[0])
+    assert_near(both.logits[0, -length:], model(**samples).logits[0])
+    assert_near(both.logits[1, -total:], model(**other).logits[0])
 
 
 def test_hidden_states_of_all_layers_are_put_back_in_order(shared_model, samples):
     output = shared_model(**samples, output_hidden_states=True)
     assert len(output.hidden_states) == 4
     assert all(layer.shape == (*samples["input_ids"].shape, 64) for layer in output.hidden_states)
-    close(shared_model.lm_head(output.hidden_states[-1]), output.logits)
+    assert_near(shared_model.lm_head(output.hidden_states[-1]), output.logits)
     embeds = shared_model.get_input_embeddings()(samples["input_ids"])
     text = samples["mm_token_type_ids"] == 0
     text &= samples["input_ids"] != shared_model.config.latent_pad_token_id
-    close(
+    assert_near(
         output.hidden_states[0][text & samples["attention_mask"].bool()],
         embeds[text & samples["attention_mask"].bool()],
     )
@@ -246,7 +241,7 @@ def test_hidden_states_of_all_layers_are_put_back_in_order(shared_model, samples
 
 def test_noise_acts_in_training_only(model, samples):
     model.eval()
-    close(model(**samples).logits, model(**samples).logits, 0)
+    assert_near(model(**samples).logits, model(**samples).logits, 0)
     model.train()
     assert (model(**samples).logits - model(**samples).logits).abs().max() > 1e-3
 
@@ -309,7 +304,7 @@ def test_forward_with_a_cache_goes_on_where_it_stopped(shared_model, processor, 
             whole["input_ids"][:, :cut], **vision(whole), latent_grid_hw=whole["latent_grid_hw"], use_cache=True
         )
         rest = shared_model(whole["input_ids"][:, cut:], past_key_values=first.past_key_values)
-    close(rest.logits, expected[:, cut:])
+    assert_near(rest.logits, expected[:, cut:])
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,12 @@ import copy
 import pytest
 import torch
 from conftest import build_model, encode, picture, stock_twin, user_turn
-from helpers import GREEDY, open_at, step_logits, vision
+from helpers import GREEDY, assert_near, open_at, step_logits, vision
 from torch.testing import assert_close
 from transformers import QuantizedCache, StoppingCriteria, TextIteratorStreamer
 
 
 PLAN = [[0, 4], [2], []]  # generated positions where each row of `batch` opens a block
-
-
-def close(actual, expected):
-    assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_zero_blocks_is_the_backbone(shared_model, batch):
@@ -24,7 +20,7 @@ def test_zero_blocks_is_the_backbone(shared_model, batch):
     stock = stock_twin(shared_model).generate(**batch, suppress_tokens=inner, **GREEDY)
     ours = shared_model.generate(**batch, max_latent_blocks=0, **GREEDY)
     assert_close(ours.sequences, stock.sequences)
-    close(step_logits(ours), step_logits(stock))
+    assert_near(step_logits(ours), step_logits(stock))
     assert ours.num_latent_blocks.tolist() == [0, 0, 0]
 
 
@@ -34,7 +30,7 @@ def test_ragged_batch_equals_one_by_one(mode_model, batch, rows):
     grids = iter(output.latent_grid_hw.tolist())
     for row, inputs in enumerate(rows):
         alone = mode_model.generate(**inputs, logits_processor=open_at(mode_model, inputs, [PLAN[row]]), **GREEDY)
-        close(step_logits(output)[row], step_logits(alone)[0])
+        assert_near(step_logits(output)[row], step_logits(alone)[0])
         assert alone.latent_grid_hw.tolist() == [next(grids) for _ in PLAN[row]]
 
 
@@ -54,11 +50,11 @@ def test_beam_search_equals_one_by_one(mode_model, batch, rows):
         both = slice(2 * row, 2 * row + 2)
         length = inputs["input_ids"].shape[1]
         assert_close(output.sequences[both, batch["input_ids"].shape[1] :], alone.sequences[:, length:])
-        close(output.sequences_scores[both], alone.sequences_scores)
+        assert_near(output.sequences_scores[both], alone.sequences_scores)
         steps = [step for step in output.latent_trace.steps if step.row in (2 * row, 2 * row + 1)]
         assert len(steps) == len(alone.latent_trace.steps) == 2 * len(PLAN[row])
         for step, other in zip(steps, alone.latent_trace.steps):
-            close(step.latents, other.latents)
+            assert_near(step.latents, other.latents)
 
 
 def test_beams_keep_the_blocks_of_their_own_past(mode_model, rows):
@@ -71,7 +67,7 @@ def test_beams_keep_the_blocks_of_their_own_past(mode_model, rows):
         (step,) = output.latent_trace.row(row)
         grid = torch.tensor([step.grid])
         rebuilt = mode_model(sequence[None], **vision(inputs), latent_grid_hw=grid, output_latents=True)
-        close(step.latents, rebuilt.latent_trace.steps[0].latents)
+        assert_near(step.latents, rebuilt.latent_trace.steps[0].latents)
         assert rebuilt.latent_trace.steps[0].column == step.column
 
 
@@ -81,7 +77,7 @@ def test_generate_equals_teacher_forced_forward(mode_model, rows):
         output = mode_model.generate(**inputs, logits_processor=open_at(mode_model, inputs, [PLAN[row]]), **GREEDY)
         sequences = output.sequences[:, :-1]
         forced = mode_model(sequences, **vision(inputs), latent_grid_hw=output.latent_grid_hw)
-        close(forced.logits[:, length - 1 :], step_logits(output))
+        assert_near(forced.logits[:, length - 1 :], step_logits(output))
 
 
 def test_cached_equals_recomputed_by_hand(shared_model, rows):
@@ -120,7 +116,7 @@ def test_cached_equals_recomputed_by_hand(shared_model, rows):
     ).last_hidden_state
     logits = model.lm_head(hidden)[0]
     expected = torch.cat([logits[length - 1 : open_column], logits[open_column + 3 + height * width + 1 :]])
-    close(step_logits(output)[0], expected)
+    assert_near(step_logits(output)[0], expected)
 
 
 def test_autoregressive_latents_are_the_previous_hidden_states(tokenizer, rows):
@@ -136,7 +132,7 @@ def test_autoregressive_latents_are_the_previous_hidden_states(tokenizer, rows):
     positions, _ = model.model.get_rope_index(ids, model._token_types(ids), image_grid_thw=inputs["image_grid_thw"])
     for latent in latents:
         hidden = model.model.language_model(inputs_embeds=embeds, position_ids=positions).last_hidden_state[:, -1:]
-        close(latent, hidden[0, 0])
+        assert_near(latent, hidden[0, 0])
         embeds = torch.cat([embeds, hidden], dim=1)
         positions = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
 
@@ -159,7 +155,7 @@ def test_a_returned_cache_is_continued(mode_model, processor, rows, images):
     grids = second.latent_grid_hw  # of the whole sequence
     assert len(grids) == 3  # the last `<latent>` of the first answer is built by the second call
     forced = mode_model(second.sequences[:, :-1], **both, latent_grid_hw=grids)
-    close(forced.logits[:, ids.shape[1] - 1 :], step_logits(second))
+    assert_near(forced.logits[:, ids.shape[1] - 1 :], step_logits(second))
 
 
 def test_a_batch_is_continued_behind_its_padding(shared_model, batch, rows, processor):
@@ -180,13 +176,15 @@ def test_a_batch_is_continued_behind_its_padding(shared_model, batch, rows, proc
         unpadded = torch.cat([first.sequences[row, :end], turn[0]])[batch["attention_mask"][row].argmax() :]
         grid = first.latent_grid_hw[row : row + 1] if row < 2 else None
         alone = model.generate(unpadded[None], **vision(rows[row]), latent_grid_hw=grid, **settings)
-        close(step_logits(second)[row], step_logits(alone)[0])
+        assert_near(step_logits(second)[row], step_logits(alone)[0])
 
 
 def test_static_cache_gives_the_same_logits(mode_model, batch):
     settings = GREEDY | {"logits_processor": open_at(mode_model, batch, PLAN)}
     expected = mode_model.generate(**batch, **settings)
-    close(step_logits(mode_model.generate(**batch, cache_implementation="static", **settings)), step_logits(expected))
+    assert_near(
+        step_logits(mode_model.generate(**batch, cache_implementation="static", **settings)), step_logits(expected)
+    )
 
 
 def test_quantized_cache_runs_near_the_exact_one(shared_model, rows):
@@ -261,7 +259,7 @@ def test_a_history_with_blocks_is_rebuilt_at_its_grids(mode_model, processor, ro
     ids = first.sequences[0].tolist()
     whole = torch.tensor([ids[:column] + block + ids[column + 1 :]])
     written = mode_model.generate(whole, **vision(inputs), latent_grid_hw=first.latent_grid_hw, **settings)
-    close(step_logits(written), step_logits(lone))
+    assert_near(step_logits(written), step_logits(lone))
     settings |= {"num_beams": 2, "num_return_sequences": 2}
     beams = mode_model.generate(whole, **vision(inputs), latent_grid_hw=first.latent_grid_hw, **settings)
     assert beams.latent_grid_hw.tolist() == first.latent_grid_hw.tolist() * 2
@@ -305,11 +303,11 @@ def test_logits_to_keep_and_hidden_states(shared_model, rows):
     assert len(output.hidden_states) == 9
     states = output.hidden_states[2]  # of the step that built the block
     assert len(states) == 4 and all(layer.shape == (1, 1, 64) for layer in states)
-    close(shared_model.lm_head(states[-1])[0, 0], output.logits[2][0])
+    assert_near(shared_model.lm_head(states[-1])[0, 0], output.logits[2][0])
     sequences = output.sequences[:, :-1]
     full = shared_model(sequences, **vision(inputs), latent_grid_hw=output.latent_grid_hw)
     kept = shared_model(sequences, **vision(inputs), latent_grid_hw=output.latent_grid_hw, logits_to_keep=2)
-    close(kept.logits, full.logits[:, -2:])
+    assert_near(kept.logits, full.logits[:, -2:])
 
 
 def test_nothing_stays_on_the_model(shared_model, batch, rows):
@@ -390,7 +388,7 @@ def test_embeddings_alone_take_no_pictures(shared_model, rows):
     with pytest.raises(ValueError, match="min_latent_blocks.*need `input_ids`"):
         shared_model.generate(inputs_embeds=embeds, min_latent_blocks=1, **GREEDY)
     text = shared_model.get_input_embeddings()(rows[2]["input_ids"])
-    close(
+    assert_near(
         step_logits(shared_model.generate(inputs_embeds=text, **GREEDY)),
         step_logits(shared_model.generate(rows[2]["input_ids"], **GREEDY)),
     )
@@ -402,7 +400,7 @@ def test_rollouts_in_training_mode_with_checkpointing(model, rows):
     settings = GREEDY | {"logits_processor": open_at(model, inputs, [[1]])}
     expected = model.generate(**inputs, **settings)
     model.train().gradient_checkpointing_enable()
-    close(step_logits(model.generate(**inputs, **settings)), step_logits(expected))
+    assert_near(step_logits(model.generate(**inputs, **settings)), step_logits(expected))
     sequences = expected.sequences[:, :-1]
     model.eval()
     grids = expected.latent_grid_hw
@@ -415,7 +413,7 @@ def test_rollouts_in_training_mode_with_checkpointing(model, rows):
         model.gradient_checkpointing_disable()
         torch.manual_seed(0)
         plain = model(sequences, **vision(inputs), latent_grid_hw=grids).logits
-    close(noisy, plain)
+    assert_near(noisy, plain)
     assert forced.shape == noisy.shape
 
 
@@ -455,7 +453,7 @@ def test_a_reset_cache_starts_anew(shared_model, rows):
     shared_model.generate(**rows[0], past_key_values=cache, min_latent_blocks=1, **settings)
     cache.reset()
     again = shared_model.generate(**rows[1], past_key_values=cache, min_latent_blocks=1, **settings)
-    close(step_logits(again), step_logits(shared_model.generate(**rows[1], min_latent_blocks=1, **settings)))
+    assert_near(step_logits(again), step_logits(shared_model.generate(**rows[1], min_latent_blocks=1, **settings)))
     small = StaticCache(config=shared_model.config.get_text_config(), max_cache_len=40)
     with pytest.raises(ValueError, match="holds 40 positions"):
         shared_model.generate(**rows[1], past_key_values=small, min_latent_blocks=1, **settings)
@@ -480,7 +478,7 @@ def test_an_answer_cut_off_at_a_block_can_be_fed_back(shared_model, rows):
     settings = GREEDY | {"max_latent_blocks": 0}
     again = shared_model.generate(cut.sequences, **vision(inputs), latent_grid_hw=cut.latent_grid_hw, **settings)
     on = shared_model.generate(**inputs, logits_processor=plan, **(GREEDY | {"max_new_tokens": 10}))
-    close(step_logits(again)[:, 0], step_logits(on)[:, 9])
+    assert_near(step_logits(again)[:, 0], step_logits(on)[:, 9])
     assert again.latent_grid_hw.tolist() == on.latent_grid_hw.tolist()
     assert on.sequences.shape[1] == length + 10
 

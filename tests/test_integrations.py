@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from conftest import build_model, encode, picture, stock_twin, user_turn
-from helpers import GREEDY, open_at, step_logits, vision
+from helpers import GREEDY, assert_near, open_at, step_logits, vision
 from torch.testing import assert_close
 from transformers import Qwen2_5_VLForConditionalGeneration, Trainer, TrainingArguments, pipeline
 
@@ -29,10 +29,6 @@ TRAINING = {
     "learning_rate": 1e-2,
     "optim": "sgd",
 }
-
-
-def close(actual, expected, tolerance=1e-5):
-    assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
 def run(model, batch, **kwargs):
@@ -151,7 +147,7 @@ def test_offloaded_weights(kind, folder, model, batch, expected, tmp_path):
     else:
         model = load(folder, device_map=SOME_ON_DISK, offload_folder=tmp_path)
     assert model.lm_head.weight.device.type == "meta" and model.latent_control.weight.device.type == "meta"
-    close(step_logits(run(model, batch)), expected)
+    assert_near(step_logits(run(model, batch)), expected)
 
 
 def test_compiled_language_model(model, shared_model, rows):
@@ -165,7 +161,7 @@ def test_compiled_language_model(model, shared_model, rows):
     torch._dynamo.reset()
     model.model.language_model.compile(backend=count, dynamic=True)
     settings = GREEDY | ONE_BLOCK
-    close(
+    assert_near(
         step_logits(model.generate(**rows[0], **settings)), step_logits(shared_model.generate(**rows[0], **settings))
     )
     assert 1 <= len(graphs) <= 4
@@ -175,7 +171,7 @@ def test_compiled_language_model(model, shared_model, rows):
 def test_eager_attention_equals_sdpa(folder, batch, expected):
     model = load(folder, attn_implementation="eager")
     assert model.model.language_model.config._attn_implementation == "eager"
-    close(step_logits(run(model, batch)), expected)
+    assert_near(step_logits(run(model, batch)), expected)
 
 
 def test_deepcopy_is_a_model_of_its_own(shared_model, batch, expected):
@@ -217,10 +213,12 @@ def test_lora(task_type, model, tokenizer, rows, conversations_with_blocks, coll
     base = build_model(tokenizer)
     assert not torch.allclose(step_logits(output), step_logits(base.generate(**rows[0], **settings)), atol=1e-2)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path)
-    close(step_logits(loaded.generate(**rows[0], **settings)), step_logits(output))
+    assert_near(step_logits(loaded.generate(**rows[0], **settings)), step_logits(output))
     merged = loaded.merge_and_unload()
     assert type(merged) is DeepLatentForConditionalGeneration
-    close(step_logits(merged.generate(**rows[0], **settings)), step_logits(output), 1e-4)  # sums in another order
+    assert_near(
+        step_logits(merged.generate(**rows[0], **settings)), step_logits(output), 1e-4
+    )  # sums in another order
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, backbone_fields, build_tokenizer, encode, picture, user_turn
-from helpers import GREEDY, step_logits, vision
-from torch.testing import assert_close
+from helpers import GREEDY, assert_near, step_logits, vision
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -25,10 +24,6 @@ STOCK = {
     "qwen2_5_vl": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
 }
 VISION_OF_QWEN2 = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 2, "patch_size": 14}
-
-
-def close(actual, expected, tolerance=1e-5):
-    assert_close(actual, expected, atol=tolerance, rtol=tolerance)
 
 
 def fields_of(tokenizer, backbone: str) -> dict:
@@ -107,21 +102,21 @@ def test_no_steps_and_no_routers_is_the_backbone(tokenizer, batch, backbone):
     stock = stock_class(config_class(**fields)).eval()
     stock.load_state_dict(model.state_dict())
     slot = [model.config.latent_token_id]
-    close(
+    assert_near(
         step_logits(model.generate(**batch, **GREEDY)),
         step_logits(stock.generate(**batch, suppress_tokens=slot, **GREEDY)),
     )
     inputs = {name: value for name, value in batch.items() if name != "mm_token_type_ids"}
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     labels[:, :30] = -100
-    close(model(**inputs, labels=labels).loss, stock(**batch, labels=labels).loss)
+    assert_near(model(**inputs, labels=labels).loss, stock(**batch, labels=labels).loss)
 
 
 def test_a_padded_row_equals_the_row_alone(model, batch, rows):
     output = model.generate(**batch, output_latents=True, **GREEDY)
     for row, inputs in enumerate(rows):
         alone = model.generate(**inputs, output_latents=True, **GREEDY)
-        close(step_logits(output)[row], step_logits(alone)[0])
+        assert_near(step_logits(output)[row], step_logits(alone)[0])
         for step, other in zip(output.latent_trace.row(row), alone.latent_trace.row(0), strict=True):
             assert torch.equal(step.picked_tokens, other.picked_tokens) if other.picked_tokens is not None else True
 
@@ -138,13 +133,13 @@ def test_generate_equals_the_training_forward(model, rows):
         output = model.generate(**inputs, **GREEDY)
         ids = with_slots(model, inputs, output.sequences[:, :-1])
         start = inputs["input_ids"].shape[1] + model.config.num_latent_steps
-        close(model(ids, **vision(inputs)).logits[:, start - 1 :], step_logits(output))
+        assert_near(model(ids, **vision(inputs)).logits[:, start - 1 :], step_logits(output))
 
 
 def test_slots_in_the_prompt_are_the_same(model, rows):
     inputs = rows[0]
     prompt = with_slots(model, inputs, inputs["input_ids"])
-    close(
+    assert_near(
         step_logits(model.generate(prompt, **vision(inputs), **GREEDY)),
         step_logits(model.generate(**inputs, **GREEDY)),
     )
@@ -164,7 +159,7 @@ def test_a_later_segment_never_changes_an_earlier_logit(model, rows):
     cut = torch.cat([ids[:, : inputs["input_ids"].shape[1] + 1]], dim=1)
     if model.config.routing_scope == "incremental":
         length = cut.shape[1]
-        close(shorter(cut, **vision(inputs)).logits, first[:, :length])
+        assert_near(shorter(cut, **vision(inputs)).logits, first[:, :length])
 
 
 def test_beams_and_samples(model, batch, rows):
@@ -172,7 +167,7 @@ def test_beams_and_samples(model, batch, rows):
     output = model.generate(**batch, **settings)
     for row, inputs in enumerate(rows):
         alone = model.generate(**inputs, **settings)
-        close(output.sequences_scores[2 * row : 2 * row + 2], alone.sequences_scores)
+        assert_near(output.sequences_scores[2 * row : 2 * row + 2], alone.sequences_scores)
     assert [len(output.latent_trace.row(row)) for row in range(6)] == [2] * 6
     torch.manual_seed(0)
     drawn = model.generate(**rows[0], **(GREEDY | {"do_sample": True, "num_return_sequences": 3, "top_k": 50}))
@@ -199,11 +194,11 @@ def test_naive_loop_without_a_cache(tokenizer, rows):
         visited[picked] = True
         assert torch.equal(step.picked_tokens, picked)
         replayed = images[picked] * attention[picked].softmax(0)[:, None]
-        close(step.latents[0], result.last_hidden_state[0, -1])
+        assert_near(step.latents[0], result.last_hidden_state[0, -1])
         embeds = torch.cat([embeds, replayed[None], result.last_hidden_state[:, -1:]], dim=1)
         positions = torch.cat([positions, positions.max() + 1 + torch.arange(5).expand(3, 1, -1)], dim=-1)
     hidden = text(inputs_embeds=embeds, position_ids=positions).last_hidden_state[0, -1]
-    close(model.lm_head(hidden), output.logits[0][0])
+    assert_near(model.lm_head(hidden), output.logits[0][0])
 
 
 def test_latents_and_images_matter(model, rows):
@@ -246,10 +241,10 @@ def test_every_switch_makes_another_model_that_keeps_the_identities(tokenizer, s
     model = build(tokenizer, routing_scope=scope, **fields)
     output = model.generate(**rows[0], **GREEDY)
     assert (step_logits(output) - base).abs().max() > 1e-4
-    close(step_logits(model.generate(**batch, **GREEDY))[0], step_logits(output)[0])
+    assert_near(step_logits(model.generate(**batch, **GREEDY))[0], step_logits(output)[0])
     ids = with_slots(model, rows[0], output.sequences[:, :-1])
     start = rows[0]["input_ids"].shape[1] + 2
-    close(model(ids, **vision(rows[0])).logits[:, start - 1 :], step_logits(output))
+    assert_near(model(ids, **vision(rows[0])).logits[:, start - 1 :], step_logits(output))
 
 
 def training_batch(model, batch) -> dict:
@@ -279,7 +274,7 @@ def test_right_padded_training_equals_rows_alone(model, batch, rows):
     for row, source in enumerate(rows):
         length = int(inputs["attention_mask"][row].sum())
         alone = model(inputs["input_ids"][row : row + 1, :length], **vision(source)).logits
-        close(logits[row, :length], alone[0])
+        assert_near(logits[row, :length], alone[0])
 
 
 @pytest.mark.parametrize("backbone", list(STOCK))
@@ -295,7 +290,7 @@ def test_gradients_reach_routers_and_are_equal_with_checkpointing(tokenizer, sco
     actual = gradients(model, inputs)
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        close(actual[name], gradient)
+        assert_near(actual[name], gradient)
 
 
 @pytest.mark.parametrize("flows", [True, False])
@@ -323,7 +318,7 @@ def test_saved_and_loaded_elsewhere(model, rows, processor, tmp_path):
     own = [name for name in VedasConfig.__annotations__ if name != "hub_classes"]
     assert [getattr(again.config, name) for name in own] == [getattr(model.config, name) for name in own]
     assert (tmp_path / "modeling_vedas.py").is_file() and (tmp_path / "processing_vedas.py").is_file()
-    close(step_logits(again.generate(**rows[0], **GREEDY)), step_logits(model.generate(**rows[0], **GREEDY)))
+    assert_near(step_logits(again.generate(**rows[0], **GREEDY)), step_logits(model.generate(**rows[0], **GREEDY)))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ TOLERANCE = 2e-5
 BACKBONES = {"c": "qwen2_5_vl", "c280": "qwen2_5_vl", "c2": "qwen2_vl", "b": "qwen2_5_vl", "a": "qwen2_5_vl"}
 
 
-def close(actual, expected):
+def assert_golden(actual, expected):
     assert_close(actual, expected, atol=TOLERANCE, rtol=0)
 
 
@@ -95,7 +95,7 @@ def test_routed_layer(case, aligned):
         output = layer(
             states, attention_mask=golden[f"{case}.attention_mask_4d"], position_embeddings=tables, routing=routing
         )
-    close(output, golden[f"{case}.{'output_aligned_scatter' if aligned else 'output'}"])
+    assert_golden(output, golden[f"{case}.{'output_aligned_scatter' if aligned else 'output'}"])
     assert torch.equal(routing.picked[1], golden[f"{case}.kept_position_order"])
 
 
@@ -121,11 +121,11 @@ def test_language_model(case, aligned):
             routing=routing,
         ).last_hidden_state
     if aligned:
-        close(model.lm_head(hidden), golden[f"{case}.logits_aligned_scatter"])
+        assert_golden(model.lm_head(hidden), golden[f"{case}.logits_aligned_scatter"])
     else:
-        close(hidden, golden[f"{case}.last_hidden_state"])
-        close(model.lm_head(hidden), golden[f"{case}.logits"])
-        close(recorder.mean(), golden[f"{case}.saliency_last_row"])
+        assert_golden(hidden, golden[f"{case}.last_hidden_state"])
+        assert_golden(model.lm_head(hidden), golden[f"{case}.logits"])
+        assert_golden(recorder.mean(), golden[f"{case}.saliency_last_row"])
 
 
 def decode(model, golden):
@@ -143,7 +143,7 @@ def decode(model, golden):
 
 
 def check_decoding(output, golden):
-    close(torch.stack(output.logits, dim=1)[0], golden["decode_step_logits"])
+    assert_golden(torch.stack(output.logits, dim=1)[0], golden["decode_step_logits"])
     length = golden["input_ids"].shape[1]
     assert torch.equal(output.sequences[0, length:], golden["generated_ids"])
 
@@ -156,7 +156,7 @@ def test_latent_loop_and_greedy_decoding(case):
     assert len(output.latent_trace.steps) == 3
     for number, step in enumerate(output.latent_trace.steps):
         assert torch.equal(step.picked_tokens, golden[f"pass{number}.selected_rel_idx"])
-        close(step.latents[0], golden[f"pass{number}.latent_z"])
+        assert_golden(step.latents[0], golden[f"pass{number}.latent_z"])
 
 
 def test_the_papers_geometry(imposed_order):
@@ -185,4 +185,4 @@ def test_training_cross_entropy(case, imposed_order):
         pixel_values=golden["in.pixel_values"].flatten(0, 1),
         image_grid_thw=golden["in.image_grid_thw"],
     )
-    close(output.loss, golden["ce"])
+    assert_golden(output.loss, golden["ce"])
