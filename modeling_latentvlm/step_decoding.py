@@ -53,6 +53,7 @@ class StepDecoder(SegmentDecoder):
         super().__init__(model, cache, use_cache, kwargs)
         self.context = context
         self.memory = RoutedMemory()
+        self.routed: Routing | None = None  # of the last forward
 
     def run(
         self,
@@ -104,6 +105,7 @@ class StepDecoder(SegmentDecoder):
             segment = self.segment(step, hidden, recorder)
             recorder = self.recorder(step + 1, None)
             hidden = self.extend(segment, recorder, self.config.alphas(step=True))[:, -1]
+            self.note_routing(step)
             latents.append(hidden)
         hidden_answer = self.extend(self.behind(answer, start), None, None) if answer.length else answer.embeds
         return hidden_prompt, stack_latents(latents, hidden), hidden_answer
@@ -115,6 +117,7 @@ class StepDecoder(SegmentDecoder):
         for step in range(self.num_steps):
             recorder = self.recorder(step, last)
             hidden = self.compute(so_far, recorder)
+            self.note_routing(step - 1)
             hidden = hidden[torch.arange(len(hidden)), last]
             so_far = so_far.join(self.segment(step, hidden, recorder))
             last = torch.full_like(last, so_far.length - 1)
@@ -123,9 +126,11 @@ class StepDecoder(SegmentDecoder):
         if is_reference:
             self.state.sequence = so_far.join(answer)
             hidden = self.compute(self.state.sequence, None)
+            self.note_routing(self.num_steps - 1)
             hidden_answer = hidden[:, so_far.length :]
         else:
             hidden = self.extend(so_far, None, self.config.alphas())
+            self.note_routing(self.num_steps - 1)
             hidden_answer = self.extend(answer, None, None) if answer.length else answer.embeds
         return hidden[:, : prompt.length], hidden[:, ends], hidden_answer
 
@@ -156,16 +161,24 @@ class StepDecoder(SegmentDecoder):
             return {}
         incremental = config.routing_scope == "incremental"
         self.memory = self.memory.following()
-        return {
-            "routing": Routing(
-                competing=torch.ones_like(competing) if config.routing_scope == "reference" else competing,
-                alphas=alphas,
-                gate=config.routing_gate,
-                memory=self.memory if incremental else None,
-                rotary=self.text_model.rotary_emb if config.routing_positions == "renumbered" else None,
-                aligned=config.routing_scope != "reference",
-            )
-        }
+        self.routed = Routing(
+            competing=torch.ones_like(competing) if config.routing_scope == "reference" else competing,
+            alphas=alphas,
+            gate=config.routing_gate,
+            memory=self.memory if incremental else None,
+            rotary=self.text_model.rotary_emb if config.routing_positions == "renumbered" else None,
+            aligned=config.routing_scope != "reference",
+        )
+        return {"routing": self.routed}
+
+    def note_routing(self, step: int) -> None:
+        """Keep which columns of the forward behind a step ran deeper."""
+        if not self.context.output_latents or self.routed is None:
+            return
+        for one in self.context.steps:
+            if one.index == step:
+                picked = {layer: columns[one.row] for layer, columns in self.routed.picked.items()}
+                one.routed_tokens = {layer: columns[columns >= 0] for layer, columns in picked.items()}
 
     def extend(self, sequence: Sequence, recorder: SaliencyRecorder | None, alphas: list[int] | None) -> Tensor:
         """Run what is new on the cache, routed if `alphas` are given: (B, T, D)."""

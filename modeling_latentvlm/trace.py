@@ -26,7 +26,9 @@ class LatentStep:
     image_attention: Tensor | None = None  # (N, M) or (1, M): where the latents looked; rows sum to one
     picked_tokens: Tensor | None = None  # (K,) image tokens replayed (Vedas)
     windows: list[tuple[int, int, int, int, int]] | None = None  # (image, top, left, height, width) (LaRe)
-    routed_tokens: dict[int, Tensor] | None = None  # layer -> positions that ran deeper (Vedas)
+    routed_tokens: dict[int, Tensor] | None = (
+        None  # layer -> columns that ran deeper in the forward of the step (Vedas)
+    )
     decode_step: int = 0  # which generated token opened it, from 0
 
     def to(self, device: torch.device | str) -> "LatentStep":

@@ -12,6 +12,7 @@ from transformers import (
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 
 from configuration_latentvlm import VedasConfig
 from modeling_latentvlm import VedasForConditionalGeneration
@@ -358,3 +359,53 @@ def test_a_position_passes_the_decoder_once_and_an_answer_token_takes_one_pass(t
     model.generate(**rows[0], **GREEDY)
     hook.remove()
     assert lengths == [rows[0]["input_ids"].shape[1], 5, 5, *[1] * 8]  # the first token comes with the last step
+
+
+def test_incremental_routing_written_out(tokenizer, rows):
+    """Segment by segment on caches equals one pass over everything with the selection of each segment by hand.
+
+    The selected tokens of a segment attend to each other and to those of earlier segments, causally, whatever lies between.
+    """
+    model, calls, outputs = build(tokenizer), [], []
+    text = model.model.language_model
+    hooks = [
+        text.register_forward_pre_hook(lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True),
+        text.register_forward_hook(lambda module, args, output: outputs.append(output.last_hidden_state)),
+    ]
+    model.generate(**rows[0], **(GREEDY | {"max_new_tokens": 1}))
+    for hook in hooks:
+        hook.remove()
+    lengths = [call["inputs_embeds"].shape[1] for call in calls]
+    assert lengths == [rows[0]["input_ids"].shape[1], 5, 5]
+    states = torch.cat([call["inputs_embeds"] for call in calls], dim=1)
+    tables = text.rotary_emb(states, torch.cat([call["position_ids"] for call in calls], dim=2))
+
+    def stock(layer, states, tables):
+        causal = torch.ones(states.shape[1], states.shape[1], dtype=torch.bool).tril()[None, None]
+        return Qwen2_5_VLDecoderLayer.forward(layer, states, attention_mask=causal, position_embeddings=tables)
+
+    for layer in text.layers:
+        states = stock(layer, states, tables)
+        if not hasattr(layer, "router"):
+            continue
+        scores, chosen, start = layer.router(states)[0], [], 0
+        for length, alpha in zip(lengths, (model.config.alpha, model.config.step_alpha, model.config.step_alpha)):
+            chosen += sorted((scores[start : start + length].topk(alpha).indices + start).tolist())
+            start += length
+        refined = stock(layer, states[:, chosen], tuple(table[:, chosen] for table in tables))
+        states = states.clone()
+        states[:, chosen] += scores[chosen].sigmoid()[None, :, None] * refined * layer.router.depth_scale[0]
+    assert_near(torch.cat(outputs, dim=1), text.norm(states))
+
+
+def test_the_trace_names_the_tokens_that_ran_deeper(model, rows):
+    """Those of the step's own segment, or of everything so far, as the scope has it."""
+    trace = model.generate(**rows[0], output_latents=True, **GREEDY).latent_trace
+    incremental = model.config.routing_scope == "incremental"
+    for number, step in enumerate(trace.steps):
+        assert sorted(step.routed_tokens) == [0, 2]
+        length = 5 if incremental else rows[0]["input_ids"].shape[1] + 5 * (number + 1)
+        for columns in step.routed_tokens.values():
+            assert len(columns) == (model.config.step_alpha if incremental else model.config.alpha)
+            assert columns.tolist() == sorted(columns.tolist()) and columns.max() < length
+    assert model.generate(**rows[0], **GREEDY).latent_trace is None
