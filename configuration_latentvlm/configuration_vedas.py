@@ -34,7 +34,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "alpha": 32,
         "num_replay_tokens": 32,
         "replay_scale": 1.0,
-        "replay_window": 4,
         "backprop_through_latents": False,
     }
 }
@@ -64,8 +63,6 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
             `"sequential"` numbers replayed tokens like text, `"grid"` gives them the positions of the tokens they repeat.
         replay_at_inference (`bool`, *optional*, defaults to `True`):
             Whether steps replay image tokens outside training too.
-        replay_window (`int`, *optional*, defaults to 3):
-            W: side of the window of the self-distillation in training (eq. 7).
         routed_layers (`list[int]`, *optional*):
             Layers with a router; the odd ones by default (the published code's; the paper routes all).
         routing_depth (`int`, *optional*, defaults to 1):
@@ -109,7 +106,6 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
     replay_scale: float = 1.0
     replay_positions: str = "sequential"
     replay_at_inference: bool = True
-    replay_window: int = 3
     routed_layers: list[int] | tuple[int, ...] | None = None
     routing_depth: int = 1
     routing_gate: str = "sigmoid"
@@ -143,8 +139,7 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
         competes in the router at every forward (so a later token moves earlier logits, and there is no KV cache); the
         gate is a softmax over the sequence (about 1 / S; its bias has no effect); a refined token lands where the token
         of the same rank by score stands, not on itself; positions are one-dimensional; picked tokens enter in ascending
-        order, weighted to about 1 / K; gradients stop at z; the self-distillation counts the last step alone, pools
-        unweighted embeddings, and looks for a 4 x 4 window.
+        order, weighted to about 1 / K; gradients stop at z.
         """
         if name not in PRESETS:
             raise ValueError(f"There is no preset {name!r}; there are {sorted(PRESETS)}.")
@@ -170,7 +165,6 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
         at_least = {
             "num_latent_steps": 0,
             "num_replay_tokens": 1,
-            "replay_window": 1,
             "routing_depth": 1,
             "alpha": 1,
             "step_alpha": 1,

@@ -15,9 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
 from modeling_latentvlm.block_sites import BlockSite
-from modeling_latentvlm.interventions import Intervention, intervene
 from modeling_latentvlm.latent_former import RowImages, grid_places
-from modeling_latentvlm.segment_decoding import SegmentDecoder
+from modeling_latentvlm.segment_decoding import DecodingContext, SegmentDecoder
 from modeling_latentvlm.segments import (
     Block,
     Piece,
@@ -30,30 +29,20 @@ from modeling_latentvlm.trace import LatentStep, LatentTrace
 
 
 @dataclass
-class LatentContext:
-    """What one call of `forward` or `generate` wants of its latents, and the record of what it got."""
+class LatentContext(DecodingContext):
+    """`DecodingContext` for blocks."""
 
-    images: list[RowImages | None]  # by prompt row; its beams share it
-    placeholders: dict[int, list[Tensor | None]] = field(default_factory=dict)  # token -> features by prompt row
-    intervention: str | Intervention | None = None
     noise: bool = False  # the stochastic term of eq. 3
-    output_latents: bool = False
     grid: tuple[int, int] | None = None  # forced on every block that `generate` opens
     max_blocks: int = 0  # most blocks of an answer, for the size of a static cache
     prompt_sites: list | None = None  # the blocks that stand in the prompt already, by row
     earlier_grids: list = field(default_factory=list)  # by prompt row, of the blocks in a continued cache
     is_unused: bool = False  # whether blocks could have been opened and none was
-    decode_step: int = -1  # the generated token that is being consumed; -1: the prompt
-    steps: list[LatentStep] = field(default_factory=list)
 
     def take_prompt_sites(self) -> list | None:
         """The prompt's blocks, once: later tokens of `generate` open blocks of their own."""
         sites, self.prompt_sites = self.prompt_sites, None
         return sites
-
-    def of_row(self, values: list, row: int, num_rows: int):
-        """The entry of the prompt row that `row` of an expanded batch continues."""
-        return values[row * len(values) // num_rows]
 
 
 @dataclass
@@ -199,7 +188,7 @@ class BlockDecoder(SegmentDecoder):
             step.image_attention = attention.detach()
         blocks = {}
         for index, (step, latents) in enumerate(
-            zip(steps, intervene(self.context.intervention, steps, self.prompts_of(steps)))
+            zip(steps, self.context.intervene(steps, len(self.state.attention_mask)))
         ):
             self.record(step, latents)
             row, (height, width) = step.row, step.grid
@@ -224,7 +213,7 @@ class BlockDecoder(SegmentDecoder):
             steps = [
                 self.step(row, opened[row], (1, 1), latents[row], self.images_of(row, opened[row])) for row in active
             ]
-            for row, changed in zip(active, intervene(self.context.intervention, steps, self.prompts_of(steps))):
+            for row, changed in zip(active, self.context.intervene(steps, len(self.state.attention_mask))):
                 collected[row].append(changed)
             going_on = [row for row in active if index + 1 < grids[row][1]]
             if not going_on:
@@ -282,11 +271,6 @@ class BlockDecoder(SegmentDecoder):
             image_grids=[] if images is None else images.grids,
             decode_step=self.context.decode_step,
         )
-
-    def prompts_of(self, steps: list[LatentStep]) -> list[int]:
-        """The prompt that each step's row belongs to: beams of one prompt share it."""
-        rows = self.state.attention_mask.shape[0]
-        return [self.context.of_row(list(range(len(self.context.images))), step.row, rows) for step in steps]
 
     def record(self, step: LatentStep, latents: Tensor) -> None:
         """Keep what happened; the tensors only where they were asked for."""

@@ -37,6 +37,7 @@ from modeling_latentvlm.interventions import Intervention, check_intervention
 from modeling_latentvlm.latent_former import LatentBlockBuilder, initialize_latent_module
 from modeling_latentvlm.latent_generation import LatentGenerationMixin
 from modeling_latentvlm.qwen_inputs import QwenInputsMixin
+from modeling_latentvlm.segments import find_state
 from modeling_latentvlm.trace import LatentTrace
 
 
@@ -171,7 +172,7 @@ class DeepLatentForConditionalGeneration(
             "video_grid_thw": video_grid_thw,
             "second_per_grid_ts": second_per_grid_ts,
         }
-        state = getattr(past_key_values, "latent_state", None)
+        state = find_state(past_key_values) if latent_context is None else None
         sites = self._find_sites(input_ids, latent_grid_hw, latent_context)
         if latent_context is None and state is None and not any(sites):
             if mm_token_type_ids is None and input_ids is not None:

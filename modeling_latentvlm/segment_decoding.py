@@ -7,16 +7,41 @@ Shapes: B rows, S new tokens, D hidden size.
 """
 
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
+from modeling_latentvlm.interventions import Intervention, intervene
+from modeling_latentvlm.latent_former import RowImages
 from modeling_latentvlm.segments import LatentState, first_segment_cache, next_segment_cache
+from modeling_latentvlm.trace import LatentStep
 
 
 logger = logging.get_logger(__name__)
+
+
+@dataclass
+class DecodingContext:
+    """What one call of `forward` or `generate` wants of its latents, and the record of what it got."""
+
+    images: list[RowImages | None]  # by prompt row; its beams share it
+    placeholders: dict[int, list[Tensor | None]] = field(default_factory=dict)  # token -> features by prompt row
+    intervention: str | Intervention | None = None
+    output_latents: bool = False
+    decode_step: int = -1  # the generated token that is being consumed; -1: the prompt
+    steps: list[LatentStep] = field(default_factory=list)
+
+    def of_row(self, values: list, row: int, num_rows: int):
+        """The entry of the prompt row that `row` of an expanded batch continues."""
+        return values[row * len(values) // num_rows]
+
+    def intervene(self, steps: list[LatentStep], num_rows: int) -> list[Tensor]:
+        """The latents of steps taken together, changed as the caller wants; beams of one prompt count as one."""
+        prompts = list(range(len(self.images)))
+        return intervene(self.intervention, steps, [self.of_row(prompts, step.row, num_rows) for step in steps])
 
 
 class SegmentDecoder:

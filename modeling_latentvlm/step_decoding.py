@@ -11,39 +11,27 @@ each step, and what competes in the routed layers, is the routing scope (`VedasC
 Shapes: B rows, S columns of `input_ids`, P prompt columns (the longest row), K replayed tokens, D hidden size.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
-from modeling_latentvlm.interventions import Intervention, intervene
-from modeling_latentvlm.latent_former import RowImages
 from modeling_latentvlm.routing import RoutedMemory, Routing
 from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
-from modeling_latentvlm.segment_decoding import SegmentDecoder
+from modeling_latentvlm.segment_decoding import DecodingContext, SegmentDecoder
 from modeling_latentvlm.segments import Sequence
 from modeling_latentvlm.trace import LatentStep
 from modeling_latentvlm.visual_replay import ImageTokens, Replay, pick_tokens
 
 
 @dataclass
-class StepContext:
-    """What one call of `forward` or `generate` wants of its latent steps, and the record of what it got."""
+class StepContext(DecodingContext):
+    """`DecodingContext` for latent steps."""
 
-    images: list[RowImages | None]
-    placeholders: dict[int, list[Tensor | None]] = field(default_factory=dict)
     position_ids: Tensor | None = None  # (3, prompt rows, S), as if slots took none
     num_steps: int = 0  # steps taken behind a prompt that has no slots of its own
-    intervention: str | Intervention | None = None
-    output_latents: bool = False
-    decode_step: int = -1
-    steps: list[LatentStep] = field(default_factory=list)
-
-    def of_row(self, values: list, row: int, num_rows: int):
-        """The entry of the prompt row that `row` of an expanded batch continues."""
-        return values[row * len(values) // num_rows]
 
 
 class StepDecoder(SegmentDecoder):
@@ -71,7 +59,7 @@ class StepDecoder(SegmentDecoder):
         """
         rows, length = input_ids.shape
         self.num_steps = num_slots or self.context.num_steps
-        self.prepare_cache(rows, embeds, self.num_steps > 0 or num_slots > 0 or min(prompt_lengths) < length)
+        self.prepare_cache(rows, embeds, self.num_steps > 0 or min(prompt_lengths) < length)
         is_image = (input_ids == self.config.image_token_id) & mask
         prompt = cut(embeds, mask, positions, [slice(0, end) for end in prompt_lengths])
         answer = cut(embeds, mask, positions, [slice(end + num_slots, length) for end in prompt_lengths])
@@ -247,8 +235,7 @@ class StepDecoder(SegmentDecoder):
             )
             for row in range(rows)
         ]
-        prompts = [context.of_row(list(range(len(context.images))), row, rows) for row in range(rows)]
-        changed = intervene(context.intervention, steps, prompts)
+        changed = context.intervene(steps, rows)
         for one, values in zip(steps, changed):
             one.latents = values.detach() if context.output_latents else None
             context.steps.append(one)

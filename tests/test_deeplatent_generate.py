@@ -428,6 +428,8 @@ def test_a_cache_that_was_changed_is_refused(shared_model, rows):
     first.past_key_values.crop(-5)
     with pytest.raises(ValueError, match="was changed"):
         continued(model, first)
+    with pytest.raises(ValueError, match="was changed"):
+        model(torch.tensor([[40]]), past_key_values=first.past_key_values)
     first = model.generate(**rows[0], min_latent_blocks=1, max_latent_blocks=1, **GREEDY)
     first.sequences[0, 3] = 77
     with pytest.raises(ValueError, match="row 0 has token 77 at column 3"):
