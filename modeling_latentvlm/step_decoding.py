@@ -41,6 +41,7 @@ class StepDecoder(SegmentDecoder):
         super().__init__(model, cache, use_cache, kwargs)
         self.context = context
         self.memory = RoutedMemory()
+        self.replays: list[Replay] = []  # by step
         self.routed: Routing | None = None  # of the last forward
 
     def run(
@@ -217,7 +218,10 @@ class StepDecoder(SegmentDecoder):
         config, count = self.config, self.config.num_replay_tokens
         if config.routing_scope == "reference" and self.tokens.exists.shape[1] <= count:
             count = self.tokens.exists.shape[1] - 1  # as the published code does
-        return pick_tokens(recorder.mean(), self.tokens, count, config.replay_scale, config.replay_pattern)
+        self.replays.append(
+            pick_tokens(recorder.mean(), self.tokens, count, config.replay_scale, config.replay_pattern)
+        )
+        return self.replays[-1]
 
     def change(self, step: int, latent: Tensor, replay: Replay | None) -> Tensor:
         """Apply the intervention and keep the record: (B, D)."""
