@@ -227,7 +227,9 @@ def check_gradients(model, objective, golden, record):
     """Recorded gradients, and the recorded norm of every other one."""
     gradients = {f"tokenSR.{name}": value.grad for name, value in objective.replay_predictor.named_parameters()}
     for name, value in model.named_parameters():
-        name = name.removeprefix("model.").replace("language_model.", "model.").replace("router.score", "router.router")
+        name = (
+            name.removeprefix("model.").replace("language_model.", "model.").replace("router.score", "router.router")
+        )
         gradients[f"base_causallm.{name}"] = value.grad
     for name, norm in record["grad_l2_norms"].items():
         if "embed_tokens" in name:  # theirs also collects the gradient at z, which replaced these rows in place

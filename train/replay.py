@@ -29,7 +29,8 @@ class ReplayArguments:
     """The crop branch. The defaults are the paper's; `reference()` is the published code."""
 
     replay_loss_weight: float | None = field(
-        default=None, metadata={"help": "lambda; by default 1.0, or 0.2 from a hidden size of 3584 on. 0 switches it off."}
+        default=None,
+        metadata={"help": "lambda; by default 1.0, or 0.2 from a hidden size of 3584 on. 0 switches it off."},
     )
     replay_window: int = field(default=3, metadata={"help": "W: side of the window in merged patches."})
     replay_crop_size: int = field(
@@ -73,7 +74,9 @@ class ReplayPredictor(nn.Sequential):
         self.is_convolution = "conv" in kind
 
 
-def densest_window(picked: list[int], grids: list[tuple[int, int]], size: int) -> tuple[int, int, int, int, int] | None:
+def densest_window(
+    picked: list[int], grids: list[tuple[int, int]], size: int
+) -> tuple[int, int, int, int, int] | None:
     """Find the window with most picked tokens: (image, top, left, height, width), None if nothing was picked.
 
     Args:
