@@ -259,6 +259,8 @@ def stack_latents(latents: list[Tensor], like: Tensor) -> Tensor:  # (B, steps, 
 
 def cut(embeds: Tensor, mask: Tensor, positions: Tensor, parts: list[slice]) -> Sequence:
     """Take one slice of every row and pad them to the longest."""
+    if all(part == parts[0] for part in parts):  # as in `generate`: a view, since a copy would be the peak of memory
+        return Sequence(embeds[:, parts[0]], mask[:, parts[0]], positions[:, :, parts[0]])
     return Sequence(
         pad_sequence([row[part] for row, part in zip(embeds, parts)], batch_first=True),
         pad_sequence([row[part] for row, part in zip(mask, parts)], batch_first=True),
