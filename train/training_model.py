@@ -122,14 +122,19 @@ class LatentTrainer(Trainer):
                 logs |= callback.log_terms() if hasattr(callback, "log_terms") else {}
         super().log(logs, *args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._is_checkpoint = _internal_call
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
         output_dir = output_dir or self.args.output_dir
         whole = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         state = whole.state_dict() if state_dict is None else state_dict
-        # The names of the modules, and not those of the hub: `Trainer` reads them back without conversion.
-        kept = {} if hasattr(whole.model, "peft_config") else {"save_original_format": False}
+        # A run's own checkpoints have the names of the modules, which `Trainer` reads back; what is for others the hub's.
+        is_own = self._is_checkpoint and not hasattr(whole.model, "peft_config")
+        kept = {"save_original_format": False} if is_own else {}
         whole.model.save_pretrained(output_dir, state_dict=split_state(state, "model."), **kept)
         save_objective(split_state(state, "objective."), output_dir)
         if self.processing_class is not None:
