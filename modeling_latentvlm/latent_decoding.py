@@ -38,6 +38,18 @@ class LatentDecodingMixin:
                 f"Row {row} of the prompt has {int(lengths[row])} tokens, but the context holds {longest}."
             )
 
+    def _embed_prompt(self, input_ids: Tensor, context) -> Tensor:
+        """Token embeddings with image features in their placeholders; takes the features out of `context`."""
+        embeds = self.get_input_embeddings()(input_ids)
+        for token, by_row in context.placeholders.items():
+            features = [context.of_row(by_row, row, len(input_ids)) for row in range(len(input_ids))]
+            features = [values for values in features if values is not None]
+            if features:
+                mask = (input_ids == token)[..., None].to(embeds.device)
+                embeds = embeds.masked_scatter(mask, torch.cat(features).to(embeds.device, embeds.dtype))
+        context.placeholders = {}
+        return embeds
+
     def prepare_inputs_for_generation(
         self,
         input_ids,
