@@ -11,7 +11,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from configuration_latentvlm import LaReConfig
 from modeling_latentvlm import LaReForCausalLM
-from modeling_latentvlm.refocus_decoding import change_of
+from modeling_latentvlm.refocus_decoding import change_of, recorded_last_states
 from modeling_latentvlm.refocus_extractor import RefocusAttention, RefocusExtractor
 from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
 
@@ -540,6 +540,16 @@ def test_a_position_passes_the_decoder_once(model, rows):
     model.generate(**rows[0], **GREEDY)
     hook.remove()
     assert lengths == [rows[0]["input_ids"].shape[1] + 1, 3, 3, 4, *[1] * 8]
+
+
+def test_only_the_last_position_of_a_layer_is_kept(model, rows):
+    """Not as a view, which would keep all positions."""
+    layers = model.model.language_model.layers
+    with recorded_last_states(layers) as states, torch.no_grad():
+        model.model.language_model(rows[2]["input_ids"])
+    assert len(states) == len(layers)
+    assert all(state.untyped_storage().nbytes() == state.nbytes for state in states)
+    assert not any(layer._forward_hooks for layer in layers)
 
 
 def test_images_are_encoded_once(model, batch):
