@@ -7,7 +7,13 @@ import torch
 from helpers import GREEDY, assert_near, step_logits
 from huggingface_hub.errors import StrictDataclassError
 from torch.testing import assert_close
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from configuration_latentvlm import LaReConfig
 from modeling_latentvlm import LaReForCausalLM
@@ -494,7 +500,11 @@ def test_text_alone_still_gives_every_weight_a_gradient(rows):
     labels = rows[2]["input_ids"].clone()
     labels[:, :2] = -100
     found = gradients(model, rows[2] | {"labels": labels})
-    assert {name for name, _ in model.named_parameters() if name.startswith("refocus.")} <= found.keys()
+    new = {
+        name for name, _ in model.named_parameters() if name.startswith(("refocus.", "model.multi_modal_projector."))
+    }
+    assert new <= found.keys()
+    assert not any(found[name].any() for name in new if "multi_modal" in name)
 
 
 def test_what_forward_returns_of_the_latents(model, batch):
@@ -609,6 +619,73 @@ def test_under_autocast(model):
         loss = model.train()(**inputs).loss
     loss.backward()
     assert (loss - model(**inputs).loss).abs() < 0.1
+
+
+def test_any_attention_implementation(model, batch):
+    """The one that is configured runs, whichever it is; the saliency row is computed beside it."""
+    expected = step_logits(model.generate(**batch, **GREEDY))
+    model.set_attn_implementation("eager")
+    assert_near(step_logits(model.generate(**batch, **GREEDY)), expected)
+
+
+def test_trainer_moves_every_new_weight(model, tmp_path):
+    inputs, before = training_batch(), {name: weight.clone() for name, weight in model.named_parameters()}
+    rows = [{name: values[row] for name, values in inputs.items() if name != "pixel_values"} for row in range(3)]
+
+    def collate(samples: list[dict]) -> dict:
+        return default_data_collator(samples) | {"pixel_values": inputs["pixel_values"]}
+
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        max_steps=1,
+        per_device_train_batch_size=3,
+        learning_rate=1e-2,
+        gradient_checkpointing=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        data_seed=1,
+    )
+    sampler = SequentialTrainer(model=model, args=args, train_dataset=rows, data_collator=collate)
+    sampler.train()
+    new = [name for name in before if name.startswith(("refocus.", "model.multi_modal_projector."))]
+    assert not any(torch.equal(before[name], dict(model.named_parameters())[name]) for name in new)
+    sampler.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "modeling_lare.py").is_file()
+
+
+class SequentialTrainer(Trainer):
+    """Keeps the rows in the order of their pictures."""
+
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+DISK = {
+    "model.vision_tower": "cpu",
+    "model.multi_modal_projector": "disk",
+    "model.language_model": "disk",
+    "lm_head": "cpu",
+}
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk", "device_map"])
+def test_offloaded_weights(kind, model, batch, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    expected = step_logits(model.generate(**batch, **GREEDY))
+    if kind == "memory":
+        model = accelerate.cpu_offload(model, execution_device="cpu")
+    elif kind == "disk":
+        model = accelerate.disk_offload(model, str(tmp_path), execution_device="cpu")
+    else:
+        model.save_pretrained(tmp_path / "checkpoint")
+        device_map = DISK | {"refocus": "disk"}
+        model = LaReForCausalLM.from_pretrained(
+            tmp_path / "checkpoint", device_map=device_map, offload_folder=str(tmp_path / "offloaded")
+        )
+    assert_near(step_logits(model.generate(**batch, **GREEDY)), expected)
 
 
 def test_saved_and_loaded(model, rows, tmp_path):
