@@ -44,7 +44,8 @@ from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOut
 
 @dataclass
 class LaReCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` with the latents, where `output_latents=True`. N is the most steps that a row took.
+    """`CausalLMOutputWithPast` with the latents, where `output_latents=True`. N is the most steps that a row took;
+    in training with `adaptive_stop`, that a row may take.
 
     Args:
         latents (`torch.FloatTensor` of shape `(B, N, K, D)`): as they entered the language model, with gradients.
@@ -203,12 +204,12 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
             learned = (labels != -100).to(mask.device)
             ends = torch.where(learned.any(dim=1), learned.int().argmax(dim=1), ends)
         ends = torch.where(has_pair, at, ends)
-        before = ((input_ids == config.image_token_id) & (columns < ends[:, None])).sum(dim=1)
+        before = ((input_ids == config.image_token_id) & mask & (columns < ends[:, None])).sum(dim=1)
         parted = (before % config.image_seq_length).nonzero().flatten().tolist()
         if parted and config.step_limit:
             raise ValueError(
-                f"The refocusing steps must not part an image, but in rows {parted} the prompt ends within one: image tokens "
-                "cannot be labels."
+                f"The refocusing steps must not part an image, but in rows {parted} the prompt or its `attention_mask` ends "
+                "within one: image tokens cannot be labels."
             )
         return Places(ends, ends + 2 * has_pair)
 

@@ -206,7 +206,9 @@ class RefocusDecoder(SegmentDecoder):
                 is_still = change_of(latents, earlier, measure) < self.config.stop_threshold
                 ending = ending | (active & is_still)
             going = active & ~ending
-            is_last = step == limit - 1 or (measure is not None and not bool(going.any()))
+            # In training all take as many forwards: processes that share a model must not wait for each other.
+            may_stop = measure is not None and not self.model.training
+            is_last = step == limit - 1 or (may_stop and not bool(going.any()))
             thought = self.observe(*self.segment(latents, eot, active, ending, is_last), is_followed=not is_last)
             end = torch.where(ending[:, None], thought.hidden[:, -1], end)
             active, earlier = going, latents
