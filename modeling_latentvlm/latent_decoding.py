@@ -23,19 +23,20 @@ class LatentDecodingMixin:
         """Where inputs belong: offloaded weights lie on `meta` and are fetched to where the caller put the inputs."""
         return inputs.device if self.device.type == "meta" else self.device
 
-    def _check_length(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    def _check_length(self, input_ids: Tensor, attention_mask: Tensor | None, num_latents: int = 0) -> None:
+        """Raise unless every row fits into the context together with the latents that follow it."""
         longest = self.config.get_text_config().max_position_embeddings
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}."
             )
-        if input_ids.shape[1] <= longest:
+        if input_ids.shape[1] + num_latents <= longest:
             return
         lengths = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).sum(dim=1)
-        if lengths.max() > longest:
-            row = int(lengths.argmax())
+        if lengths.max() + num_latents > longest:
+            row, latents = int(lengths.argmax()), f" and {num_latents} latents" if num_latents else ""
             raise ValueError(
-                f"Row {row} of the prompt has {int(lengths[row])} tokens, but the context holds {longest}."
+                f"Row {row} of the prompt has {int(lengths[row])} tokens{latents}, but the context holds {longest}."
             )
 
     def _embed_prompt(self, input_ids: Tensor, context) -> Tensor:

@@ -281,7 +281,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
             raise ValueError("`position_ids` cannot be given to `generate`: latents take positions of their own.")
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = infer_attention_mask(input_ids, settings)
-        self._check_length(input_ids, kwargs["attention_mask"])
+        self._check_length(input_ids, kwargs["attention_mask"], self.config.step_limit * self.config.num_step_latents)
         ids = input_ids.to(self._input_device(input_ids))
         images, placeholders = self._encode_images(ids, kwargs.pop("pixel_values", None))
         context = RefocusContext(images, placeholders, intervention=latent_intervention, output_latents=output_latents)

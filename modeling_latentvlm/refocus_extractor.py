@@ -82,7 +82,7 @@ class RefocusAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
         output, weights = self.o_proj(mixed.transpose(1, 2).flatten(2)), None
         if output_weights:
-            scores = (query.float() @ key.float().transpose(-1, -2)) * query.shape[-1] ** -0.5
+            scores = query.detach().float() @ key.detach().float().transpose(-1, -2) * query.shape[-1] ** -0.5
             scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
             weights = scores.softmax(dim=-1).mean(dim=1)
         if is_open is not None:

@@ -1,6 +1,7 @@
 """Conversion of a vision tower and a language model to a fresh LaRe model."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -305,8 +306,6 @@ def test_bad_parts_are_refused(parts, tmp_path):
 
 @pytest.mark.parametrize("part, name", [(0, "vision_model.post_layernorm.weight"), (1, "model.norm.weight")])
 def test_a_missing_weight_is_named(parts, tmp_path, part, name):
-    import shutil
-
     folders = [shutil.copytree(folder, tmp_path / str(number)) for number, folder in enumerate(parts)]
     for file in folders[part].glob("*.safetensors"):
         weights = load_file(file)
@@ -316,6 +315,21 @@ def test_a_missing_weight_is_named(parts, tmp_path, part, name):
     with pytest.raises(ValueError, match=rf"1 missing: model.*{name.rpartition('model.')[2]}"):
         convert_lare(*folders, tmp_path / "out", overrides=dict(SMALL))
     assert not (tmp_path / "out").exists()
+
+
+def test_buffers_of_older_checkpoints_are_left_behind(parts, tmp_path):
+    """Positions and frequencies that transformers computes by now."""
+    buffers = ("vision_model.embeddings.position_ids", "model.layers.0.self_attn.rotary_emb.inv_freq")
+    folders = [shutil.copytree(folder, tmp_path / str(number)) for number, folder in enumerate(parts)]
+    for folder, name in zip(folders, buffers):
+        file = next(iter(sorted(folder.glob("*.safetensors"))))
+        save_file(load_file(file) | {name: torch.arange(4)}, file, {"format": "pt"})
+        index = folder / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        content["weight_map"][name] = file.name
+        index.write_text(json.dumps(content))
+    folder = convert_lare(*folders, tmp_path / "out", overrides=dict(SMALL))
+    assert weights_of(folder).keys() == weights_of(convert_lare(*parts, tmp_path / "b", overrides=dict(SMALL))).keys()
 
 
 def test_the_command(parts, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import picture
 from helpers import GREEDY, assert_near, step_logits
 from huggingface_hub.errors import StrictDataclassError
 from torch.testing import assert_close
@@ -20,6 +21,7 @@ from modeling_latentvlm import LaReForCausalLM
 from modeling_latentvlm.refocus_decoding import change_of, recorded_last_states
 from modeling_latentvlm.refocus_extractor import RefocusAttention, RefocusExtractor
 from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
+from processing_latentvlm import draw_trace
 
 
 PAD, EOS, IMAGE, BOT, EOT = 0, 1, 120, 121, 122
@@ -542,6 +544,14 @@ def test_interventions(model, batch):
         model.generate(**batch, latent_intervention="nothing", **GREEDY)
 
 
+def test_the_trace_can_be_drawn(model, batch):
+    trace = model.generate(**batch, **(GREEDY | LATENTS)).latent_trace
+    widths = [draw_trace(trace, [picture(56, 56)] * count, row=row).width for row, count in enumerate((1, 2, 0))]
+    assert widths[0] == widths[1] == 4 * (336 + 12) + 12  # the picture and three steps
+    with pytest.raises(ValueError, match="looked at 2 images, got 1"):
+        draw_trace(trace, [picture(56, 56)], row=1)
+
+
 def test_a_position_passes_the_decoder_once(model, rows):
     lengths = []
     hook = model.model.language_model.layers[1].register_forward_pre_hook(
@@ -767,6 +777,10 @@ def test_wrong_inputs_raise(model, batch, rows):
         model(ids, labels=labels, **pictures(rows[0]))
     with pytest.raises(ValueError, match="`position_ids` cannot be given"):
         model(ids, position_ids=torch.arange(ids.shape[1])[None], **pictures(rows[0]))
+    with pytest.raises(
+        ValueError, match="Row 0 of the prompt has 510 tokens and 9 latents, but the context holds 512"
+    ):
+        model.generate(torch.full((1, 510), 40), **GREEDY)
     with pytest.raises(ValueError, match="neither `past_key_values`"):
         model.generate(**rows[0], cache_implementation="static", **GREEDY)
     with pytest.raises(ValueError, match="return_dict_in_generate"):
