@@ -454,6 +454,18 @@ def gradients(model, inputs) -> dict:
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_without_labels_the_last_token_has_what_follows_the_latents(model, rows, side):
+    """Not the last column, where that is padding."""
+    inputs = encode(PROMPTS, side)
+    output = model(**inputs, output_latents=True)
+    last = (torch.arange(inputs["input_ids"].shape[1]) * inputs["attention_mask"]).argmax(dim=1)
+    assert [step.column for step in output.latent_trace.steps[::3]] == (last + 1).tolist()
+    for row, source in enumerate(rows):
+        first = model.generate(**source, **(GREEDY | {"max_new_tokens": 1})).logits[0]
+        assert_near(output.logits[row, last[row]], first[0])
+
+
 @pytest.mark.parametrize("fields", [{}, ADAPTIVE])
 def test_right_padded_training_equals_rows_alone(decoder, rows, fields):
     model, inputs = build(decoder, **fields), training_batch()
