@@ -139,7 +139,9 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.shape}, {STEPS} steps of {step.shape[1]} latents, {machine}, medians of {args.repeats}")
     for name, value in median.items():
-        print(f"  {name:6s} {value:9.1f} ms  {value / median['stock']:5.2f} x stock  {peaks[name] / 2**20:8.1f} MiB at most")
+        print(
+            f"  {name:6s} {value:9.1f} ms  {value / median['stock']:5.2f} x stock  {peaks[name] / 2**20:8.1f} MiB at most"
+        )
     print(f"  peak memory {result['peak ratio']:.3f} x, with the weights {result['peak ratio with weights']:.3f} x")
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text(json.dumps({"settings": vars(args), "machine": machine, "result": result}, indent=2))
