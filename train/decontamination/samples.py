@@ -1,11 +1,8 @@
 """Read question-answer samples one at a time, and reduce their pairs to digests that ignore how they are spelled.
 
-Three layouts, told apart by what they hold:
-
-    JSONL                   one object a line
-    JSON                    one array of such objects, read item by item (LLaVA's files)
-    a sample                `question` and `answer`, or `conversations` of `from` and `value` turns; `image` is optional,
-                            one path or a list of them, relative to the file
+A file is JSONL, one object a line, or JSON, one array of objects as LLaVA has it; its first character tells them apart.
+An object holds `question` and `answer`, or `conversations` of turns with `from` and `value`; and, if it has a picture,
+`image`: one path or a list of them, relative to the file.
 """
 
 import hashlib
@@ -25,14 +22,18 @@ LARGEST_ITEM = 1 << 26  # characters; where no item ends in so many, the array i
 DECODER = json.JSONDecoder()
 ASKING, ANSWERING = ("human", "user"), ("gpt", "assistant")
 IMAGE_PLACEHOLDER = "<image>"
-
-# Every punctuation mark parts words like a space; invisible format characters (zero-width, soft hyphen) vanish.
-CATEGORIES = ((code, unicodedata.category(chr(code))) for code in range(sys.maxunicode + 1))
-REPLACED = {
-    code: "" if category == "Cf" else " " for code, category in CATEGORIES if category[0] == "P" or category == "Cf"
-}
 LEADING_MINUS = re.compile(r"(?<!\w)-(?=\d)")
 MINUS_SIGN = "\u2212"  # in Unicode a symbol, like "+", "=" and "<", which all stay
+
+
+def replace_punctuation() -> dict[int, str]:
+    """A table for `str.translate`: punctuation parts words like a space, invisible format characters vanish."""
+    categories = {code: unicodedata.category(chr(code)) for code in range(sys.maxunicode + 1)}
+    marks = {code: " " for code, category in categories.items() if category.startswith("P")}
+    return marks | {code: "" for code, category in categories.items() if category == "Cf"}
+
+
+PUNCTUATION = replace_punctuation()
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def normalize_text(text: str) -> str:
     """
     text = unicodedata.normalize("NFKC", text.replace(IMAGE_PLACEHOLDER, " ")).casefold()
     text = LEADING_MINUS.sub(MINUS_SIGN, text)
-    return " ".join(text.translate(REPLACED).split()) or " ".join(text.split())
+    return " ".join(text.translate(PUNCTUATION).split()) or " ".join(text.split())
 
 
 def digest_pair(question: str, answer: str) -> bytes:
