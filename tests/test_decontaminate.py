@@ -593,6 +593,7 @@ def test_bad_items_are_named(tmp_path, text, message):
 
 def test_arguments_are_checked(data, tower):
     (data / "empty.jsonl").touch()
+    (data / "link.jsonl").symlink_to(data / "train.jsonl")
     for changes, message in (
         ({"threshold": 0.0}, r"`threshold` .*got 0\.0"),
         ({"threshold": 1.01}, r"`threshold` .*got 1\.01"),
@@ -605,6 +606,7 @@ def test_arguments_are_checked(data, tower):
         ({"train": data / "test.jsonl"}, "must not be one of the `test` files"),
         ({"vision_tower": data}, "config.json, got"),
         ({"output": data / "train.jsonl"}, r"different files, got .*train\.jsonl"),
+        ({"output": data / "link.jsonl"}, r"different files, got .*link\.jsonl"),
         ({"report": data / "test.jsonl"}, r"different files, got .*test\.jsonl"),
         ({"output": data / "none" / "clean.jsonl"}, "folders that exist"),
     ):
