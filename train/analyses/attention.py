@@ -26,7 +26,16 @@ from scipy import stats
 from torch import Tensor
 
 from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
-from train.analyses.collection import Study, analysis_parser, changed_steps, check_steps, generate_batches, open_study, step_field
+from train.analyses.collection import (
+    GREEDY,
+    Study,
+    analysis_parser,
+    changed_steps,
+    check_steps,
+    encoded_batches,
+    open_study,
+    step_field,
+)
 
 
 ARMS = {"with_latents": None, "without_latents": 0}  # number of steps; None: the model's own
@@ -72,13 +81,9 @@ def measure_shares(study: Study) -> pandas.DataFrame:
     shares: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for arm, num_steps in ARMS.items():
         with changed_steps(config, num_steps):
-            batches = generate_batches(study, study.samples, max_new_tokens=2, eos_token_id=None)
-            while True:
+            for _, inputs in encoded_batches(study, study.samples):
                 with recorded_first_token(study.model) as recorder:
-                    batch = next(batches, None)
-                if batch is None:
-                    break
-                _, inputs, _ = batch
+                    study.model.generate(**inputs, **GREEDY, max_new_tokens=2, eos_token_id=None)
                 shares[arm] += image_share(recorder, inputs["input_ids"] == config.image_token_id).tolist()
     return pandas.DataFrame({"question": [sample.origin for sample in study.samples]} | shares)
 

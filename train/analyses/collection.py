@@ -20,6 +20,7 @@ from train.reasoning_data import ADAPTERS, ReasoningSample, read_reasoning
 
 
 STEP_FIELDS = {"lare": "num_refocus_steps", "vedas": "num_latent_steps"}
+GREEDY = {"do_sample": False, "return_dict_in_generate": True}
 
 
 @dataclass
@@ -128,13 +129,11 @@ def changed_steps(config, num_steps: int | None) -> Iterator[None]:
             setattr(config, name, value)
 
 
-def generate_batches(study: Study, samples: list[ReasoningSample], **settings) -> Iterator[tuple]:
-    """Let the model answer, greedily: (samples, inputs, output) of one batch after the other."""
-    settings = {"do_sample": False, "return_dict_in_generate": True} | settings
+def encoded_batches(study: Study, samples: list[ReasoningSample]) -> Iterator[tuple]:
+    """(samples, model inputs) of one batch after the other, for `generate(..., **GREEDY)`."""
     for start in tqdm(range(0, len(samples), study.batch_size), desc="generating"):
         batch = samples[start : start + study.batch_size]
-        inputs = encode_questions(study.processor, batch).to(study.model.device)
-        yield batch, inputs, study.model.generate(**inputs, **settings)
+        yield batch, encode_questions(study.processor, batch).to(study.model.device)
 
 
 def latents_of(output, samples: list[ReasoningSample]) -> list[list[Tensor]]:

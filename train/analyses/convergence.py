@@ -20,11 +20,12 @@ from torch import Tensor
 
 from modeling_latentvlm.refocus_decoding import change_of
 from train.analyses.collection import (
+    GREEDY,
     Study,
     analysis_parser,
     changed_steps,
     check_steps,
-    generate_batches,
+    encoded_batches,
     latents_of,
     open_study,
     step_field,
@@ -73,7 +74,8 @@ def measure_convergence(study: Study, num_steps: int | None = None) -> pandas.Da
         raise ValueError(f"`num_steps` must be 1 to {most} for this model, got {num_steps}.")
     rows = []
     with changed_steps(config, num_steps):
-        for samples, _, output in generate_batches(study, study.samples, output_latents=True, max_new_tokens=1):
+        for samples, inputs in encoded_batches(study, study.samples):
+            output = study.model.generate(**inputs, **GREEDY, output_latents=True, max_new_tokens=1)
             for steps in latents_of(output, samples):
                 rows += measure_changes(steps)
     return summarize(rows)

@@ -7,7 +7,7 @@ feature of another question of the same side of the split. There are three kinds
     same_question   the same question about another image
     random          another question about another image
 
-# Deviates from the paper, which gives every probe all three: a pair is mismatched only if what is probed differs. The
+Deviates from the paper, which gives every probe all three: a pair is mismatched only if what is probed differs. The
 latents are not wrong about an image that two questions share, and no probe could tell such a pair from a matched one. So
 `same_image` is no mismatch of images, and equal texts are none of texts. A kind that the data lack is made up by others.
 

@@ -15,7 +15,7 @@ on their outer product z x v, without writing it out, since <z x v, z' x v'> = <
     svm   linear on z x v, that is a bilinear score z W v; C by 5-fold cross-validation on the training side
     mlp   one hidden layer on the products with all training pairs, with early stopping
 
-# Deviates from the paper, which projects by a trainable layer: principal components need no labels, so the probe is all that
+Deviates from the paper, which projects by a trainable layer: principal components need no labels, so the probe is all that
 is learned from them.
 
 `probing.csv` holds accuracies on the test side with 95 % Wilson intervals, over all pairs and by kind of mismatch, those of
@@ -25,7 +25,6 @@ Shapes: N questions, P pairs, F pooled features.
 """
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -42,10 +41,11 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 from train.analyses.collection import (
+    GREEDY,
     Study,
     analysis_parser,
     check_steps,
-    generate_batches,
+    encoded_batches,
     latents_of,
     open_study,
     pool_mean_max,
@@ -60,15 +60,6 @@ FOLDS = 5
 LEAST_PAIRS = 40  # so that every fold has pairs of both labels
 TARGETS = ("image", "text")
 TEXTS = ("rationale", "question")
-
-
-@dataclass
-class Probed:
-    """What is probed for what: one row per question."""
-
-    latents: np.ndarray  # (N, F)
-    features: dict[str, np.ndarray]  # target -> (N, F)
-    contents: dict[str, np.ndarray]  # target -> (N,) codes, equal where the target is
 
 
 def image_digest(sample: ReasoningSample) -> str:
@@ -105,24 +96,16 @@ def pool_texts(model, tokenizer, texts: list[str]) -> list[Tensor]:
     return [pool_mean_max(row[kept].float()) for row, kept in zip(hidden.last_hidden_state, mask.bool())]
 
 
-def collect(study: Study, samples: list[ReasoningSample], text: str, max_new_tokens: int) -> Probed:
-    """Run the model over all questions."""
-    latents: list[Tensor] = []
-    features: dict[str, list[Tensor]] = {target: [] for target in TARGETS}
-    batches = generate_batches(study, samples, output_latents=True, max_new_tokens=max_new_tokens)
-    for batch, inputs, output in batches:
-        latents += [pool_mean_max(torch.cat(steps)) for steps in latents_of(output, batch)]
-        features["image"] += pool_images(study.model, batch, inputs)
+def collect(study: Study, samples: list[ReasoningSample], text: str, max_new_tokens: int) -> dict[str, np.ndarray]:
+    """Run the model over all questions: (N, F) of their latents and of each target."""
+    found: dict[str, list[Tensor]] = {name: [] for name in ("latents", *TARGETS)}
+    for batch, inputs in encoded_batches(study, samples):
+        output = study.model.generate(**inputs, **GREEDY, output_latents=True, max_new_tokens=max_new_tokens)
+        found["latents"] += [pool_mean_max(torch.cat(steps)) for steps in latents_of(output, batch)]
+        found["image"] += pool_images(study.model, batch, inputs)
         texts = [probed_text(sample, text) for sample in batch]
-        features["text"] += pool_texts(study.model, study.processor.tokenizer, texts)
-    return Probed(
-        latents=torch.stack(latents).numpy(),
-        features={target: torch.stack(values).cpu().numpy() for target, values in features.items()},
-        contents={
-            "image": codes([image_digest(sample) for sample in samples]),
-            "text": codes([probed_text(sample, text) for sample in samples]),
-        },
-    )
+        found["text"] += pool_texts(study.model, study.processor.tokenizer, texts)
+    return {name: torch.stack(values).cpu().numpy() for name, values in found.items()}
 
 
 def project(values: np.ndarray, is_train: np.ndarray, seed: int) -> np.ndarray:
@@ -135,16 +118,16 @@ def project(values: np.ndarray, is_train: np.ndarray, seed: int) -> np.ndarray:
 def build_probes(seed: int) -> dict:
     """Probes on the products with the training pairs, (P, training pairs)."""
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
-    mlp = MLPClassifier(
-        (PROJECTED_SIZE,), early_stopping=True, n_iter_no_change=20, max_iter=500, random_state=seed
-    )
+    mlp = MLPClassifier((PROJECTED_SIZE,), early_stopping=True, n_iter_no_change=20, max_iter=500, random_state=seed)
     return {
         "svm": GridSearchCV(SVC(kernel="precomputed"), {"C": COSTS}, cv=folds),
         "mlp": make_pipeline(StandardScaler(), mlp),
     }
 
 
-def run_probes(latents: np.ndarray, features: np.ndarray, train: Pairs, test: Pairs, groups: np.ndarray, seed: int):
+def run_probes(
+    latents: np.ndarray, features: np.ndarray, train: Pairs, test: Pairs, groups: np.ndarray, seed: int
+) -> list[dict]:
     """Train every probe on true and on shuffled labels, and test it on true ones: rows of the table.
 
     Args:
@@ -190,7 +173,9 @@ def score(is_right: np.ndarray, pairs: Pairs) -> list[dict]:
     return rows
 
 
-def probe_latents(study: Study, num_pairs: int = 1000, text: str = "rationale", seed: int = 0, max_new_tokens: int = 1):
+def probe_latents(
+    study: Study, num_pairs: int = 1000, text: str = "rationale", seed: int = 0, max_new_tokens: int = 1
+) -> pandas.DataFrame:
     """Collect latents and features of `num_pairs / 2` questions and probe them.
 
     Raises:
@@ -208,12 +193,14 @@ def probe_latents(study: Study, num_pairs: int = 1000, text: str = "rationale", 
     pairs = {}
     for target, contents in {"image": questions.images, "text": texts}.items():
         pairs[target] = [pair_up(questions, contents, side, rng) for side in (True, False)]
-    probed = collect(study, samples, text, max_new_tokens)
-    latents, rows = project(probed.latents, is_train, seed), []
+    values = {
+        name: project(one, is_train, seed) for name, one in collect(study, samples, text, max_new_tokens).items()
+    }
+    rows = []
     for target, (train, test) in pairs.items():
-        features = project(probed.features[target], is_train, seed)
         groups = questions.images[train.latents]
-        rows += [{"target": target, **row} for row in run_probes(latents, features, train, test, groups, seed)]
+        found = run_probes(values["latents"], values[target], train, test, groups, seed)
+        rows += [{"target": target, **row} for row in found]
     return pandas.DataFrame(rows)
 
 
