@@ -91,18 +91,18 @@ def planted(num: int = 400, size: int = 40) -> tuple[Questions, np.ndarray, np.n
     return Questions(images[chosen], chosen % 2, is_train), latents, features
 
 
-def probe(questions: Questions, latents: np.ndarray, features: np.ndarray) -> pandas.DataFrame:
+def probe(questions: Questions, latents: np.ndarray, features: np.ndarray, num_shuffles: int = 2) -> pandas.DataFrame:
     rng = np.random.default_rng(0)
     train, test = (pair_up(questions, questions.images, side, rng) for side in (True, False))
     projected = [probing.project(values, questions.is_train, 0) for values in (latents, features)]
-    rows = probing.run_probes(*projected, train, test, questions.images[train.latents], 0)
+    rows = probing.run_probes(*projected, train, test, questions.images[train.latents], num_shuffles, 0)
     table = pandas.DataFrame(rows)
     return table[table["pairs"] == "all"].set_index(["probe", "labels"])
 
 
 def test_probes_find_what_is_planted_and_nothing_else():
     questions, latents, features = planted()
-    found = probe(questions, latents, features)
+    found = probe(questions, latents, features, 6)
     noise = probe(questions, np.random.default_rng(1).standard_normal(latents.shape), features)
     for name in ("svm", "mlp"):
         assert found.loc[(name, "true"), "accuracy"] > 0.95
@@ -111,11 +111,19 @@ def test_probes_find_what_is_planted_and_nothing_else():
             assert row["low"] < row["chance"] < row["high"] and row["chance"] == 0.5
 
 
-def test_intervals_are_scipys():
-    questions, latents, features = planted(80)
-    row = probe(questions, latents, features).loc[("svm", "true")]
-    expected = stats.binomtest(round(row["accuracy"] * row["count"]), int(row["count"])).proportion_ci(method="wilson")
-    assert (row["low"], row["high"]) == (expected.low, expected.high)
+def test_intervals():
+    is_right = np.random.default_rng(0).random((5, 40)) < 0.7
+    wilson = stats.binomtest(int(is_right[0].sum()), 40).proportion_ci(method="wilson")
+    assert probing.interval(is_right[:1]) == (wilson.low, wilson.high)
+    runs = is_right.mean(axis=1)
+    student = stats.t.interval(0.95, 4, loc=runs.mean(), scale=stats.sem(runs))
+    assert probing.interval(is_right) == pytest.approx(student)
+
+
+def test_shuffled_labels_say_nothing():
+    labels = np.repeat([1, 0], [30, 50])
+    shuffled = probing.shuffle(labels, np.random.default_rng(0))
+    assert shuffled[:30].sum() == 15 and shuffled[30:].sum() == 25
 
 
 @pytest.mark.parametrize("target", ["image", "text"])
@@ -268,7 +276,7 @@ def test_rows_that_stop_early_count_while_they_go_on():
 
 
 COMMANDS = {
-    "probing": (probing.main, ["--pairs", "40"], ["probing.csv", "probing.png"]),
+    "probing": (probing.main, ["--pairs", "40", "--shuffles", "2"], ["probing.csv", "probing.png"]),
     "attention": (attention.main, [], ["attention.json", "attention_shares.csv", "attention.png"]),
     "convergence": (convergence.main, ["--num-steps", "2"], ["convergence.csv", "convergence.png"]),
 }
@@ -336,7 +344,7 @@ def test_vedas_converges_and_is_probed(vedas_processor, ragged, tmp_path):
     whole = study(model, vedas_processor, ragged, tmp_path, 24)
     table = convergence.measure_convergence(whole)
     assert table[table["measure"] == "l2_change"]["step"].tolist() == [2]
-    assert set(probing.probe_latents(whole, 40, "question")["target"]) == {"image", "text"}
+    assert set(probing.probe_latents(whole, 40, "question", 2)["target"]) == {"image", "text"}
 
 
 def test_deeplatent_is_probed_where_it_opens_blocks(tokenizer, image_processor, data, tmp_path, monkeypatch):
@@ -357,6 +365,8 @@ def test_bad_input_is_refused(processor, data, tmp_path):
     few = study(model, processor, data, tmp_path)
     with pytest.raises(ValueError, match="`num_pairs` must be even and >= 40, got 41"):
         probing.probe_latents(few, 41)
+    with pytest.raises(ValueError, match="`num_shuffles` must be >= 2, got 1"):
+        probing.probe_latents(few, 40, num_shuffles=1)
     with pytest.raises(ValueError, match="40 pairs need 20 questions with an image, but there are 5"):
         probing.probe_latents(few, 40)
     with pytest.raises(ValueError, match="`num_steps` must be 1 to 8 for this model, got 9"):

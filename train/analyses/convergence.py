@@ -52,7 +52,7 @@ def measure_changes(steps: list[Tensor]) -> list[tuple[str, int, float]]:
 def summarize(rows: list[tuple[str, int, float]]) -> pandas.DataFrame:
     """Mean and quantiles by measure and step, over the rows that took the step."""
     data = pandas.DataFrame(rows, columns=["measure", "step", "value"])
-    table = data.groupby(["measure", "step"], sort=False)["value"].describe(percentiles=QUANTILES)
+    table = data.groupby(["measure", "step"])["value"].describe(percentiles=QUANTILES)
     return table.rename(columns={"count": "questions"}).astype({"questions": int}).reset_index()
 
 

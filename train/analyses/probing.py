@@ -18,8 +18,10 @@ on their outer product z x v, without writing it out, since <z x v, z' x v'> = <
 Deviates from the paper, which projects by a trainable layer: principal components need no labels, so the probe is all that
 is learned from them.
 
-`probing.csv` holds accuracies on the test side with 95 % Wilson intervals, over all pairs and by kind of mismatch, those of
-the same probes trained on shuffled labels, and the share of the more frequent class (`chance`).
+`probing.csv` holds accuracies on the test side with 95 % intervals, over all pairs and by kind of mismatch; the share of the
+more frequent class (`chance`); and as a control the mean of the same probes trained on shuffled labels. Intervals are
+Wilson's, as if pairs that share a question were independent; of the control, Student's over the shuffles, which differ by
+more than the draw of pairs would explain.
 
 Shapes: N questions, P pairs, F pooled features.
 """
@@ -31,7 +33,7 @@ import numpy as np
 import pandas
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import binomtest
+from scipy import stats
 from sklearn.decomposition import PCA
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from sklearn.neural_network import MLPClassifier
@@ -115,6 +117,18 @@ def project(values: np.ndarray, is_train: np.ndarray, seed: int) -> np.ndarray:
     return steps.fit(values[is_train]).transform(values)
 
 
+def shuffle(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Labels that say nothing: one half of either class becomes the other class.
+
+    A plain permutation agrees with the truth a little more or less than half of the time, and a probe can learn from that.
+    """
+    shuffled = np.empty_like(labels)
+    for label in (0, 1):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        shuffled[rows] = np.arange(len(rows)) % 2
+    return shuffled
+
+
 def build_probes(seed: int) -> dict:
     """Probes on the products with the training pairs, (P, training pairs)."""
     folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
@@ -126,7 +140,13 @@ def build_probes(seed: int) -> dict:
 
 
 def run_probes(
-    latents: np.ndarray, features: np.ndarray, train: Pairs, test: Pairs, groups: np.ndarray, seed: int
+    latents: np.ndarray,
+    features: np.ndarray,
+    train: Pairs,
+    test: Pairs,
+    groups: np.ndarray,
+    num_shuffles: int,
+    seed: int,
 ) -> list[dict]:
     """Train every probe on true and on shuffled labels, and test it on true ones: rows of the table.
 
@@ -136,45 +156,57 @@ def run_probes(
     """
 
     def products(pairs: Pairs) -> np.ndarray:  # (P, training pairs)
-        return (latents[pairs.latents] @ latents[train.latents].T) * (
-            features[pairs.features] @ features[train.features].T
-        )
+        latent = latents[pairs.latents] @ latents[train.latents].T
+        return latent * (features[pairs.features] @ features[train.features].T)
 
-    shuffled = np.random.default_rng(seed).permutation(train.labels)
+    rng = np.random.default_rng(seed)
+    trained_on = {"true": [train.labels], "shuffled": [shuffle(train.labels, rng) for _ in range(num_shuffles)]}
     rows = []
-    for kind, labels in {"true": train.labels, "shuffled": shuffled}.items():
-        for name, probe in build_probes(seed).items():
-            probe.fit(products(train), labels, **({"groups": groups} if name == "svm" else {}))
-            is_right = probe.predict(products(test)) == test.labels
-            rows += [{"probe": name, "labels": kind, **row} for row in score(is_right, test)]
+    for name, probe in build_probes(seed).items():
+        named = {"groups": groups} if name == "svm" else {}
+        for kind, runs in trained_on.items():
+            predicted = [probe.fit(products(train), labels, **named).predict(products(test)) for labels in runs]
+            rows += [{"probe": name, "labels": kind, **row} for row in score(np.stack(predicted) == test.labels, test)]
     return rows
 
 
 def score(is_right: np.ndarray, pairs: Pairs) -> list[dict]:
-    """Accuracy over all pairs, then over the mismatched ones of each kind."""
-    parts = {"all": np.ones(len(is_right), dtype=bool)} | {kind: pairs.kinds == kind for kind in KINDS}
+    """Accuracy over all pairs, then over the mismatched ones of each kind, of one run or of the mean of several.
+
+    Args:
+        is_right: (runs, P) bool.
+    """
+    parts = {"all": np.ones(len(pairs.kinds), dtype=bool)} | {kind: pairs.kinds == kind for kind in KINDS}
+    share = pairs.labels.mean()
     rows = []
     for part, mask in parts.items():
-        count, right = int(mask.sum()), int(is_right[mask].sum())
-        if not count:
-            continue
-        interval = binomtest(right, count).proportion_ci(method="wilson")
-        share = pairs.labels.mean()
-        rows.append(
-            {
-                "pairs": part,
-                "count": count,
-                "accuracy": right / count,
-                "low": interval.low,
-                "high": interval.high,
-                "chance": max(share, 1 - share),
-            }
-        )
+        count = int(mask.sum())
+        if count:
+            low, high = interval(is_right[:, mask])
+            accuracy, chance = float(is_right[:, mask].mean()), max(share, 1 - share)
+            row = {"pairs": part, "count": count, "accuracy": accuracy, "low": low, "high": high, "chance": chance}
+            rows.append(row)
     return rows
 
 
+def interval(is_right: np.ndarray) -> tuple[float, float]:
+    """95 % interval of an accuracy, (runs, P) bool: Wilson's over the pairs of one run, Student's over several runs."""
+    runs, count = is_right.shape
+    if runs == 1:
+        found = stats.binomtest(int(is_right.sum()), count).proportion_ci(method="wilson")
+        return found.low, found.high
+    accuracies = is_right.mean(axis=1)
+    half = stats.t.ppf(0.975, runs - 1) * accuracies.std(ddof=1) / runs**0.5
+    return accuracies.mean() - half, accuracies.mean() + half
+
+
 def probe_latents(
-    study: Study, num_pairs: int = 1000, text: str = "rationale", seed: int = 0, max_new_tokens: int = 1
+    study: Study,
+    num_pairs: int = 1000,
+    text: str = "rationale",
+    num_shuffles: int = 10,
+    seed: int = 0,
+    max_new_tokens: int = 1,
 ) -> pandas.DataFrame:
     """Collect latents and features of `num_pairs / 2` questions and probe them.
 
@@ -183,6 +215,8 @@ def probe_latents(
     """
     if num_pairs < LEAST_PAIRS or num_pairs % 2:
         raise ValueError(f"`num_pairs` must be even and >= {LEAST_PAIRS}, got {num_pairs}.")
+    if num_shuffles < 2:
+        raise ValueError(f"`num_shuffles` must be >= 2, got {num_shuffles}: one says little about chance.")
     check_steps(study.model.config)
     rng = np.random.default_rng(seed)
     images = codes([image_digest(sample) for sample in study.samples])
@@ -199,7 +233,7 @@ def probe_latents(
     rows = []
     for target, (train, test) in pairs.items():
         groups = questions.images[train.latents]
-        found = run_probes(values["latents"], values[target], train, test, groups, seed)
+        found = run_probes(values["latents"], values[target], train, test, groups, num_shuffles, seed)
         rows += [{"target": target, **row} for row in found]
     return pandas.DataFrame(rows)
 
@@ -222,15 +256,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser = analysis_parser("probing", __doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=1000, help="matched and mismatched together (default: 1000)")
     parser.add_argument("--text", default="rationale", choices=TEXTS, help="what the text probe is about")
+    parser.add_argument("--shuffles", type=int, default=10, help="trainings on shuffled labels (default: 10)")
     parser.add_argument(
         "--max-new-tokens", type=int, default=1, help="more where latents come in the text, as DeepLatent's do"
     )
     options = parser.parse_args(arguments)
     study = open_study(options)
-    table = probe_latents(study, options.pairs, options.text, options.seed, options.max_new_tokens)
+    table = probe_latents(study, options.pairs, options.text, options.shuffles, options.seed, options.max_new_tokens)
     table.to_csv(study.output / "probing.csv", index=False)
     draw(table, study.output / "probing.png")
     print(table.to_string(index=False, float_format="{:.3f}".format))
+    for target, part in table.groupby("target"):
+        missing = [kind for kind in KINDS if kind not in set(part["pairs"])]
+        if missing:
+            print(f"{target}: the data have no mismatch of the kind {', '.join(missing)}; the other kinds stand in.")
 
 
 if __name__ == "__main__":
