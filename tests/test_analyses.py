@@ -81,7 +81,7 @@ def study(model, processor, data: Path, tmp_path: Path, count: int = 5) -> Study
     return Study(model, processor, read_reasoning(data)[:count], tmp_path, batch_size=3)
 
 
-def planted(num: int = 300, size: int = 30) -> tuple[Questions, np.ndarray, np.ndarray]:
+def planted(num: int = 400, size: int = 40) -> tuple[Questions, np.ndarray, np.ndarray]:
     """Questions, two about each image, whose latents hold their image's feature, turned, among noise."""
     rng = np.random.default_rng(0)
     images = np.arange(num) // 2

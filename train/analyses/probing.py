@@ -57,7 +57,7 @@ from train.reasoning_data import ReasoningSample
 
 
 PROJECTED_SIZE = 256
-COSTS = np.logspace(-2, 3, 6)
+COSTS = np.logspace(-2, 2, 5)
 FOLDS = 5
 LEAST_PAIRS = 40  # so that every fold has pairs of both labels
 TARGETS = ("image", "text")
