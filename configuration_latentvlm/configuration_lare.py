@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig
-from transformers.configuration_utils import SubConfigSpec
 from transformers.models.llava.configuration_llava import LlavaConfig
 
 from configuration_latentvlm.hub_code import HubCodeMixin, __version__
@@ -18,6 +16,16 @@ from configuration_latentvlm.model_card import write_model_card
 _MODEL = "modeling_latentvlm.modeling_lare.LaReForCausalLM"
 LANGUAGE_MODELS = ("llama", "qwen2", "qwen3")
 NUM_CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}  # features of a tower that belong to no patch
+CLIP_VIT_L_14 = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
 
 
 @strict
@@ -72,23 +80,6 @@ class LaReConfig(HubCodeMixin, LlavaConfig):
         "AutoModelForCausalLM": _MODEL,
         "AutoModelForImageTextToText": _MODEL,
     }
-    sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
-        "vision_config": SubConfigSpec(
-            config_class=AutoConfig,
-            model_type="clip_vision_model",
-            init_kwargs={
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-                "image_size": 224,
-                "patch_size": 14,
-                "projection_dim": 768,
-            },
-        ),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama", init_kwargs={"vocab_size": 32064}),
-    }
-
     bot_token_id: int = 32001
     eot_token_id: int = 32002
     num_refocus_steps: int = 4
@@ -112,6 +103,10 @@ class LaReConfig(HubCodeMixin, LlavaConfig):
     latentvlm_version: str = __version__
 
     def __post_init__(self, **kwargs):
+        if self.vision_config is None:
+            self.vision_config = dict(CLIP_VIT_L_14)
+        if self.text_config is None:
+            self.text_config = {"model_type": "llama", "vocab_size": 32064}
         super().__post_init__(**kwargs)
         if self.extractor_intermediate_size is None:
             self.extractor_intermediate_size = 4 * self.extractor_hidden_size

@@ -44,7 +44,8 @@ from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOut
 
 @dataclass
 class LaReCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` with the latents, where `output_latents=True`. N is the most steps that a row took.
+    """`CausalLMOutputWithPast` with the latents, where `output_latents=True`. N is the most steps that a row took;
+    in training with `adaptive_stop`, that a row may take.
 
     Args:
         latents (`torch.FloatTensor` of shape `(B, N, K, D)`): as they entered the language model, with gradients.
@@ -142,6 +143,8 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         features = [row.features for row in latent_context.images if row is not None]
         decoder = RefocusDecoder(self, latent_context, past_key_values, use_cache, kwargs)
         embeds = self._embed_prompt(input_ids, latent_context)
+        if self.training and pixel_values is None:
+            embeds = embeds + self._blank_picture(embeds)
         if latent_context.decode_step >= 0:
             hidden = decoder.go_on(input_ids, embeds)
         else:
@@ -201,12 +204,12 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
             learned = (labels != -100).to(mask.device)
             ends = torch.where(learned.any(dim=1), learned.int().argmax(dim=1), ends)
         ends = torch.where(has_pair, at, ends)
-        before = ((input_ids == config.image_token_id) & (columns < ends[:, None])).sum(dim=1)
+        before = ((input_ids == config.image_token_id) & mask & (columns < ends[:, None])).sum(dim=1)
         parted = (before % config.image_seq_length).nonzero().flatten().tolist()
         if parted and config.step_limit:
             raise ValueError(
-                f"The refocusing steps must not part an image, but in rows {parted} the prompt ends within one: image tokens "
-                "cannot be labels."
+                f"The refocusing steps must not part an image, but in rows {parted} the prompt or its `attention_mask` ends "
+                "within one: image tokens cannot be labels."
             )
         return Places(ends, ends + 2 * has_pair)
 
@@ -232,6 +235,16 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
             grids[config.image_token_id] = [(1, config.image_grid_size, config.image_grid_size)] * len(encoded)
         tokens = {config.image_token_id: "image"}
         return collect_row_images(input_ids, tokens, features, grids, [None] * len(input_ids), 0)
+
+    def _blank_picture(self, embeds: Tensor) -> Tensor:
+        """Zero, by way of vision tower and projector: a process without an image must not leave the others waiting."""
+        size = self.config.vision_config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        blank = embeds.new_zeros(1, self.config.vision_config.num_channels, height, width)
+        features = self.model.get_image_features(
+            blank.to(self.model.multi_modal_projector.linear_1.weight.dtype), return_dict=True
+        ).pooler_output
+        return 0 * features[0].sum().to(embeds)
 
     @torch.no_grad()
     def generate(

@@ -56,7 +56,8 @@ def recorded_last_states(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
     states: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple, output) -> None:
-        states.append((output[0] if isinstance(output, tuple) else output)[:, -1])
+        # A copy: a view would keep all positions of every layer in memory.
+        states.append((output[0] if isinstance(output, tuple) else output)[:, -1].clone())
 
     hooks = [layer.register_forward_hook(keep) for layer in layers]
     try:
@@ -205,7 +206,9 @@ class RefocusDecoder(SegmentDecoder):
                 is_still = change_of(latents, earlier, measure) < self.config.stop_threshold
                 ending = ending | (active & is_still)
             going = active & ~ending
-            is_last = step == limit - 1 or (measure is not None and not bool(going.any()))
+            # In training all take as many forwards: processes that share a model must not wait for each other.
+            may_stop = measure is not None and not self.model.training
+            is_last = step == limit - 1 or (may_stop and not bool(going.any()))
             thought = self.observe(*self.segment(latents, eot, active, ending, is_last), is_followed=not is_last)
             end = torch.where(ending[:, None], thought.hidden[:, -1], end)
             active, earlier = going, latents
@@ -238,7 +241,7 @@ class RefocusDecoder(SegmentDecoder):
         if config.use_extractor:
             visual, attended = self.gather_visual(focus, thought.states)
             latents, weights = self.model.refocus(thought.states, visual, attended, self.context.output_latents)
-        latents = latents.to(tokens.embeds.device, tokens.embeds.dtype)
+        latents = latents.to(tokens.prompt.device, tokens.prompt.dtype)
         latents = self.record(step, latents, active, focus, weights, maps)
         self.context.latents.append(latents.masked_fill(~active[:, None, None], 0))
         self.context.is_taken.append(active)
@@ -251,8 +254,7 @@ class RefocusDecoder(SegmentDecoder):
         if focus is None:
             empty = torch.zeros_like(states[:, :1])
             return empty, torch.zeros(empty.shape[:2], dtype=torch.bool, device=empty.device)
-        rows = torch.arange(len(states), device=focus.tokens.device)[:, None]
-        return self.tokens.embeds[rows, focus.tokens], focus.exists
+        return self.tokens.take(focus.tokens), focus.exists
 
     def record(self, step: int, latents: Tensor, active: Tensor, focus, weights, maps) -> Tensor:
         """Apply the intervention and keep the record of every row that takes the step: (B, K, D)."""

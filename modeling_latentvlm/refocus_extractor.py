@@ -47,6 +47,9 @@ class RefocusEmbedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(count, size))
 
+    def forward(self) -> Tensor:  # (count, size); a call, since offloaded weights come only to those that are called
+        return self.weight
+
 
 class RefocusAttention(nn.Module):
     """Multi-head attention of states to others, without biases."""
@@ -122,7 +125,7 @@ class RefocusPooling(nn.Module):
         self.attention = RefocusAttention(size, num_heads)
 
     def forward(self, states: Tensor) -> Tensor:  # (B, L, E) -> (B, K, E)
-        queries = self.queries.weight.expand(len(states), -1, -1)
+        queries = self.queries().expand(len(states), -1, -1)
         return queries + self.attention(queries, self.norm(states))[0]
 
 
@@ -156,7 +159,7 @@ class RefocusExtractor(nn.Module):
         output_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the latents (B, K, D) and, if asked, the last cross-attention (B, L, T) float32, the mean over heads."""
-        states = self.state_proj(self.state_norm(states)) + self.layer_embedding.weight
+        states = self.state_proj(self.state_norm(states)) + self.layer_embedding()
         visual, weights = self.visual_proj(self.visual_norm(visual)), None
         for layer in self.layers:
             states, weights = layer(states, visual, attended, output_weights)

@@ -20,7 +20,7 @@ class VisualTokens:
 
     columns: Tensor  # (B, M) their columns in the prompt
     exists: Tensor  # (B, M) bool
-    embeds: Tensor  # (B, M, D)
+    prompt: Tensor  # (B, S, D) embeddings, of which theirs are taken when they are needed
     grid_size: int  # G
 
     @classmethod
@@ -29,8 +29,12 @@ class VisualTokens:
         counts = is_image.sum(dim=1)
         columns = (~is_image).int().argsort(dim=1, stable=True)[:, : int(counts.max())]
         exists = torch.arange(columns.shape[1], device=columns.device) < counts[:, None]
-        rows = torch.arange(len(columns), device=columns.device)[:, None]
-        return cls(columns, exists, embeds[rows, columns], grid_size)
+        return cls(columns, exists, embeds, grid_size)
+
+    def take(self, numbers: Tensor) -> Tensor:
+        """Embeddings of tokens by their numbers within their row: (B, T) to (B, T, D)."""
+        rows = torch.arange(len(numbers), device=numbers.device)[:, None]
+        return self.prompt[rows, self.columns.gather(1, numbers)]
 
     def maps(self, attention: Tensor) -> Tensor:
         """(B, I, G, G) of a row of attention over the prompt, (B, S); -inf where a row has no such image."""

@@ -7,11 +7,17 @@ import torch
 from helpers import GREEDY, assert_near, step_logits
 from huggingface_hub.errors import StrictDataclassError
 from torch.testing import assert_close
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from configuration_latentvlm import LaReConfig
 from modeling_latentvlm import LaReForCausalLM
-from modeling_latentvlm.refocus_decoding import change_of
+from modeling_latentvlm.refocus_decoding import change_of, recorded_last_states
 from modeling_latentvlm.refocus_extractor import RefocusAttention, RefocusExtractor
 from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
 
@@ -494,7 +500,11 @@ def test_text_alone_still_gives_every_weight_a_gradient(rows):
     labels = rows[2]["input_ids"].clone()
     labels[:, :2] = -100
     found = gradients(model, rows[2] | {"labels": labels})
-    assert {name for name, _ in model.named_parameters() if name.startswith("refocus.")} <= found.keys()
+    new = {
+        name for name, _ in model.named_parameters() if name.startswith(("refocus.", "model.multi_modal_projector."))
+    }
+    assert new <= found.keys()
+    assert not any(found[name].any() for name in new if "multi_modal" in name)
 
 
 def test_what_forward_returns_of_the_latents(model, batch):
@@ -540,6 +550,16 @@ def test_a_position_passes_the_decoder_once(model, rows):
     model.generate(**rows[0], **GREEDY)
     hook.remove()
     assert lengths == [rows[0]["input_ids"].shape[1] + 1, 3, 3, 4, *[1] * 8]
+
+
+def test_only_the_last_position_of_a_layer_is_kept(model, rows):
+    """Not as a view, which would keep all positions."""
+    layers = model.model.language_model.layers
+    with recorded_last_states(layers) as states, torch.no_grad():
+        model.model.language_model(rows[2]["input_ids"])
+    assert len(states) == len(layers)
+    assert all(state.untyped_storage().nbytes() == state.nbytes for state in states)
+    assert not any(layer._forward_hooks for layer in layers)
 
 
 def test_images_are_encoded_once(model, batch):
@@ -601,13 +621,80 @@ def test_under_autocast(model):
     assert (loss - model(**inputs).loss).abs() < 0.1
 
 
+def test_any_attention_implementation(model, batch):
+    """The one that is configured runs, whichever it is; the saliency row is computed beside it."""
+    expected = step_logits(model.generate(**batch, **GREEDY))
+    model.set_attn_implementation("eager")
+    assert_near(step_logits(model.generate(**batch, **GREEDY)), expected)
+
+
+def test_trainer_moves_every_new_weight(model, tmp_path):
+    inputs, before = training_batch(), {name: weight.clone() for name, weight in model.named_parameters()}
+    rows = [{name: values[row] for name, values in inputs.items() if name != "pixel_values"} for row in range(3)]
+
+    def collate(samples: list[dict]) -> dict:
+        return default_data_collator(samples) | {"pixel_values": inputs["pixel_values"]}
+
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        max_steps=1,
+        per_device_train_batch_size=3,
+        learning_rate=1e-2,
+        gradient_checkpointing=True,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        data_seed=1,
+    )
+    sampler = SequentialTrainer(model=model, args=args, train_dataset=rows, data_collator=collate)
+    sampler.train()
+    new = [name for name in before if name.startswith(("refocus.", "model.multi_modal_projector."))]
+    assert not any(torch.equal(before[name], dict(model.named_parameters())[name]) for name in new)
+    sampler.save_model(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "modeling_lare.py").is_file()
+
+
+class SequentialTrainer(Trainer):
+    """Keeps the rows in the order of their pictures."""
+
+    def _get_train_sampler(self, *args):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+DISK = {
+    "model.vision_tower": "cpu",
+    "model.multi_modal_projector": "disk",
+    "model.language_model": "disk",
+    "lm_head": "cpu",
+}
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk", "device_map"])
+def test_offloaded_weights(kind, model, batch, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    expected = step_logits(model.generate(**batch, **GREEDY))
+    if kind == "memory":
+        model = accelerate.cpu_offload(model, execution_device="cpu")
+    elif kind == "disk":
+        model = accelerate.disk_offload(model, str(tmp_path), execution_device="cpu")
+    else:
+        model.save_pretrained(tmp_path / "checkpoint")
+        device_map = DISK | {"refocus": "disk"}
+        model = LaReForCausalLM.from_pretrained(
+            tmp_path / "checkpoint", device_map=device_map, offload_folder=str(tmp_path / "offloaded")
+        )
+    assert_near(step_logits(model.generate(**batch, **GREEDY)), expected)
+
+
 def test_saved_and_loaded(model, rows, tmp_path):
     model.save_pretrained(tmp_path)
     again, info = LaReForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     for name, weight in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], weight)
-    own = [name for name in LaReConfig.__annotations__ if name not in ("hub_classes", "sub_configs_defaults")]
+    own = [name for name in LaReConfig.__annotations__ if name != "hub_classes"]
     assert [getattr(again.config, name) for name in own] == [getattr(model.config, name) for name in own]
     assert_near(step_logits(again.generate(**rows[0], **GREEDY)), step_logits(model.generate(**rows[0], **GREEDY)))
 
