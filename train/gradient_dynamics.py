@@ -3,7 +3,8 @@
 Every so many steps, by decoder layer:
 
     visual, text           mean over the prompt's tokens of |d loss / d hidden state of the token|, images and words apart
-    q_proj .. o_proj       nuclear norm of the gradient of the projection; with LoRA of its two factors, `q_proj.lora_A` ..
+    q_proj .. o_proj       nuclear norm of the gradient of the projection, not clipped (`LatentTrainer` tells when); with
+                           LoRA of its two factors, `q_proj.lora_A` ..
 
 go to `gradient_dynamics.csv` in the output folder as they are measured, and into `gradient_dynamics.png` at every save.
 """
@@ -37,15 +38,22 @@ class GradientDynamics(TrainerCallback):
         self.hooks: list = []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and not (self.table.is_file() and state.global_step):
-            self.table.parent.mkdir(parents=True, exist_ok=True)
-            with self.table.open("w", newline="") as lines:
-                csv.writer(lines).writerow(FIELDS)
+        if not state.is_world_process_zero:
+            return
+        rows = []
+        if self.table.is_file() and state.global_step:  # resumed: what was lost comes again
+            with self.table.open(newline="") as lines:
+                rows = [row for row in list(csv.reader(lines))[1:] if len(row) == len(FIELDS)]
+            rows = [row for row in rows if int(row[0]) < state.global_step]
+        self.table.parent.mkdir(parents=True, exist_ok=True)
+        with self.table.open("w", newline="") as lines:
+            csv.writer(lines).writerows([FIELDS, *rows])
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step % self.every:
             return
         base = find_base(model)
+        self.projections: list[tuple] = []
         self.norms: dict[tuple[int, str], list[Tensor]] = defaultdict(list)
         self.prompt: dict[str, Tensor] = {}
         self.hooks = [base.register_forward_pre_hook(self.see_batch, with_kwargs=True)]
@@ -84,15 +92,21 @@ class GradientDynamics(TrainerCallback):
 
         return hook
 
+    def before_clipping(self, model: nn.Module) -> None:
+        """Measure the projections. `LatentTrainer` calls it: no callback of `Trainer` comes before gradients are clipped."""
+        if self.hooks:
+            layers = find_base(model).model.language_model.layers
+            self.projections = [(n, *found) for n, layer in enumerate(layers) for found in nuclear_norms(layer)]
+
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         if not self.hooks:
             return
+        if not self.projections:  # nothing clips
+            self.before_clipping(model)
         for hook in self.hooks:
             hook.remove()
         self.hooks = []
-        rows = [(*place, torch.stack(values).mean()) for place, values in self.norms.items()]
-        for number, layer in enumerate(find_base(model).model.language_model.layers):
-            rows += [(number, name, value) for name, value in nuclear_norms(layer)]
+        rows = [(*place, torch.stack(values).mean()) for place, values in self.norms.items()] + self.projections
         if state.is_world_process_zero:
             with self.table.open("a", newline="") as lines:
                 csv.writer(lines).writerows(

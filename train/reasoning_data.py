@@ -20,8 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
+
+
+# What Pillow raises over broken files, by format and place.
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
 @dataclass
@@ -48,7 +52,7 @@ class ReasoningSample:
                 return image.convert("RGB")
             with Image.open(image) as opened:
                 return opened.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{self.origin}: the image {image} cannot be read: {error}") from error
 
 
@@ -68,15 +72,18 @@ def join_texts(*parts: Any) -> str:
     return "\n".join(str(part).strip() for part in parts if part)
 
 
+def rationale_of(row: dict) -> list:
+    rationale = row.get("rationale") or []
+    return split_steps(rationale) if isinstance(rationale, str) else rationale
+
+
 def from_steps(row: dict) -> tuple:
-    rationale = row.get("rationale")
-    steps = split_steps(rationale) if isinstance(rationale, str) else rationale
-    return row.get("image"), row.get("question"), steps, row.get("answer")
+    return row.get("image"), row.get("question"), rationale_of(row), row.get("answer")
 
 
 def from_m3cot(row: dict) -> tuple:
     question = join_texts(row.get("context"), row.get("question"), list_choices(row.get("choices") or []))
-    return row.get("image"), question, split_steps(row.get("rationale") or ""), row.get("answer")
+    return row.get("image"), question, rationale_of(row), row.get("answer")
 
 
 def from_scienceqa(row: dict) -> tuple:
@@ -88,6 +95,14 @@ def from_scienceqa(row: dict) -> tuple:
     return row.get("image"), question, steps, answer
 
 
+FIELD_KINDS = {
+    "context": str,
+    "hint": str,
+    "lecture": str,
+    "solution": str,
+    "choices": list,
+    "rationale": (str, list),
+}
 ADAPTERS: dict[str, Callable[[dict], tuple]] = {
     "steps": from_steps,
     "m3cot": from_m3cot,
@@ -95,20 +110,28 @@ ADAPTERS: dict[str, Callable[[dict], tuple]] = {
 }
 
 
+class IncompleteRow(ValueError):
+    """A row without steps or answer."""
+
+
 def adapt(row: dict, data_format: str, folder: Path, origin: str) -> ReasoningSample:
     """Make a sample of a row.
 
     Raises:
+        IncompleteRow: it has no steps or no answer.
         ValueError: a field is missing or of the wrong kind, or an image file does not exist.
     """
     if not isinstance(row, dict):
         raise ValueError(f"{origin} must be an object, got {type(row).__name__}.")
+    for name, kind in FIELD_KINDS.items():
+        if row.get(name) is not None and not isinstance(row[name], kind):
+            raise ValueError(f"{origin}: `{name}` is of the wrong kind, got {row[name]!r}.")
     image, question, steps, answer = ADAPTERS[data_format](row)
-    for name, value in {"question": question, "answer": answer}.items():
+    for name, value, error in (("question", question, ValueError), ("answer", answer, IncompleteRow)):
         if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{origin}: `{name}` must be a text that is not empty, got {value!r}.")
-    if not isinstance(steps, list) or not steps or not all(isinstance(one, str) and one.strip() for one in steps):
-        raise ValueError(f"{origin}: the rationale must give one or more steps, all of them text, got {steps!r}.")
+            raise error(f"{origin}: `{name}` must be a text that is not empty, got {value!r}.")
+    if not steps or not all(isinstance(one, str) and one.strip() for one in steps):
+        raise IncompleteRow(f"{origin}: the rationale must give one or more steps, all of them text, got {steps!r}.")
     images = [] if image is None else image if isinstance(image, list) else [image]
     found = []
     for one in images:
@@ -135,17 +158,21 @@ def read_rows(path: Path, split: str) -> Iterable[tuple[str, Any]]:
             if split not in data:
                 raise ValueError(f"{path} has no split {split!r}; it has {sorted(data)}.")
             data = data[split]
-        for number, row in enumerate(data):
+        for number in range(len(data)):
+            try:
+                row = data[number]  # decodes its images
+            except UNREADABLE as error:
+                raise ValueError(f"Row {number} of {path} holds an image that cannot be read: {error}") from error
             yield f"Row {number} of {path}", row
         return
     if not path.is_file():
         raise ValueError(f"There is no data file {path}.")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     yield f"Line {number} of {path}", json.loads(line)
-                except json.JSONDecodeError as error:
+                except ValueError as error:  # no JSON, or no UTF-8
                     raise ValueError(f"Line {number} of {path} is no JSON: {error}") from error
 
 
@@ -171,7 +198,7 @@ def read_reasoning(
     for origin, row in read_rows(path, split):
         try:
             samples.append(adapt(row, data_format, path.parent, origin))
-        except ValueError:
+        except IncompleteRow:
             if not drop_incomplete:
                 raise
             dropped.append(origin)

@@ -104,9 +104,9 @@ def crop_window(
 ) -> Image.Image:
     """Cut a window of a token grid out of the original image and enlarge it."""
     _, top, left, height, width = window
-    scale = image.height / grid[0], image.width / grid[1]
-    box = [int(left * scale[1]), int(top * scale[0]), int((left + width) * scale[1]), int((top + height) * scale[0])]
-    box[2:] = max(box[2], box[0] + 1), max(box[3], box[1] + 1)  # grids may be finer than tiny images
+    upper, lower = (edge * image.height // grid[0] for edge in (top, top + height))
+    first, last = (edge * image.width // grid[1] for edge in (left, left + width))
+    box = [first, upper, max(last, first + 1), max(lower, upper + 1)]  # grids may be finer than tiny images
     target = (size, size) if size else image.size
     pixels = torch.from_numpy(np.array(image.convert("RGB").crop(box))).permute(2, 0, 1)[None]
     # In [0, 1] and cut off to 8 bits, as the published code does by way of torchvision.
@@ -182,14 +182,19 @@ class ReplayObjective(nn.Module):
     def predict(self, replays: tuple[Replay, ...]) -> Tensor:  # (T, B, D)
         """F_SR of every step's picks."""
         if self.arguments.replay_weighted:
-            tokens = torch.stack([replay.embeds * replay.attended[..., None] for replay in replays])
+            kept = torch.stack([replay.attended for replay in replays])[..., None]  # (T, B, K, 1)
+            tokens = torch.stack([replay.embeds for replay in replays]) * kept
         else:
-            kept = [(replay.picked_embeds, (replay.tokens >= 0)[..., None]) for replay in replays]
-            tokens = torch.stack([embeds * mask / mask.sum(1, keepdim=True).clamp(min=1) for embeds, mask in kept])
+            kept = torch.stack([replay.tokens >= 0 for replay in replays])[..., None]
+            tokens = torch.stack([replay.picked_embeds for replay in replays]) * kept
+            tokens = tokens / kept.sum(dim=2, keepdim=True).clamp(min=1)
         tokens = tokens.to(next(self.replay_predictor.parameters()).dtype)
         if not self.replay_predictor.is_convolution:
             return self.replay_predictor(tokens.sum(dim=2))
-        return self.replay_predictor(tokens.flatten(0, 1).mT).sum(dim=2).unflatten(0, tokens.shape[:2])
+        states, kept = tokens.flatten(0, 1).mT, kept.flatten(0, 1).mT
+        for layer in self.replay_predictor:
+            states = layer(states) * kept  # a slot that nothing fills is like the end of the sequence
+        return states.sum(dim=2).unflatten(0, tokens.shape[:2])
 
     def encode_crops(self, model: nn.Module, crops: list[Image.Image]) -> Tensor:  # (crops, D)
         """u_ref: the mean feature of each crop, by the model's own vision tower."""

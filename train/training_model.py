@@ -91,7 +91,7 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
 class LatentTrainer(Trainer):
     """`Trainer` for a `TrainingModel`: logs every loss term, saves and loads model and objective apart.
 
-    A callback may add to the logs by a method `log_terms`.
+    A callback may add to the logs by a method `log_terms`, and see the gradients by a method `before_clipping`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -105,6 +105,12 @@ class LatentTrainer(Trainer):
         for name, value in losses.items():
             self._terms[name if model.training else f"eval_{name}"].append(value.detach().float())
         return (loss, outputs) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: nn.Module):
+        for callback in self.callback_handler.callbacks:
+            if hasattr(callback, "before_clipping"):
+                callback.before_clipping(self.model)
+        return super()._clip_grad_norm(model)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         is_eval = any(name.startswith("eval_") for name in logs)
