@@ -23,7 +23,7 @@ from processing_latentvlm.processing_lare import BOT, EOT, IMAGE, REFOCUS_TOKENS
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
 from train.analyses import attention, convergence, probing
 from train.analyses.collection import Study, changed_steps, pool_mean_max, prepare_output
-from train.analyses.matched_pairs import KINDS, Questions, choose_questions, pair_up
+from train.analyses.matched_pairs import KINDS, Questions, choose_questions, pair_up, share_out
 from train.reasoning_data import read_reasoning
 
 
@@ -52,7 +52,7 @@ def write_questions(folder: Path, num_images: int) -> Path:
     for number in range(num_images):
         picture(56, 56, number).save(folder / f"{number}.png")
         for kind, wording in enumerate(WORDINGS):
-            rationale = [f"the picture is {number}", f"the question is {kind}"]
+            rationale = [f"the picture is {number}", f"the question is {kind}", *["and that is all"] * kind]
             rows.append({"image": f"{number}.png", "question": wording, "rationale": rationale, "answer": "red"})
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -129,12 +129,12 @@ def test_shuffled_labels_say_nothing():
 @pytest.mark.parametrize("target", ["image", "text"])
 def test_pairs_are_what_they_are_called(target):
     rng = np.random.default_rng(0)
-    images, wordings = np.arange(120) // 3, np.arange(120) % 3
+    images, wordings = np.arange(120) // 3, np.arange(120) % 3 % 2  # two of three are worded alike
     chosen, is_train = choose_questions(images, 90, rng)
     assert len(set(chosen)) == 90 and is_train.sum() == 63
     assert not set(images[chosen][is_train]) & set(images[chosen][~is_train])
     questions = Questions(images[chosen], wordings[chosen], is_train)
-    contents = questions.images if target == "image" else questions.images * 3 + questions.wordings
+    contents = questions.images if target == "image" else np.arange(90)
     usable = KINDS[1:] if target == "image" else KINDS  # an image that is shared is no mismatch of images
     for side in (True, False):
         pairs = pair_up(questions, contents, side, rng)
@@ -158,6 +158,13 @@ def test_kinds_that_the_data_lack_are_made_up():
     questions = Questions(np.arange(40), np.zeros(40, dtype=int), np.arange(40) < 28)
     pairs = pair_up(questions, questions.images, True, np.random.default_rng(0))
     assert set(pairs.kinds) == {"matched", "same_question"} and len(pairs.kinds) == 56
+
+
+def test_no_row_is_left_without_a_kind_that_it_has():
+    has_kind = {"same_image": np.array([True, True, False]), "random": np.array([False, True, True])}
+    for seed in range(10):
+        kinds = share_out(has_kind, np.random.default_rng(seed))
+        assert all(has_kind[kind][row] for row, kind in enumerate(kinds))
 
 
 def test_uniform_data_are_refused():
