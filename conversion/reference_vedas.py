@@ -36,7 +36,7 @@ from processing_latentvlm.processing_vedas import LATENT_TOKEN
 
 BACKBONES = {"qwen2_5_vl": Qwen2_5_VLConfig, "qwen2_vl": Qwen2VLConfig}  # `model_type` -> config class
 REFERENCE_TOKENS = ("<|start-latent|>", "<|end-latent|>", LATENT_TOKEN)  # the last rows of their vocabulary
-TRAINING_FILE = Path("training") / "token_sr.safetensors"
+TRAINING_FILE = Path("training") / "objective.safetensors"  # where `train.training_model` looks
 TOKEN_SR = {f"tokenSR.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
 PREFIX = re.compile(r"^(?:module\.)?(?:base_causallm\.)?(?:base_model\.model\.)?")
 
@@ -197,6 +197,7 @@ def convert_reference(
         save_processor(partial_folder, folder, model.config.get_text_config().vocab_size)
         if training:
             (partial_folder / TRAINING_FILE).parent.mkdir()
-            save_file({name: value.contiguous() for name, value in training.items()}, partial_folder / TRAINING_FILE)
+            renamed = {name.replace("tokenSR.", "replay_predictor."): value for name, value in training.items()}
+            save_file({name: value.contiguous() for name, value in renamed.items()}, partial_folder / TRAINING_FILE)
     report(f"Converted {len(weights)} weights, routed layers {list(model.config.routed_layers)}, {json.dumps(card)}.")
     return output

@@ -45,6 +45,7 @@ from modeling_latentvlm.routing import (
 )
 from modeling_latentvlm.step_decoding import StepContext, StepDecoder
 from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_prompt_rows
+from modeling_latentvlm.visual_replay import Replay
 
 
 register_checkpoint_conversion_mapping(
@@ -59,9 +60,15 @@ BACKBONES = {
 
 @dataclass
 class VedasCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast` with a `latent_trace`, where `output_latents=True`."""
+    """`CausalLMOutputWithPast` with what `output_latents=True` asks for.
+
+    Args:
+        latent_trace: picked tokens, routed tokens and latents, detached.
+        replays: what each step replayed, with gradients; empty without images.
+    """
 
     latent_trace: LatentTrace | None = None
+    replays: tuple[Replay, ...] | None = None
 
 
 class NoSlots(LogitsProcessor):
@@ -188,10 +195,11 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size, **kwargs
             )
-        trace = LatentTrace(len(input_ids), sorted_steps(latent_context)) if latent_context.output_latents else None
-        return VedasCausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=decoder.returned_cache, latent_trace=trace
-        )
+        output = VedasCausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=decoder.returned_cache)
+        if latent_context.output_latents:
+            output.latent_trace = LatentTrace(len(input_ids), sorted_steps(latent_context))
+            output.replays = tuple(decoder.replays)
+        return output
 
     def _split_rows(self, input_ids: Tensor, labels: Tensor | None, mask: Tensor) -> tuple[list[int], int]:
         """Columns of every row's prompt, and the number of slots behind it."""

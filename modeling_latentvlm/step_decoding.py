@@ -41,6 +41,7 @@ class StepDecoder(SegmentDecoder):
         super().__init__(model, cache, use_cache, kwargs)
         self.context = context
         self.memory = RoutedMemory()
+        self.replays: list[Replay] = []  # by step
         self.routed: Routing | None = None  # of the last forward
 
     def run(
@@ -217,7 +218,10 @@ class StepDecoder(SegmentDecoder):
         config, count = self.config, self.config.num_replay_tokens
         if config.routing_scope == "reference" and self.tokens.exists.shape[1] <= count:
             count = self.tokens.exists.shape[1] - 1  # as the published code does
-        return pick_tokens(recorder.mean(), self.tokens, count, config.replay_scale, config.replay_pattern)
+        self.replays.append(
+            pick_tokens(recorder.mean(), self.tokens, count, config.replay_scale, config.replay_pattern)
+        )
+        return self.replays[-1]
 
     def change(self, step: int, latent: Tensor, replay: Replay | None) -> Tensor:
         """Apply the intervention and keep the record: (B, D)."""
@@ -255,6 +259,8 @@ def stack_latents(latents: list[Tensor], like: Tensor) -> Tensor:  # (B, steps, 
 
 def cut(embeds: Tensor, mask: Tensor, positions: Tensor, parts: list[slice]) -> Sequence:
     """Take one slice of every row and pad them to the longest."""
+    if all(part == parts[0] for part in parts):  # as in `generate`: a view, since a copy would be the peak of memory
+        return Sequence(embeds[:, parts[0]], mask[:, parts[0]], positions[:, :, parts[0]])
     return Sequence(
         pad_sequence([row[part] for row, part in zip(embeds, parts)], batch_first=True),
         pad_sequence([row[part] for row, part in zip(mask, parts)], batch_first=True),

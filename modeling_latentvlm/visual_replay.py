@@ -48,6 +48,7 @@ class Replay:
     attended: Tensor  # (B, K) bool
     tokens: Tensor  # (B, K) numbers of the picked image tokens within their row, -1 where none
     positions: Tensor  # (3, B, K) of the picked tokens
+    picked_embeds: Tensor  # (B, K, D) of the picked tokens themselves
 
 
 def pick_tokens(attention: Tensor, tokens: ImageTokens, count: int, scale: float, pattern: str) -> Replay:
@@ -66,9 +67,11 @@ def pick_tokens(attention: Tensor, tokens: ImageTokens, count: int, scale: float
     tokens.visited = tokens.visited.scatter(1, picked, tokens.visited.gather(1, picked) | attended)
     weights = scores.gather(1, picked).masked_fill(~attended, torch.finfo(scores.dtype).min).softmax(dim=1) * attended
     index = picked[..., None].expand(-1, -1, tokens.embeds.shape[-1])
-    embeds = tokens.embeds.gather(1, index) * (scale * weights)[..., None].to(tokens.embeds.dtype)
+    picked_embeds = tokens.embeds.gather(1, index)
+    embeds = picked_embeds * (scale * weights)[..., None].to(tokens.embeds.dtype)
     positions = tokens.positions.gather(2, picked.expand(3, -1, -1))
     numbers = picked.masked_fill(~attended, -1)
     if pattern == "soft_mix":
-        return Replay(embeds.sum(dim=1, keepdim=True), attended.any(dim=1, keepdim=True), numbers, positions[..., :1])
-    return Replay(embeds, attended, numbers, positions)
+        mixed = embeds.sum(dim=1, keepdim=True)
+        return Replay(mixed, attended.any(dim=1, keepdim=True), numbers, positions[..., :1], picked_embeds)
+    return Replay(embeds, attended, numbers, positions, picked_embeds)

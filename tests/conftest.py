@@ -238,7 +238,7 @@ def imposed_order(monkeypatch):
         assert torch.equal(replay.tokens, wanted.sort(dim=1).values)
         place = (replay.tokens[:, None] == wanted[:, :, None]).int().argmax(-1)
         embeds = replay.embeds.gather(1, place[..., None].expand_as(replay.embeds))
-        return Replay(embeds, replay.attended, wanted, replay.positions)
+        return Replay(embeds, replay.attended, wanted, replay.positions, replay.picked_embeds)
 
     monkeypatch.setattr(step_decoding, "pick_tokens", pick)
     return orders

@@ -17,6 +17,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from conversion.convert_vedas import convert_vedas
 from modeling_latentvlm import VedasForConditionalGeneration
+from train.replay import ReplayArguments, ReplayObjective
+from train.training_model import load_objective
 
 
 SHARED = Path(__file__).parents[2] / "shared" / "golden" / "vedas" / "c_lora"
@@ -134,9 +136,10 @@ def test_a_published_checkpoint_gives_the_published_answer(published, tmp_path):
     check_decoding(decode(model, golden), golden)
     assert model.config.routed_layers == [1, 3, 5] and model.config.routing_scope == "reference"
     assert not any("tokenSR" in name for name in weights_of(output))
-    assert set(load_file(output / "training" / "token_sr.safetensors")) == {
-        f"tokenSR.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")
-    }
+    objective = ReplayObjective(model.config, None, ReplayArguments.reference())
+    assert load_objective(objective, output)
+    published_weight = torch.load(published / "vedas.pth", weights_only=True)["module.tokenSR.2.weight"]
+    assert torch.equal(objective.replay_predictor[2].weight, published_weight)
 
 
 def test_another_scaling_is_another_model(published, tmp_path):

@@ -4,16 +4,20 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRotaryEmbedding
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from configuration_latentvlm import VedasConfig
 from modeling_latentvlm import VedasForConditionalGeneration
 from modeling_latentvlm.routing import RoutedQwen2_5_VLDecoderLayer, Routing
 from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
+from train.replay import ReplayArguments, ReplayObjective, densest_window
 
 
 GOLDEN = Path(__file__).parent / "golden" / "vedas"
@@ -172,17 +176,70 @@ def test_qwen2_vl_as_released_has_no_routed_layer(imposed_order):
     check_decoding(decode(model, golden), golden)
 
 
-@pytest.mark.parametrize("case", ["c", "c2"])
-def test_training_cross_entropy(case, imposed_order):
+@pytest.fixture(params=["c", "c2"])
+def recorded(request):
+    """A case with gradients: tensors, what only JSON holds, and the model."""
+    case = request.param
     golden = load_file(GOLDEN / f"{case}_train.safetensors")
-    picked = golden["selected_rel_idx_pass_major"]
-    imposed_order += [picked[2 * number : 2 * number + 2] for number in range(3)]
     model = load(build(case), load_file(GOLDEN / f"{case}_weights.safetensors"))
-    output = model(
-        golden["in.input_ids"],
-        attention_mask=golden["in.attention_mask"],
-        labels=golden["in.labels"],
-        pixel_values=golden["in.pixel_values"].flatten(0, 1),
-        image_grid_thw=golden["in.image_grid_thw"],
-    )
-    assert_golden(output.loss, golden["ce"])
+    return golden, json.loads((GOLDEN / f"{case}_train.json").read_text()), model
+
+
+def training_inputs(golden) -> dict:
+    return {
+        "input_ids": golden["in.input_ids"],
+        "attention_mask": golden["in.attention_mask"],
+        "labels": golden["in.labels"],
+        "pixel_values": golden["in.pixel_values"].flatten(0, 1),
+        "image_grid_thw": golden["in.image_grid_thw"],
+    }
+
+
+def test_training_loss_and_gradients(recorded, imposed_order, monkeypatch):
+    """Cross-entropy, crops, their features, F_SR's prediction, the whole loss, and the gradient of every weight."""
+    golden, record, model = recorded
+    picked = golden["selected_rel_idx_pass_major"].unflatten(0, (3, 2))
+    imposed_order += list(picked)
+    image_processor = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=80 * 80)
+    images = [[Image.fromarray(image.permute(1, 2, 0).numpy())] for image in golden["in.ori_image"]]
+    objective = ReplayObjective(model.config, image_processor, ReplayArguments.reference())
+    weights = {name[8:]: value for name, value in golden.items() if name.startswith("tokenSR.")}
+    objective.replay_predictor.load_state_dict(weights)
+    seen = {}
+    for name in ("predict", "encode_crops"):
+        method = getattr(objective, name)
+        monkeypatch.setattr(
+            objective, name, lambda *args, name=name, method=method: seen.setdefault(name, (args, method(*args)))[1]
+        )
+    output = objective(model, images, **training_inputs(golden))
+    assert_golden(output["losses"]["ce_loss"], golden["ce"])
+    crops = np.stack([np.array(crop) for crop in seen["encode_crops"][0][1]])
+    assert np.array_equal(crops, golden["crop_images_uint8_pass_major"][4:].numpy())
+    assert_golden(seen["encode_crops"][1], golden["tokensr_target_pass_major"][4:])
+    assert_golden(seen["predict"][1][0], golden["tokensr_recon_pass_major"][4:])
+    assert_golden(output["losses"]["replay_loss"], golden["tokensr_all_terms_pass_major"][4:].mean())
+    assert_golden(output["loss"], golden["loss"])
+    output["loss"].backward()
+    check_gradients(model, objective, golden, record)
+
+
+def check_gradients(model, objective, golden, record):
+    """Recorded gradients, and the recorded norm of every other one."""
+    gradients = {f"tokenSR.{name}": value.grad for name, value in objective.replay_predictor.named_parameters()}
+    for name, value in model.named_parameters():
+        name = (
+            name.removeprefix("model.").replace("language_model.", "model.").replace("router.score", "router.router")
+        )
+        gradients[f"base_causallm.{name}"] = value.grad
+    for name, norm in record["grad_l2_norms"].items():
+        if "embed_tokens" in name:  # theirs also collects the gradient at z, which replaced these rows in place
+            continue
+        assert_close(gradients[name].norm(), torch.tensor(norm), rtol=1e-3, atol=TOLERANCE)
+        if f"grad.{name}" in golden:
+            assert_golden(gradients[name], golden[f"grad.{name}"])
+
+
+def test_windows(recorded):
+    golden, record, _ = recorded
+    for picked, (top, left) in zip(golden["selected_rel_idx_pass_major"].tolist(), record["windows"]):
+        assert densest_window(picked, [(10, 10)], 4) == (0, top, left, 4, 4)

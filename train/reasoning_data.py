@@ -1,0 +1,187 @@
+"""Questions with an image, reasoning steps and an answer: reading, adapting and checking them.
+
+A line of a JSONL file (`train.tasks` writes such files), or a row of a `datasets` dataset, becomes one sample:
+
+| `--data_format` | image             | question                          | steps                                   | answer                |
+|-----------------|-------------------|-----------------------------------|-----------------------------------------|-----------------------|
+| `steps`         | `image`           | `question`                        | `rationale`, a list (or a text: split)  | `answer`              |
+| `m3cot`         | `image`           | `context`, `question`, `choices`  | `rationale`, split into sentences       | `answer`, a letter    |
+| `scienceqa`     | `image`           | `hint`, `question`, `choices`     | `lecture` and `solution`, split         | `answer`, an index    |
+
+`image` is a path relative to the file, a PIL image, a list of either, or null for a question without one. Other fields are
+left alone.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+from tqdm import tqdm
+
+
+@dataclass
+class ReasoningSample:
+    """One question. `origin` says where it stands, for messages."""
+
+    images: list[str | Image.Image]
+    question: str
+    steps: list[str]
+    answer: str
+    origin: str
+
+    def load_images(self) -> list[Image.Image]:
+        """Decode the images.
+
+        Raises:
+            ValueError: one cannot be read.
+        """
+        return [self.load_image(image) for image in self.images]
+
+    def load_image(self, image: str | Image.Image) -> Image.Image:
+        try:
+            if isinstance(image, Image.Image):
+                return image.convert("RGB")
+            with Image.open(image) as opened:
+                return opened.convert("RGB")
+        except (OSError, UnidentifiedImageError) as error:
+            raise ValueError(f"{self.origin}: the image {image} cannot be read: {error}") from error
+
+
+def split_steps(text: str) -> list[str]:
+    """Cut a rationale into lines, or a single line into sentences."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(lines) > 1:
+        return lines
+    return [part for line in lines for part in re.split(r"(?<=[.!?])\s+(?=[A-Z0-9(\"'])", line)]
+
+
+def list_choices(choices: Iterable[Any]) -> str:
+    return "\n".join(f"({chr(ord('A') + number)}) {choice}" for number, choice in enumerate(choices))
+
+
+def join_texts(*parts: Any) -> str:
+    return "\n".join(str(part).strip() for part in parts if part)
+
+
+def from_steps(row: dict) -> tuple:
+    rationale = row.get("rationale")
+    steps = split_steps(rationale) if isinstance(rationale, str) else rationale
+    return row.get("image"), row.get("question"), steps, row.get("answer")
+
+
+def from_m3cot(row: dict) -> tuple:
+    question = join_texts(row.get("context"), row.get("question"), list_choices(row.get("choices") or []))
+    return row.get("image"), question, split_steps(row.get("rationale") or ""), row.get("answer")
+
+
+def from_scienceqa(row: dict) -> tuple:
+    choices, answer = row.get("choices") or [], row.get("answer")
+    if isinstance(answer, int) and 0 <= answer < len(choices):
+        answer = chr(ord("A") + answer)
+    question = join_texts(row.get("hint"), row.get("question"), list_choices(choices))
+    steps = [*split_steps(row.get("lecture") or ""), *split_steps(row.get("solution") or "")]
+    return row.get("image"), question, steps, answer
+
+
+ADAPTERS: dict[str, Callable[[dict], tuple]] = {
+    "steps": from_steps,
+    "m3cot": from_m3cot,
+    "scienceqa": from_scienceqa,
+}
+
+
+def adapt(row: dict, data_format: str, folder: Path, origin: str) -> ReasoningSample:
+    """Make a sample of a row.
+
+    Raises:
+        ValueError: a field is missing or of the wrong kind, or an image file does not exist.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{origin} must be an object, got {type(row).__name__}.")
+    image, question, steps, answer = ADAPTERS[data_format](row)
+    for name, value in {"question": question, "answer": answer}.items():
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{origin}: `{name}` must be a text that is not empty, got {value!r}.")
+    if not isinstance(steps, list) or not steps or not all(isinstance(one, str) and one.strip() for one in steps):
+        raise ValueError(f"{origin}: the rationale must give one or more steps, all of them text, got {steps!r}.")
+    images = [] if image is None else image if isinstance(image, list) else [image]
+    found = []
+    for one in images:
+        if isinstance(one, str):
+            one = str(folder / one)
+            if not Path(one).is_file():
+                raise ValueError(f"{origin}: the image {one} does not exist.")
+        elif not isinstance(one, Image.Image):
+            raise ValueError(f"{origin}: `image` must be a path or a PIL image, got {type(one).__name__}.")
+        found.append(one)
+    return ReasoningSample(found, question, steps, answer, origin)
+
+
+def read_rows(path: Path, split: str) -> Iterable[tuple[str, Any]]:
+    """(where it stands, row) of a JSONL file, a parquet file, or a folder that `datasets` wrote."""
+    if path.is_dir() or path.suffix == ".parquet":
+        from datasets import DatasetDict, load_dataset, load_from_disk
+
+        if path.is_dir():
+            data = load_from_disk(str(path))
+        else:
+            data = load_dataset("parquet", data_files=str(path), split="train")
+        if isinstance(data, DatasetDict):
+            if split not in data:
+                raise ValueError(f"{path} has no split {split!r}; it has {sorted(data)}.")
+            data = data[split]
+        for number, row in enumerate(data):
+            yield f"Row {number} of {path}", row
+        return
+    if not path.is_file():
+        raise ValueError(f"There is no data file {path}.")
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    yield f"Line {number} of {path}", json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"Line {number} of {path} is no JSON: {error}") from error
+
+
+def read_reasoning(
+    path: str | Path,
+    data_format: str = "steps",
+    split: str = "train",
+    drop_incomplete: bool = False,
+    check_images: bool = True,
+) -> list[ReasoningSample]:
+    """Read and check a whole data set before any work is done with it.
+
+    Args:
+        drop_incomplete: leave out rows without steps or answer, and say how many; else they are errors.
+        check_images: decode every image once.
+
+    Raises:
+        ValueError: a row that cannot be used; the message names it.
+    """
+    if data_format not in ADAPTERS:
+        raise ValueError(f"`data_format` must be one of {sorted(ADAPTERS)}, got {data_format!r}.")
+    path, samples, dropped = Path(path), [], []
+    for origin, row in read_rows(path, split):
+        try:
+            samples.append(adapt(row, data_format, path.parent, origin))
+        except ValueError:
+            if not drop_incomplete:
+                raise
+            dropped.append(origin)
+    if dropped:
+        print(f"{len(dropped)} rows of {path} were left out as incomplete, the first: {dropped[0]}.")
+    if not samples:
+        raise ValueError(f"{path} holds no sample.")
+    if check_images:
+        with ThreadPoolExecutor() as pool:
+            checks = pool.map(ReasoningSample.load_images, samples)
+            for _ in tqdm(checks, total=len(samples), desc="checking images", leave=False):
+                pass
+    return samples

@@ -1,0 +1,147 @@
+"""A model together with what only its training needs, and a `Trainer` that keeps the two apart on disk.
+
+`TrainingModel` is what DDP, FSDP and DeepSpeed wrap, so the weights of an objective (F_SR, heads, a U-Net) are sharded and
+synchronised like all others. A checkpoint holds the model where users look for it, and the objective's weights in
+`training/objective.safetensors`, which inference never reads.
+"""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from configuration_latentvlm.model_card import write_model_card
+
+
+OBJECTIVE_FILE = Path("training") / "objective.safetensors"
+
+
+class TrainingModel(nn.Module):
+    """`objective(model, **inputs)` as one module; whatever else is asked of it, the model answers.
+
+    Args:
+        model: a model of this library, or a `PeftModel` around one.
+        objective: a module whose forward takes the model and a batch and returns a dict with `loss`, and with `losses`,
+            the terms by name, detached.
+    """
+
+    def __init__(self, model: nn.Module, objective: nn.Module):
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, **inputs) -> dict:
+        return self.objective(self.model, **inputs)
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+
+def split_state(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def save_objective(state: dict[str, torch.Tensor], folder: str | Path) -> None:
+    """Write an objective's weights beside a checkpoint; nothing where it has none."""
+    if not state:
+        return
+    path = Path(folder) / OBJECTIVE_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in state.items()}, path, metadata={"format": "pt"})
+
+
+def load_objective(objective: nn.Module, folder: str | Path) -> bool:
+    """Read an objective's weights from beside a checkpoint; False where there are none.
+
+    Raises:
+        ValueError: they belong to another objective.
+    """
+    path = Path(folder) / OBJECTIVE_FILE
+    if not path.is_file():
+        return False
+    own, stored = objective.state_dict(), load_file(path)
+    wrong = sorted(own.keys() ^ stored.keys()) or [name for name in own if own[name].shape != stored[name].shape]
+    if wrong:
+        raise ValueError(f"{path} does not fit the objective: names or shapes differ, first {wrong[0]!r}.")
+    objective.load_state_dict(stored)
+    return True
+
+
+def last_complete_checkpoint(folder: str | Path) -> str | None:
+    """The newest `checkpoint-N` of a run that was written to its end: the trainer's state is what comes last."""
+    found = {}
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json"):
+        try:
+            json.loads(path.read_text())
+        except json.JSONDecodeError:
+            continue
+        found[int(path.parent.name.rsplit("-", 1)[1])] = str(path.parent)
+    return found[max(found)] if found else None
+
+
+class LatentTrainer(Trainer):
+    """`Trainer` for a `TrainingModel`: logs every loss term, saves and loads model and objective apart.
+
+    A callback may add to the logs by a method `log_terms`.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.label_names = ["labels"]  # `TrainingModel.forward` takes any batch, so they cannot be read off it
+        self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        losses = outputs.pop("losses")
+        for name, value in losses.items():
+            self._terms[name if model.training else f"eval_{name}"].append(value.detach().float())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        is_eval = any(name.startswith("eval_") for name in logs)
+        if is_eval or "loss" in logs:
+            for name in [name for name in self._terms if name.startswith("eval_") == is_eval]:
+                mean = torch.stack(self._terms.pop(name)).mean()
+                logs[name] = float(self.accelerator.reduce(mean, "mean"))
+            for callback in self.callback_handler.callbacks:
+                logs |= callback.log_terms() if hasattr(callback, "log_terms") else {}
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        whole = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        state = whole.state_dict() if state_dict is None else state_dict
+        # The names of the modules, and not those of the hub: `Trainer` reads them back without conversion.
+        kept = {} if hasattr(whole.model, "peft_config") else {"save_original_format": False}
+        whole.model.save_pretrained(output_dir, state_dict=split_state(state, "model."), **kept)
+        save_objective(split_state(state, "objective."), output_dir)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        whole = self.model if model is None else model
+        if self.is_fsdp_enabled:  # model and objective lie together in shards
+            return super()._load_from_checkpoint(resume_from_checkpoint, whole)
+        super()._load_from_checkpoint(resume_from_checkpoint, whole.model)
+        load_objective(whole.objective, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Keep the card of the architecture, in place of the one about a training run."""
+        if self.is_world_process_zero():
+            write_model_card(self.accelerator.unwrap_model(self.model).config, Path(self.args.output_dir))
