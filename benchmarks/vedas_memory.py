@@ -7,6 +7,7 @@ Both run without gradients, keep a KV cache and compute one row of logits; the p
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ def main() -> None:
         for scope in ("incremental", "context"):
             model = build(scope)
             model.config.get_text_config().max_position_embeddings = 2 * args.length
-            peaks[scope] = peak_memory(lambda: model.generate(**inputs, max_new_tokens=1, do_sample=False))
+            peaks[scope] = peak_memory(partial(model.generate, **inputs, max_new_tokens=1, do_sample=False))
     print(f"{args.length} prompt tokens, float32, {torch.__version__}: peak above the weights")
     for name, value in peaks.items():
         print(f"  {name:12s} {value / 2**20:9.1f} MiB  {value / peaks['stock']:6.3f} x stock")

@@ -333,7 +333,7 @@ def test_output_that_is_not_empty_is_refused_unless_forced(tmp_path):
 
 
 BAD_ARGUMENTS = [
-    ({"task": "colour"}, "`task` must be one of color, digit, count, position, all; got 'colour'"),
+    ({"task": "colour"}, "`task` must be one of color, digit, count, position, describe, all; got 'colour'"),
     ({"split": "dev"}, "`split` must be one of train, val, test; got 'dev'"),
     ({"image_size": 84}, "`image_size` must be a multiple of 28 and at least 112 pixels, got 84"),
     ({"image_size": 230}, "`image_size` must be a multiple of 28 and at least 112 pixels, got 230"),

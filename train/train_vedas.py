@@ -89,6 +89,8 @@ def plan_stages(args: ScriptArguments, training_args: TrainingArguments, num_lat
         )
     if args.epochs_per_stage < 1:
         raise ValueError(f"`epochs_per_stage` must be >= 1, got {args.epochs_per_stage}.")
+    if args.rationale_steps is not None and args.rationale_steps < 1:
+        raise ValueError(f"`rationale_steps` must be >= 1, got {args.rationale_steps}.")
     needed = len(stages) * args.epochs_per_stage
     if not training_args.num_train_epochs:
         training_args.num_train_epochs = float(needed)
@@ -133,7 +135,7 @@ def main(args: ScriptArguments, replay_args: ReplayArguments, training_args: Tra
     eval_data = read_reasoning(args.eval_data_path, args.data_format, args.split) if args.eval_data_path else None
     objective = ReplayObjective(model.config, processor.image_processor, replay_args)
     load_objective(objective, args.model_path)
-    rationale_steps = model.config.num_latent_steps if args.rationale_steps is None else args.rationale_steps
+    rationale_steps = args.rationale_steps or max(1, model.config.num_latent_steps)
     collator = CurriculumCollator(processor, rationale_steps, keep_images=objective.weight > 0)
     callbacks = [Curriculum(collator, stages, args.epochs_per_stage)]
     if args.gradient_dynamics_steps:

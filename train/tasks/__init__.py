@@ -13,12 +13,13 @@ from tqdm import tqdm
 
 from train.tasks.photos import PHOTOS
 from train.tasks.sample import PATCH_MULTIPLE, Request, Sample, Step
-from train.tasks.shapes import ask_color, ask_count, ask_digit, ask_position
+from train.tasks.shapes import ask_color, ask_count, ask_digit, ask_position, describe_scene
 
 
 __all__ = ["MIN_IMAGE_SIZE", "SPLITS", "TASKS", "Request", "Sample", "Step", "generate_sample", "write_dataset"]
 
 TASKS = {"color": ask_color, "digit": ask_digit, "count": ask_count, "position": ask_position}
+PRETRAINING = {"describe": describe_scene}  # no part of "all"
 ALL = "all"
 SPLITS = tuple(PHOTOS)
 MIN_IMAGE_SIZE = 112  # pixels; below it the digits are no longer legible
@@ -41,7 +42,7 @@ def generate_sample(task: str, seed: int, index: int, split: str = "train", imag
     if task == ALL:
         index, turn = divmod(index, len(TASKS))
         task = tuple(TASKS)[turn]
-    return TASKS[task](Request(task, split, seed, index, image_size))
+    return (TASKS | PRETRAINING)[task](Request(task, split, seed, index, image_size))
 
 
 def write_dataset(
@@ -94,8 +95,8 @@ def _save(sample: Sample, output: Path) -> dict:
 
 
 def _validate(task: str, split: str, image_size: int) -> None:
-    if task not in (*TASKS, ALL):
-        raise ValueError(f"`task` must be one of {', '.join((*TASKS, ALL))}; got {task!r}.")
+    if task not in (*TASKS, *PRETRAINING, ALL):
+        raise ValueError(f"`task` must be one of {', '.join((*TASKS, *PRETRAINING, ALL))}; got {task!r}.")
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}; got {split!r}.")
     if image_size < MIN_IMAGE_SIZE or image_size % PATCH_MULTIPLE:

@@ -29,6 +29,7 @@ COLORS = {
 LIGHT_COLORS = {"orange", "yellow", "white"}
 DIGITS = tuple("0123456789")
 COUNTS = tuple("1234")
+DESCRIBED = ("5", "6", "7", "8", "9", "10")
 QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 
 GRID = 4  # cells a side; even, so that the middle lines run between cells
@@ -277,3 +278,23 @@ def ask_position(request: Request) -> Sample:
         f"In which quadrant of the image is the {target.name}: top left, top right, bottom left or bottom right?"
     )
     return _compose(request, scene, question, answer, QUADRANTS, steps)
+
+
+def describe_scene(request: Request) -> Sample:
+    """What is where, cell by cell? No test of reasoning: dense supervision, for a vision tower that starts from nothing."""
+    rng = request.rng
+    answer = request.balanced(DESCRIBED)
+    things = [Thing(_pick(rng, COLORS), _pick(rng, SHAPES), _pick(rng, DIGITS)) for _ in range(int(answer))]
+    if rng.random() < 0.5:
+        things = [thing._replace(digit=None) for thing in things]
+    scene = paint_scene(request, [], things)
+    cell = request.image_size // GRID
+    places = {(box[1] // cell, box[0] // cell): thing for thing, box in zip(scene.things, scene.boxes)}
+    steps = []
+    for row in range(GRID):
+        words = []
+        for column in range(GRID):
+            thing = places.get((row, column))
+            words.append("nothing" if thing is None else f"{thing.name} {thing.digit or ''}".strip())
+        steps.append(Step(f"Row {row + 1}: {', '.join(words)}."))
+    return _compose(request, scene, "What is in the picture, row by row, and how much?", answer, DESCRIBED, steps)

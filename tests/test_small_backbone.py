@@ -1,0 +1,61 @@
+"""A small backbone from nothing: its folder, its vision tower's lessons, and the scenes that they are about."""
+
+import json
+
+import pytest
+import torch
+
+from conversion.convert_vedas import convert_vedas
+from train.small_backbone import texts_of, write_backbone
+from train.tasks import generate_sample, write_dataset
+from train.tasks.shapes import COLORS, DIGITS, GRID, SHAPES
+from train.vision_pretraining import NAMES, CellFeatures, cell_labels, pretrain
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_dataset("describe", 32, 0, tmp_path_factory.mktemp("describe"), image_size=112)
+
+
+@pytest.fixture(scope="module")
+def backbone(data, tmp_path_factory):
+    return write_backbone(texts_of(data), tmp_path_factory.mktemp("backbone") / "model", hidden_size=64, num_layers=2)
+
+
+def test_a_description_names_every_thing_in_its_cell():
+    for index in range(12):
+        sample = generate_sample("describe", 3, index, image_size=112)
+        assert int(sample.answer) == len(sample.objects)
+        said = [
+            step.removeprefix(f"Row {row + 1}: ").rstrip(".").split(", ") for row, step in enumerate(sample.rationale)
+        ]
+        assert [len(row) for row in said] == [GRID] * GRID
+        labels = cell_labels(sample.objects, 112)
+        for row in range(GRID):
+            for column in range(GRID):
+                words = [names[int(k)] for names, k in zip(NAMES.values(), labels[row, column])]
+                expected = f"{words[0]} {words[1]} {words[2]}".strip() or "nothing"
+                assert said[row][column] == expected
+    assert len(NAMES["color"]) == len(COLORS) + 1 and len(NAMES["shape"]) == len(SHAPES) + 1
+    assert len(NAMES["digit"]) == len(DIGITS) + 1
+
+
+def test_the_vision_tower_learns_what_stands_in_the_cells(backbone, data):
+    before = CellFeatures(backbone).model.state_dict()
+    first = pretrain(backbone, data, epochs=1, batch_size=8)
+    last = pretrain(backbone, data, epochs=20, batch_size=8, learning_rate=2e-3)
+    assert last["color"] > first["color"] + 0.2  # chance is 1 / 8
+    after = CellFeatures(backbone).model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("model.visual.") for name in moved)
+
+
+def test_the_folder_converts_like_a_published_one(backbone, tmp_path):
+    output = convert_vedas(backbone, tmp_path / "vedas", overrides={"num_latent_steps": 2})
+    assert json.loads((output / "config.json").read_text())["num_latent_steps"] == 2
+
+
+@pytest.mark.parametrize("sizes", [{"hidden_size": 100}, {"num_layers": 1}])
+def test_sizes_that_cannot_be(sizes, tmp_path):
+    with pytest.raises(ValueError, match="hidden_size"):
+        write_backbone(["text"], tmp_path / "no", **sizes)
