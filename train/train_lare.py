@@ -57,8 +57,12 @@ class ScriptArguments:
     eval_data_path: str | None = field(default=None, metadata={"help": "For `--eval_strategy`."})
     global_batch_size: int | None = field(default=None, metadata={"help": "By the stage; sets the accumulation."})
     max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; longer ones are errors."})
-    fresh_objective: bool = field(default=False, metadata={"help": "Start stage 3 or 4 with new heads and a new U-Net."})
-    dtype: str = field(default="float32", metadata={"help": "Of the weights; `--bf16` computes in bfloat16 either way."})
+    fresh_objective: bool = field(
+        default=False, metadata={"help": "Start stage 3 or 4 with new heads and a new U-Net."}
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "Of the weights; `--bf16` computes in bfloat16 either way."}
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, ..."})
 
     def __post_init__(self):
@@ -101,7 +105,7 @@ def complete_arguments(args: ScriptArguments, training_args: TrainingArguments) 
 def read_data(path: str, args: ScriptArguments, drop_incomplete: bool = False):
     data_format = args.data_format or STAGES[args.stage].data_format
     if data_format == "llava":
-        return read_llava(path)
+        return read_llava(path, drop_incomplete)
     return [from_reasoning(sample) for sample in read_reasoning(path, data_format, args.split, drop_incomplete)]
 
 

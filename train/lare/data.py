@@ -74,7 +74,9 @@ def from_llava(row: Any, folder: Path, origin: str) -> Conversation:
     for turn in turns:
         role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
         if role not in ROLES or not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{origin}: a turn needs `from` out of {sorted(ROLES)} and a `value` that is not empty: {turn!r}.")
+            raise ValueError(
+                f"{origin}: a turn needs `from` out of {sorted(ROLES)} and a `value` that is not empty: {turn!r}."
+            )
         content: Any = text
         if ROLES[role] == "user":
             content = split_image_words(text)
@@ -94,8 +96,11 @@ def from_llava(row: Any, folder: Path, origin: str) -> Conversation:
     return Conversation(messages, paths, answers[0], origin)
 
 
-def read_llava(path: str | Path) -> list[Conversation]:
+def read_llava(path: str | Path, drop_incomplete: bool = False) -> list[Conversation]:
     """Read a JSON list or JSONL, and open every image's header.
+
+    Args:
+        drop_incomplete: leave out rows that cannot be used, and say how many; else they are errors.
 
     Raises:
         ValueError: a row that cannot be used; the message names it.
@@ -103,16 +108,29 @@ def read_llava(path: str | Path) -> list[Conversation]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"There is no data file {path}.")
-    conversations = [from_llava(row, path.parent, origin) for origin, row in rows_of(path)]
+    conversations, dropped = [], []
+    for origin, row in rows_of(path):
+        try:
+            conversation = from_llava(row, path.parent, origin)
+            open_headers(conversation)
+            conversations.append(conversation)
+        except ValueError as error:
+            if not drop_incomplete:
+                raise
+            dropped.append(str(error))
+    if dropped:
+        print("\n".join([f"{len(dropped)} rows of {path} were left out:", *dropped]))
     if not conversations:
         raise ValueError(f"{path} holds no sample.")
-    for conversation in conversations:
-        for image in conversation.images:
-            try:
-                Image.open(image).close()
-            except (OSError, UnidentifiedImageError) as error:
-                raise ValueError(f"{conversation.origin}: the image {image} cannot be read: {error}") from error
     return conversations
+
+
+def open_headers(conversation: Conversation) -> None:
+    for image in conversation.images:
+        try:
+            Image.open(image).close()
+        except (OSError, UnidentifiedImageError) as error:
+            raise ValueError(f"{conversation.origin}: the image {image} cannot be read: {error}") from error
 
 
 def rows_of(path: Path) -> Iterable[tuple[str, Any]]:
@@ -125,7 +143,7 @@ def rows_of(path: Path) -> Iterable[tuple[str, Any]]:
             raise ValueError(f"{path} is no JSON: {error}") from error
         yield from ((f"Entry {number} of {path}", row) for number, row in enumerate(rows))
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield f"Line {number} of {path}", json.loads(line)
@@ -155,14 +173,14 @@ class LaReCollator:
     def __call__(self, conversations: list[Conversation]) -> dict[str, Tensor]:
         images = [conversation.load_images() for conversation in conversations]
         rows = [self.encode(conversation) for conversation in conversations]
-        reasoning = [torch.tensor(self.tokens(one.reasoning)) for one in conversations]
-        pad = self.tokenizer.pad_token_id
+        reasoning = [torch.tensor(self.tokens(one.reasoning), dtype=torch.long) for one in conversations]
+        pad, one = self.tokenizer.pad_token_id, torch.zeros(1, dtype=torch.long)  # at least a column, of padding
         batch = {
             "input_ids": pad_sequence([ids for ids, _ in rows], batch_first=True, padding_value=pad),
             "attention_mask": pad_sequence([torch.ones_like(ids) for ids, _ in rows], batch_first=True),
             "labels": pad_sequence([labels for _, labels in rows], batch_first=True, padding_value=IGNORED),
-            "reasoning_ids": pad_sequence(reasoning, batch_first=True, padding_value=pad).long(),
-            "reasoning_mask": pad_sequence([torch.ones_like(ids) for ids in reasoning], batch_first=True).bool(),
+            "reasoning_ids": pad_sequence([*reasoning, one], batch_first=True, padding_value=pad)[:-1],
+            "reasoning_mask": pad_sequence([*map(torch.ones_like, reasoning), one], batch_first=True)[:-1].bool(),
             "reasoning_keys": torch.tensor([key_of(one.reasoning.encode()) for one in conversations]),
             "image_keys": torch.tensor([key_of(b"".join(image.tobytes() for image in row)) for row in images]),
         }
@@ -171,14 +189,16 @@ class LaReCollator:
             batch["pixel_values"] = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]
         return batch
 
-    def tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def tokens(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def encode(self, conversation: Conversation) -> tuple[Tensor, Tensor]:
         """Tokens and labels of one row, images expanded."""
-        ids, labels = [], []
-        for text, is_answer in self.pieces(conversation.messages):
-            piece = self.expand(self.tokens(text))
+        ids, labels, bos = [], [], self.tokenizer.bos_token
+        for text, is_answer in self.pieces(conversation):
+            # As the processor does for `generate`: a template either writes the first token itself or leaves it out.
+            has_first = bool(ids) or (bos is not None and text.startswith(bos))
+            piece = self.expand(self.tokens(text, add_special_tokens=not has_first))
             ids += piece
             labels += piece if is_answer else [IGNORED] * len(piece)
         if self.max_length is not None and len(ids) > self.max_length:
@@ -189,13 +209,13 @@ class LaReCollator:
         image, count = self.processor.image_token_id, (self.processor.image_size // self.processor.patch_size) ** 2
         return [token for one in ids for token in ([one] * count if one == image else [one])]
 
-    def pieces(self, messages: list[dict]) -> list[tuple[str, bool]]:
+    def pieces(self, conversation: Conversation) -> list[tuple[str, bool]]:
         """The rendered conversation in pieces, and which of them the assistant says.
 
         Raises:
             ValueError: the chat template renders a conversation otherwise than its beginning.
         """
-        render = self.processor.apply_chat_template
+        render, messages = self.processor.apply_chat_template, conversation.messages
         pieces, done = [], ""
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -203,7 +223,9 @@ class LaReCollator:
             for upto, is_answer in ((messages[:number], False), (messages[: number + 1], True)):
                 text = render(upto, tokenize=False, add_generation_prompt=not is_answer)
                 if not text.startswith(done):
-                    raise ValueError("The chat template changes what it rendered before when a turn is added.")
+                    raise ValueError(
+                        f"{conversation.origin}: the chat template changes what it rendered before when a turn is added."
+                    )
                 pieces.append((text[len(done) :], is_answer))
                 done = text
         return pieces

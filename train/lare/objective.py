@@ -57,8 +57,8 @@ class DelimiterRows(nn.Module):
     """The two trained rows of the embedding, `<bot>` and `<eot>`, while the rest of it is frozen (stage 2).
 
     They are weights of the objective, so that the optimizer holds two rows and not a vocabulary; a checkpoint has them in
-    the embedding. In a model with tied embeddings the output layer follows when a checkpoint is written; `generate` never
-    writes these tokens.
+    the embedding. There they are copied at every forward, so that a tied output layer follows (without a gradient: these
+    tokens are never targets), and a run that goes on from a checkpoint is the run that was killed.
     """
 
     def __init__(self, model: nn.Module):
@@ -70,6 +70,7 @@ class DelimiterRows(nn.Module):
 
     def replace(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         ids = args[0]
+        module.weight.data[self.ids] = self.rows.detach().to(module.weight)
         for token, row in zip(self.ids, self.rows):
             output = torch.where((ids == token)[..., None], row.to(output.dtype), output)
         return output
@@ -78,10 +79,11 @@ class DelimiterRows(nn.Module):
         """Move the rows from where the objective has them to where a checkpoint has them."""
         state = dict(state)
         rows = state.pop(f"{prefix}rows")
-        for name in [name for name in state if name.endswith(embedding)]:
-            weight = state[name].clone()
-            weight[self.ids] = rows.to(weight)
-            state[name] = weight
+        for weight in [weight for name, weight in state.items() if name.endswith(embedding)]:
+            folded = weight.clone()
+            folded[self.ids] = rows.to(folded)
+            is_same = [name for name, value in state.items() if value.data_ptr() == weight.data_ptr()]
+            state |= dict.fromkeys(is_same, folded)  # a tied output layer stays tied
         return state
 
 
@@ -96,7 +98,12 @@ class LaReObjective(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, image_processor, arguments: LatentLossArguments, has_latents: bool, trains_delimiters: bool
+        self,
+        model: nn.Module,
+        image_processor,
+        arguments: LatentLossArguments,
+        has_latents: bool,
+        trains_delimiters: bool,
     ):
         super().__init__()
         config, self.arguments, self.has_latents = model.config, arguments, has_latents
@@ -132,10 +139,11 @@ class LaReObjective(nn.Module):
         """`loss`, `logits`, and the terms by name, detached, as `losses`."""
         if not self.has_latents:
             with changed(model.config, num_refocus_steps=0, adaptive_stop=None):
-                output = model(**inputs)
-            return {"loss": output.loss, "logits": output.logits, "losses": {"ntp_loss": output.loss.detach()}}
+                output = model(**inputs, use_cache=False)  # gradient checkpointing would fill a cache twice
+            loss = output.loss + untouched_projector(base_of(model), inputs)
+            return {"loss": loss, "logits": output.logits, "losses": {"ntp_loss": output.loss.detach()}}
         output = model(**inputs, output_latents=True)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        model = base_of(model)
         terms, weights = {"ntp_loss": output.loss}, {"ntp_loss": 1.0}
         arguments = self.arguments
         if self.alignment is not None:
@@ -154,15 +162,18 @@ class LaReObjective(nn.Module):
             )
             weights["text_loss"] = arguments.text_loss_weight
         loss = sum(weights[name] * term.to(output.loss.device) for name, term in terms.items())
+        loss = loss + untouched_projector(model, inputs)
         return {"loss": loss, "logits": output.logits, "losses": {name: term.detach() for name, term in terms.items()}}
 
     def image_loss(self, model: nn.Module, output, inputs: dict) -> Tensor:
-        """Mean of eq. 7 over the steps that rows with an image took."""
-        has_image = images_per_row(model, inputs["input_ids"]) > 0
-        exists = output.latent_mask & has_image[:, None].to(output.latent_mask.device)
-        if "pixel_values" not in inputs or not bool(exists.any()):
-            # Every rank of a distributed run must touch every weight.
-            return 0.0 * sum(parameter.float().sum() for parameter in self.image_reconstruction.parameters())
+        """Mean of eq. 7 over the steps that rows took with an image before them; one that comes later they did not see."""
+        seeing = {step.row for step in output.latent_trace.steps if step.image_grids}
+        rows = torch.tensor(
+            [row in seeing for row in range(len(output.latent_mask))], device=output.latent_mask.device
+        )
+        exists = output.latent_mask & rows[:, None]
+        if not bool(exists.any()):
+            return touch(self.image_reconstruction)
         latents, crops, rows = window_crops(model, output, inputs, exists)
         losses = self.image_reconstruction(latents[rows], crops)
         return losses.mean()
@@ -180,6 +191,20 @@ class LaReObjective(nn.Module):
         if self.delimiters is not None:
             with torch.no_grad():
                 self.delimiters.rows.copy_(model.get_input_embeddings().weight[self.delimiters.ids])
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def touch(module: nn.Module) -> Tensor:
+    """Zero that depends on every weight: a batch that does not use them must still have, and on every rank, their gradients."""
+    return 0.0 * sum(parameter.float().sum() for parameter in module.parameters())
+
+
+def untouched_projector(model: nn.Module, inputs: dict) -> Tensor | float:
+    """Where no row has an image: in stage 1 nothing else trains."""
+    return touch(model.model.multi_modal_projector) if "pixel_values" not in inputs else 0.0
 
 
 @torch.no_grad()
