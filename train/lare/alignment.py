@@ -50,7 +50,9 @@ def symmetric_info_nce(
     """
     scores = first @ second.T / temperature
     is_same = keys[:, None] == keys[None]
-    excluded = (is_same & ~torch.eye(len(keys), dtype=torch.bool, device=keys.device)) | ~exists[None] | ~exists[:, None]
+    excluded = (
+        (is_same & ~torch.eye(len(keys), dtype=torch.bool, device=keys.device)) | ~exists[None] | ~exists[:, None]
+    )
     excluded.fill_diagonal_(False)
     scores = scores.masked_fill(excluded, torch.finfo(scores.dtype).min)
     target = torch.arange(len(scores), device=scores.device)

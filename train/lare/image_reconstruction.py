@@ -44,7 +44,9 @@ def build_unet(channels: tuple[int, ...] = CHANNELS, code_size: int = 16, code_c
 
 
 def build_scheduler() -> DDPMScheduler:
-    return DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False)
+    return DDPMScheduler(
+        num_train_timesteps=1000, beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False
+    )
 
 
 def load_vae(path: str, code_channels: int = CODE_CHANNELS, crop_size: int = 256) -> AutoencoderKL:
@@ -93,7 +95,9 @@ class ImageReconstruction(nn.Module):
         image_mean, image_std: that the image processor normalised with.
     """
 
-    def __init__(self, hidden_size: int, vae: AutoencoderKL, image_mean, image_std, channels=CHANNELS, crop_size: int = 256):
+    def __init__(
+        self, hidden_size: int, vae: AutoencoderKL, image_mean, image_std, channels=CHANNELS, crop_size: int = 256
+    ):
         super().__init__()
         self.crop_size = crop_size
         self._vae = (vae,)  # a tuple hides it from `state_dict` and `parameters`
@@ -109,7 +113,9 @@ class ImageReconstruction(nn.Module):
     @torch.no_grad()
     def encode(self, crops: Tensor) -> Tensor:
         """Codes of normalised crops (M, 3, h, w): (M, C, S, S) float32."""
-        mean, std = (torch.tensor(values, device=crops.device)[:, None, None] for values in (self.image_mean, self.image_std))
+        mean, std = (
+            torch.tensor(values, device=crops.device)[:, None, None] for values in (self.image_mean, self.image_std)
+        )
         unit = (crops.float() * std + mean).clamp(0, 1)
         unit = nn.functional.interpolate(unit, (self.crop_size, self.crop_size), mode="bilinear", antialias=True)
         self._vae = (self.vae.to(crops.device),)

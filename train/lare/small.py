@@ -9,7 +9,6 @@ The folders look like published ones: the converter takes them as it takes those
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -101,13 +100,13 @@ def write_small(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="JSONL of `train.tasks`, for the tokenizer")
+    parser.add_argument("--data", nargs="+", required=True, help="JSONL of `train.tasks`, for the tokenizer")
     parser.add_argument("--output", required=True)
     defaults = {"hidden-size": 128, "num-layers": 4, "vocab-size": 600, "image-size": 112, "patch-size": 14, "seed": 0}
     for name, default in defaults.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = vars(parser.parse_args())
-    print(write_small(texts_of(arguments.pop("data")), **arguments))
+    print(write_small(texts_of(*arguments.pop("data")), **arguments))
 
 
 if __name__ == "__main__":
