@@ -495,6 +495,16 @@ def test_gradients_reach_every_new_weight_and_are_equal_with_checkpointing(decod
         assert_near(actual[name], gradient)
 
 
+def test_gradients_without_steps_are_equal_with_checkpointing(decoder):
+    """A cache that the first run fills must not be there when a layer runs again."""
+    model, inputs = build(decoder, num_refocus_steps=0).train(), training_batch()
+    expected = gradients(model, inputs)
+    model.gradient_checkpointing_enable()
+    actual = gradients(model, inputs)
+    for name, gradient in expected.items():
+        assert_near(actual[name], gradient)
+
+
 @pytest.mark.parametrize("flows", [True, False])
 def test_gradients_through_the_latents(rows, flows):
     """Without, those of the last latents do not reach the forwards that they were made from."""

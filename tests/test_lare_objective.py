@@ -14,7 +14,7 @@ from test_lare import ADAPTIVE, BOT, DECODERS, EOT, IMAGE, PAD, build, prompt
 
 from train.lare.alignment import Alignment, pool, symmetric_info_nce
 from train.lare.image_reconstruction import ImageReconstruction, build_unet, crop_windows, load_vae
-from train.lare.objective import LaReObjective, LatentLossArguments
+from train.lare.objective import LaReObjective, LatentLossArguments, pooled_images
 from train.lare.text_reconstruction import text_prefix_loss
 
 
@@ -648,6 +648,8 @@ def test_an_image_behind_the_latents_is_none_that_they_should_give_back(fields, 
     batch = batch_of([(prompt([20, 21, 33, 34], "image"), [35, 36], [54])])
     batch["labels"][0, 2:4] = torch.tensor([33, 34])  # the first answer
     assert objective(model, **batch)["losses"]["image_loss"] == 0
+    output = model(**inputs_of(batch), output_latents=True)
+    assert not pooled_images(model, batch["input_ids"], output)[1].any()
 
 
 def test_rows_of_the_delimiters_replace_those_of_the_embedding(objective_of):

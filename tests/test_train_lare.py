@@ -286,6 +286,12 @@ def test_another_objective_is_refused(chain_of, run, tmp_path):
         run(3, chain[2][1], tmp_path / "out", unet_channels=(8, 8, 16, 24))
 
 
+def test_a_term_that_was_trained_before_may_be_switched_off(chain_of, run, tmp_path):
+    trainer = run(3, chain_of("tied")[2][1], tmp_path / "out", image_loss_weight=0)
+    assert {name.split(".")[0] for name in load_file(tmp_path / "out" / OBJECTIVE)} == {"alignment"}
+    assert "image_loss" not in trainer.state.log_history[0]
+
+
 def test_a_fresh_objective_is_taken_where_the_user_says_so(bases, run, tmp_path):
     trainer = run(3, bases["untied"], tmp_path / "out", fresh_objective=True, image_loss_weight=0)
     assert {name.split(".")[0] for name in load_file(tmp_path / "out" / OBJECTIVE)} == {"alignment"}
