@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -14,17 +15,21 @@ from helpers import assert_near, open_at
 from PIL import Image
 from scipy import stats
 from test_lare import build, lare_fields
+from test_lare_objective import write_vae
 from test_processing_lare import QWEN_TEMPLATE, exact
 from test_vedas import build as build_vedas
+from transformers import AutoModel, AutoProcessor
 
 from modeling_latentvlm import LaReForCausalLM
 from processing_latentvlm import DeepLatentProcessor, LaReProcessor, VedasProcessor
 from processing_latentvlm.processing_lare import BOT, EOT, IMAGE, REFOCUS_TOKENS
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
-from train.analyses import attention, convergence, probing
+from train.analyses import attention, convergence, probing, reconstruction
 from train.analyses.collection import Study, changed_steps, pool_mean_max, prepare_output
 from train.analyses.matched_pairs import KINDS, Questions, choose_questions, pair_up, share_out
+from train.lare.image_reconstruction import ImageReconstruction, load_vae
 from train.reasoning_data import read_reasoning
+from train.training_model import save_objective
 
 
 WORDINGS = ("what colour?", "which shape is on the left?")
@@ -395,3 +400,54 @@ def test_blocks_in_the_text_are_no_steps(tokenizer, data, tmp_path):
     for analyse in (attention.measure_shares, convergence.measure_convergence):
         with pytest.raises(ValueError, match=r"one of \['lare', 'vedas'\]; this one is a 'deeplatent'"):
             analyse(deeplatent)
+
+
+# Reconstruction
+
+
+@pytest.fixture(scope="module")
+def reconstructing(checkpoint, tmp_path_factory) -> tuple[Path, str]:
+    """A checkpoint with a U-Net beside it, and the image tokenizer of both."""
+    vae_path, folder = str(write_vae(tmp_path_factory.mktemp("vae"))), tmp_path_factory.mktemp("reconstructing")
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
+    torch.manual_seed(0)
+    module = ImageReconstruction(64, load_vae(vae_path, crop_size=32), [0.5] * 3, [0.5] * 3, (8, 8, 16, 16), 32)
+    save_objective({f"image_reconstruction.{name}": value for name, value in module.state_dict().items()}, folder)
+    return folder, vae_path
+
+
+def test_pictures_are_drawn_from_latents(reconstructing, data, tmp_path, capsys):
+    folder, vae_path = reconstructing
+    arguments = ["--model", str(folder), "--data", str(data), "--output", str(tmp_path), "--vae_path", vae_path]
+    reconstruction.main(
+        [*arguments, "--crop_size", "32", "--denoising-steps", "3", "--limit", "3", "--batch-size", "2"]
+    )
+    table = pandas.read_csv(tmp_path / "reconstruction.csv")
+    steps = AutoModel.from_pretrained(folder).config.num_refocus_steps
+    assert table["step"].tolist() == list(range(1, steps + 1)) and (table["windows"] == 3).all()
+    assert np.isfinite(table[["picture", "control"]].to_numpy()).all()
+    Image.open(tmp_path / "reconstruction.png").verify()
+    assert "nearer" in capsys.readouterr().out
+
+
+def test_pictures_and_controls_differ_by_their_latents_alone(reconstructing, data):
+    folder, vae_path = reconstructing
+    processor = AutoProcessor.from_pretrained(folder)
+    study = Study(AutoModel.from_pretrained(folder).eval(), processor, read_reasoning(data)[:3], folder, 2)
+    module = reconstruction.load_reconstruction(folder, vae_path, 32, processor.image_processor)
+    table, windows, pictures, controls = reconstruction.reconstruct(study, module, 3, seed=1)
+    assert not torch.equal(pictures, controls)
+    with torch.no_grad():
+        for parameter in module.condition.parameters():
+            parameter.zero_()  # blind to the latents
+    _, _, pictures, controls = reconstruction.reconstruct(study, module, 3, seed=1)
+    assert torch.equal(pictures, controls) and windows.shape == pictures.shape
+    errors = (pictures - windows).square().mean(dim=(1, 2, 3))
+    again = reconstruction.reconstruct(study, module, 3, seed=1)[0]
+    assert_near(torch.tensor(again["picture"].tolist()), errors)
+    assert len(table) == len(windows)
+
+
+def test_a_checkpoint_without_a_u_net_is_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="no trained U-Net"):
+        reconstruction.load_reconstruction(checkpoint, str(tmp_path), 32, None)
