@@ -46,4 +46,4 @@ def test_a_recipe_runs_from_nothing(name, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["recipes", name, "--output", str(tmp_path), "--scale", "0.004"])
     recipes.main()
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert set(scores) == {"latents", "noise", "swap", "no steps", "constant"}
+    assert set(scores) == {"latents", "noise", "swap", "no latents", "constant"}

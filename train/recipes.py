@@ -1,5 +1,6 @@
 """From nothing to a trained small model and its scores, one command: data, backbone, conversion, every stage, evaluation.
 
+    python -m train.recipes deeplatent --output out/deeplatent-small
     python -m train.recipes lare --output out/lare-small
     python -m train.recipes vedas --output out/vedas-small
 
@@ -41,8 +42,8 @@ def make_data(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
     ]
 
 
-def vedas(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
-    epochs = 5 if scale >= 1 else 1
+def make_backbone(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
+    """Data, and a small Qwen2.5-VL that sees."""
     return [
         *make_data(output, task, scale),
         (
@@ -52,8 +53,17 @@ def vedas(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
         ),
         (
             f"{output}/backbone/vision_pretraining.json",
-            f"train.vision_pretraining --model {output}/backbone --data {output}/scenes/data.jsonl --epochs {epochs}",
+            f"train.vision_pretraining --model {output}/backbone --data {output}/scenes/data.jsonl "
+            f"--epochs {5 if scale >= 1 else 1}",
         ),
+    ]
+
+
+def vedas(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
+    # The language model starts from nothing, so that it stays longer in the stage that teaches it to speak and to look.
+    plan = "--stages 0 0 0 1 2 3 3 --epochs_per_stage 2" if scale >= 1 else "--epochs_per_stage 1"
+    return [
+        *make_backbone(output, task, scale),
         (
             f"{output}/vedas/config.json",
             f"conversion.convert_vedas --backbone {output}/backbone --output {output}/vedas "
@@ -62,7 +72,7 @@ def vedas(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
         (
             f"{output}/trained/config.json",
             f"train.train_vedas --model_path {output}/vedas --data_path {output}/train/data.jsonl "
-            f"--output_dir {output}/trained --epochs_per_stage {epochs} --learning_rate 1e-3 "
+            f"--output_dir {output}/trained {plan} --learning_rate 1e-3 "
             f"--per_device_train_batch_size 32 --freeze_vision --replay_crop_size 56 {SHARED}",
         ),
     ]
@@ -74,8 +84,7 @@ def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
         *make_data(output, task, scale),
         (
             f"{output}/small/vae/config.json",
-            f"train.lare.small --data {output}/train/data.jsonl {output}/scenes/data.jsonl --output {output}/small "
-            "--patch-size 28",
+            f"train.lare.small --data {output}/train/data.jsonl {output}/scenes/data.jsonl --output {output}/small",
         ),
         (
             f"{output}/small/vision/vision_pretraining.json",
@@ -85,7 +94,7 @@ def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
         (
             f"{output}/stage0/config.json",
             f"conversion.convert_lare --vision-tower {output}/small/vision --language-model {output}/small/language "
-            f"--output {output}/stage0 --set num_refocus_steps=2 window_size=2 extractor_hidden_size=128 "
+            f"--output {output}/stage0 --set num_refocus_steps=2 window_size=4 extractor_hidden_size=128 "
             "extractor_num_heads=4",
         ),
     ]
@@ -96,7 +105,7 @@ def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
                 f"{output}/stage{stage}/config.json",
                 f"train.train_lare --stage {stage} --model_path {output}/stage{stage - 1} --data_format steps "
                 f"--data_path {output}/train/data.jsonl --output_dir {output}/stage{stage} --vae_path {output}/small/vae "
-                f"--crop_size 32 --unet_channels 32 32 64 64 --learning_rate {rate} "
+                f"--crop_size 32 --unet_channels 8 8 16 16 --learning_rate {rate} "
                 f"--num_train_epochs {epochs if scale >= 1 else 1} --per_device_train_batch_size {size} "
                 f"--global_batch_size {size} {SHARED}",
             )
@@ -104,7 +113,48 @@ def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
     return commands
 
 
-RECIPES = {"vedas": (vedas, "trained", "num_latent_steps"), "lare": (lare, "stage4", "num_refocus_steps")}
+def deeplatent(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
+    epochs = 5 if scale >= 1 else 1
+    training = f"--per_device_train_batch_size 16 --gradient_accumulation_steps 2 {SHARED}"
+    data = f"--data_path {output}/train/data.jsonl"
+    return [
+        *make_backbone(output, task, scale),
+        (
+            f"{output}/deeplatent/config.json",
+            f"conversion.convert_deeplatent --backbone {output}/backbone --output {output}/deeplatent "
+            "--set latent_grid_size=4",
+        ),
+        (
+            f"{output}/sft1/config.json",
+            f"train.train_deeplatent --stage sft1 --model_path {output}/deeplatent {data} --output_dir {output}/sft1 "
+            f"--num_train_epochs {epochs} --learning_rate 1e-3 {training}",
+        ),
+        (
+            f"{output}/teacher/index.json",
+            f"train.cache_teacher_states --model {output}/sft1 --data {output}/train/data.jsonl --output {output}/teacher "
+            "--batch_size 16",
+        ),
+        (
+            f"{output}/sft2/config.json",
+            f"train.train_deeplatent --stage sft2 --model_path {output}/sft1 {data} --teacher_states {output}/teacher "
+            f"--output_dir {output}/sft2 --num_train_epochs {max(1, epochs - 3)} --learning_rate 5e-4 {training}",
+        ),
+        (
+            f"{output}/rl/config.json",
+            f"train.train_deeplatent --stage rl --model_path {output}/sft2 {data} --output_dir {output}/rl "
+            f"--max_steps {20 if scale >= 1 else 1} --learning_rate 2e-5 --max_new_tokens 48 --num_generations 4 "
+            "--per_device_train_batch_size 8 --gradient_accumulation_steps 1 --micro_batch_size 32 --temperature 1.0 "
+            f"--report_to none --save_strategy no --seed 0",
+        ),
+    ]
+
+
+# What builds the commands, the folder with the trained model, and the config field with its number of steps.
+RECIPES = {
+    "deeplatent": (deeplatent, "rl", None),
+    "lare": (lare, "stage4", "num_refocus_steps"),
+    "vedas": (vedas, "trained", "num_latent_steps"),
+}
 
 
 def run(commands: list[tuple[str, str]]) -> None:
@@ -120,7 +170,7 @@ def run(commands: list[tuple[str, str]]) -> None:
         subprocess.run([sys.executable, "-m", *shlex.split(command)], check=True)
 
 
-def score(folder: Path, data: Path, steps_field: str) -> dict[str, float]:
+def score(folder: Path, data: Path, steps_field: str | None) -> dict[str, float]:
     """Accuracy by arm, and that of the best constant answer."""
     model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
@@ -134,8 +184,10 @@ def score(folder: Path, data: Path, steps_field: str) -> dict[str, float]:
         name: accuracy(answer_questions(model, processor, samples, progress=True, **settings), samples)
         for name, settings in arms.items()
     }
-    setattr(model.config, steps_field, 0)
-    scores["no steps"] = accuracy(answer_questions(model, processor, samples, progress=True), samples)
+    if steps_field is not None:
+        setattr(model.config, steps_field, 0)
+    off = {"max_latent_blocks": 0} if steps_field is None else {}
+    scores["no latents"] = accuracy(answer_questions(model, processor, samples, progress=True, **off), samples)
     answers = [sample.answer for sample in samples]
     scores["constant"] = max(answers.count(answer) for answer in set(answers)) / len(answers)
     return scores

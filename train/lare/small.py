@@ -29,7 +29,6 @@ def write_vision_tower(folder: Path, hidden_size: int, num_layers: int, image_si
         image_size=image_size,
         patch_size=patch_size,
         projection_dim=hidden_size,
-        initializer_factor=4.0,  # it stays as it is in all stages: its random features must differ
     )
     CLIPVisionModel(config).save_pretrained(folder)
     size = {"height": image_size, "width": image_size}
@@ -92,7 +91,7 @@ def write_small(
         )
     output = Path(output)
     torch.manual_seed(seed)
-    write_vision_tower(output / "vision", hidden_size, 2, image_size, patch_size)
+    write_vision_tower(output / "vision", hidden_size, 4, image_size, patch_size)
     write_language_model(output / "language", texts, hidden_size, num_layers, vocab_size)
     write_vae(output / "vae")
     return output
