@@ -112,5 +112,8 @@ def main(args: CacheArguments, data_args: DataArguments) -> None:
         print("Other processes still write; the last of them completes the folder.")
 
 
+PARSER = HfArgumentParser((CacheArguments, DataArguments))
+
+
 if __name__ == "__main__":
-    main(*HfArgumentParser((CacheArguments, DataArguments)).parse_args_into_dataclasses())
+    main(*PARSER.parse_args_into_dataclasses())
