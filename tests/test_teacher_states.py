@@ -1,11 +1,11 @@
 """Teacher states on disk: equal to live ones, whole after any interruption, refused when they are stale."""
 
 import errno
+import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,6 @@ from train.deeplatent.teacher_states import (
 from train.deeplatent.trajectories import Trajectories
 
 
-ROOT = Path(__file__).parents[1]
 LAYERS = (1, 2, 3)
 SIZES = [[(84, 56)], [], [(56, 56), (28, 84)], [(200, 100)], [(28, 28), (56, 28), (40, 90)]]
 
@@ -48,8 +47,6 @@ def folder(tokenizer, processor, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Samples with none to three assistant images."""
-    import json
-
     folder, rows = tmp_path_factory.mktemp("data"), []
     for number, sizes in enumerate(SIZES):
         picture(56, 84, number).save(folder / f"{number}.png")
@@ -216,27 +213,29 @@ def test_an_unfinished_cache_is_refused(model, processor, folder, data, states, 
 @pytest.mark.parametrize("place", ["before the second shard", "while the second shard is written"])
 def test_killed_and_resumed_equals_uninterrupted(folder, data, states, tmp_path, place):
     """By SIGKILL, after which nothing is tidied up."""
-    patch = {
-        "before the second shard": "writer.TeacherCacheWriter.write = kill_at(writer.TeacherCacheWriter.write, 1)",
-        "while the second shard is written": "os.fsync = kill_at(os.fsync, 2)",  # of the file; two for the first one
-    }[place]
-    script = f"""
-import os, signal
-import train.cache_teacher_states as command
-import train.deeplatent.teacher_states as writer
-calls = []
-def kill_at(function, number):
-    def call(*args):
-        calls.append(None)
-        if len(calls) > number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args)
-    return call
-{patch}
-command.main(*command.PARSER.parse_dict({settings_of(folder, data, tmp_path)!r}))
-"""
-    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert run.returncode == -signal.SIGKILL
+
+    def run_until_killed():
+        calls = []
+
+        def kill_at(function, number):
+            def call(*args):
+                calls.append(None)
+                if len(calls) > number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args)
+
+            return call
+
+        if place.startswith("before"):
+            teacher_states.TeacherCacheWriter.write = kill_at(teacher_states.TeacherCacheWriter.write, 1)
+        else:
+            os.fsync = kill_at(os.fsync, 2)  # of the file; the first shard takes two
+        cache(folder, data, tmp_path)
+
+    process = multiprocessing.get_context("fork").Process(target=run_until_killed)
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
     left = {path.name for path in tmp_path.iterdir()}
     assert left - {"states-00001.safetensors.unfinished"} == {"states-00000.safetensors"}
     assert len(left) == (2 if place.startswith("while") else 1)
