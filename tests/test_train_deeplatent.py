@@ -356,7 +356,10 @@ def test_what_trains_in_each_stage(small, taught, tmp_path):
     def kinds(names: set[str]) -> set[str]:
         return {name.split(".")[0 if name.startswith("latent") else 1] for name in names}
 
-    first = moved(train("sft1", *small, tmp_path / "1", max_steps=1), small[0])
+    trainer = train("sft1", *small, tmp_path / "1", max_steps=1)
+    # Nor may a process count on their gradients, or decay them.
+    assert not any(weight.requires_grad for name, weight in trainer.model.named_parameters() if "latent" in name)
+    first = moved(trainer, small[0])
     assert kinds(first) <= {"language_model", "weight"} and first
     second = moved(
         train("sft2", taught[0], small[1], tmp_path / "2", max_steps=1, teacher_states=str(taught[1])), taught[0]

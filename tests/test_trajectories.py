@@ -124,6 +124,7 @@ def test_a_text_alone_is_a_message(write):
         (line(words("look"), shown("broken.png")), "Line 2 of .*broken.png cannot be read"),
         (line(words("look"), shown("text.png")), "Line 2 of .*text.png cannot be read"),
         (line(words("look"), shown("a.png"), question=["broken.png"]), "Line 2 of .*broken.png cannot be read"),
+        (line(words("look"), shown("x" * 5000)), "Line 2 of .*xxx does not exist"),
         (line(words("look"), shown(7)), "Line 2 of .*must be a path, bytes or a PIL image, got int"),
         (line(words("look"), {"type": "sound"}), "Line 2 of .*must be text or image, got 'sound'"),
         (line(words("look"), {"type": "text"}), "Line 2 of .*`text` must be a str"),
@@ -167,6 +168,8 @@ def test_ablated_chains_of_thought(write):
     path = write(full)
     assert content_of(Trajectories(path, chain_of_thought="text")[0])[1] == ["look", "closer", "red"]
     assert content_of(Trajectories(path, chain_of_thought="visual")[0])[1] == [(84, 56), (84, 56), "red"]
+    with pytest.raises(ValueError, match="Line 1 of .*no text around"):
+        Trajectories(write(line(shown("a.png"))), chain_of_thought="visual")
     asked = full["messages"][0]
     assert shorten(asked, "text") == asked and shorten(asked, "visual") == asked
 
@@ -300,6 +303,12 @@ def test_a_picture_that_the_image_processor_resizes_again_is_named(processor, sh
         ] * 2
     finally:
         images.size = size
+
+
+def test_a_picture_that_vanished_is_named(processor, shared_model, sample, tmp_path):
+    gone = {"messages": [*user_turn("what?", str(tmp_path / "p.png")), answer(words("red"))], "origin": "Line 8"}
+    with pytest.raises(ValueError, match="Line 8: an image cannot be read: .*p.png"):
+        DeepLatentCollator(processor, shared_model.config, "image")([sample, gone])
 
 
 def test_large_questions_are_shrunk_and_answers_are_not(processor, shared_model, sample):

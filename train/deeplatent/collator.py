@@ -14,6 +14,7 @@ from torch import Tensor
 from train.data import TrajectoryCollator, fit_grid
 from train.deeplatent.teacher_states import TeacherCache, pool_states
 from train.deeplatent.trajectories import open_picture
+from train.reasoning_data import UNREADABLE
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,25 @@ class DeepLatentCollator(TrajectoryCollator):
         return labels.masked_fill(torch.isin(input_ids, self.not_text), -100)
 
     def open(self, sample: dict) -> dict:
-        """Decode and resize the pictures of a sample."""
+        """Decode and resize the pictures of a sample.
+
+        Raises:
+            ValueError: one cannot be read any more; the message names the sample.
+        """
+
+        def read(image) -> Image.Image:
+            try:
+                return open_picture(image)
+            except UNREADABLE as error:
+                raise ValueError(f"{sample['origin']}: an image cannot be read: {error}") from error
+
         messages = []
         for message in sample["messages"]:
             content = message["content"]
             resize = self.sizes.resize_assistant if message["role"] == "assistant" else self.sizes.resize_question
             if not isinstance(content, str):
                 content = [
-                    item | {"image": resize(open_picture(item["image"]))} if item["type"] == "image" else item
+                    item | {"image": resize(read(item["image"]))} if item["type"] == "image" else item
                     for item in content
                 ]
             messages.append(message | {"content": content})

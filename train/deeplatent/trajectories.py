@@ -22,6 +22,7 @@ import binascii
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -97,7 +98,9 @@ def from_monet(row: dict) -> list[dict]:
     messages = []
     for message in require(row, "data", list):
         content = [
-            item | {"text": MONET_MARKS.sub("", item["text"])} if isinstance(item.get("text"), str) else item
+            item | {"text": MONET_MARKS.sub("", require(item, "text", str))}
+            if require(item, "type", str) == "text"
+            else item
             for item in require(message, "content", list)
         ]
         messages.append(message | {"content": content})
@@ -157,8 +160,8 @@ def normalize_image(image: Any, folder: Path) -> str | bytes | Image.Image:
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
     if isinstance(image, str):
         image = str(folder / image)
-        if not Path(image).is_file():
-            raise ValueError(f"the image {image} does not exist")
+        if not os.path.isfile(image):  # not `Path.is_file`, which raises where a name is too long
+            raise ValueError(f"the image {image[:200]} does not exist")
     elif not isinstance(image, bytes | Image.Image):
         raise ValueError(f"an image must be a path, bytes or a PIL image, got {type(image).__name__}")
     return image
@@ -194,8 +197,10 @@ def shorten(message: dict, chain_of_thought: str) -> dict:
         return message
     if chain_of_thought == "text":
         return message | {"content": [item for item in content if item["type"] == "text"]}
-    texts = [item for item in content if item["type"] == "text"]
-    return message | {"content": [item for item in content if item["type"] == "image" or item is texts[-1]]}
+    last = [item for item in content if item["type"] == "text"][-1:]
+    return message | {
+        "content": [item for item in content if item["type"] == "image" or any(item is text for text in last)]
+    }
 
 
 def check_messages(messages: list[dict], max_blocks: int, reserved: Sequence[str]) -> None:
