@@ -18,11 +18,15 @@ class Lockstep:
     num_vision_passes: int
 
 
+def is_scattered(weight: Tensor) -> bool:
+    """Whether a weight lies in parts on several processes: by FSDP2 as a `DTensor`, or by DeepSpeed's ZeRO-3."""
+    return hasattr(weight, "placements") or hasattr(weight, "ds_id")
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Whether weights lie scattered over processes: by FSDP2 as `DTensor`, or by DeepSpeed's ZeRO-3."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
-    return any(hasattr(weight, "placements") or hasattr(weight, "ds_id") for weight in model.parameters())
+    return any(is_scattered(weight) for weight in model.parameters())
 
 
 def agree_on_work(block_steps: list[int], num_vision_passes: int, device: torch.device) -> Lockstep:

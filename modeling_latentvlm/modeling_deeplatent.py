@@ -37,7 +37,7 @@ from modeling_latentvlm.block_sites import find_block_sites
 from modeling_latentvlm.interventions import Intervention, check_intervention
 from modeling_latentvlm.latent_former import LatentBlockBuilder, initialize_latent_module
 from modeling_latentvlm.latent_generation import LatentGenerationMixin
-from modeling_latentvlm.lockstep import Lockstep, agree_on_work, is_sharded, touch
+from modeling_latentvlm.lockstep import Lockstep, agree_on_work, is_scattered, is_sharded, touch
 from modeling_latentvlm.qwen_inputs import QwenInputsMixin
 from modeling_latentvlm.segments import find_state
 from modeling_latentvlm.trace import LatentTrace
@@ -313,7 +313,7 @@ class DeepLatentForConditionalGeneration(
         if not (self.training and torch.distributed.is_available() and torch.distributed.is_initialized()):
             return loss
         plain = [weight for module in (self.latent_control, self.latent_blocks) for weight in module.parameters()]
-        plain = [weight for weight in plain if weight.requires_grad and not hasattr(weight, "placements")]
+        plain = [weight for weight in plain if weight.requires_grad and not is_scattered(weight)]
         return loss + sum((0 * weight.sum() for weight in plain), torch.zeros_like(loss))
 
 

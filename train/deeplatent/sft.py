@@ -218,7 +218,8 @@ def train_sft(args: SftArguments, data_args: DataArguments, training_args: Train
         collator.has_live_teacher = collator.cache is None
         if collator.has_live_teacher:
             teacher_folder = local_folder(args.teacher_path)
-            teacher = load_model(teacher_folder, load_config(teacher_folder), args.dtype, args.attn_implementation)
+            dtype = "bfloat16" if training_args.bf16 else args.dtype  # it takes no updates that could get lost
+            teacher = load_model(teacher_folder, load_config(teacher_folder), dtype, args.attn_implementation)
     model = load_model(folder, config, args.dtype, args.attn_implementation, may_renew=bool(args.config_overrides))
     objective = SftObjective(model.config, args.align_loss_weight if is_aligned else 0.0, layers, teacher)
     trainer = LatentTrainer(
