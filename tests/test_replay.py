@@ -35,7 +35,7 @@ def samples() -> list[ReasoningSample]:
     """One picture; two of unequal grids; none; one that the first step replays whole."""
     questions = {
         "what colour?": [picture(112, 140, 1)],
-        "which of the two is it, left or right?": [picture(56, 56, 2), picture(84, 56, 3)],
+        "which of the two is it, left or right?": [picture(28, 56, 2), picture(84, 84, 3)],
         "hello": [],
         "and this": [picture(61, 56, 4)],
     }

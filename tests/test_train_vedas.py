@@ -208,7 +208,8 @@ def test_the_stage_follows_the_epoch(tokenizer, processor, data, tmp_path, worke
     stages = [1, 1, 0, 0, 2, 2, 2, 2, 2, 2]  # after the last stage nothing follows
     assert logged(trainer, "stage") == stages
     assert seen == [{stage} for stage in stages]
-    for loss, ce_loss, replay_loss in zip(*(logged(trainer, name) for name in ("loss", "ce_loss", "replay_loss"))):
+    terms = [logged(trainer, name) for name in ("loss", "ce_loss", "replay_loss")]
+    for loss, ce_loss, replay_loss in zip(*terms, strict=True):
         assert loss == pytest.approx(ce_loss + replay_loss, rel=1e-4)
     assert [value > 0 for value in logged(trainer, "replay_loss")] == [stage > 0 for stage in stages]
 
@@ -408,12 +409,10 @@ def test_evaluation_and_the_best_model(folder, data, tmp_path, monkeypatch, sett
         load_best_model_at_end=True,
         **settings,
     )
-    losses = logged(trainer, "eval_loss")
-    for loss, ce_loss, replay_loss in zip(
-        losses, logged(trainer, "eval_ce_loss"), logged(trainer, "eval_replay_loss")
-    ):
-        assert loss == pytest.approx(ce_loss + replay_loss, rel=1e-4) and replay_loss > 0
+    losses, terms = logged(trainer, "eval_loss"), [logged(trainer, f"eval_{name}_loss") for name in ("ce", "replay")]
     assert len(losses) == 3 and len(logged(trainer, "ce_loss")) == 3
+    for loss, ce_loss, replay_loss in zip(losses, *terms, strict=True):
+        assert loss == pytest.approx(ce_loss + replay_loss, rel=1e-4) and replay_loss > 0
     best = 1 + losses.index(min(losses))
     assert best < 3
     fresh = train(folder, data, tmp_path / "fresh", stages=[2], max_steps=1, learning_rate=0.0, **settings)
