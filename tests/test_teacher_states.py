@@ -262,11 +262,11 @@ def test_an_error_in_the_middle_of_a_shard_leaves_what_was_done(folder, data, st
 
 
 def test_a_full_disk_is_named_and_what_was_written_stays(folder, data, states, tmp_path, monkeypatch):
-    sync, calls = os.fsync, []
+    sync, files = os.fsync, []
 
     def full(file):
-        calls.append(None)
-        if len(calls) == 3:
+        files.append(os.fstat(file).st_ino)
+        if len(files) == 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         return sync(file)
 
@@ -277,7 +277,9 @@ def test_a_full_disk_is_named_and_what_was_written_stays(folder, data, states, t
         ) as error:
             cache(folder, data, tmp_path)
     assert error.value.errno == errno.ENOSPC
-    assert [path.name for path in tmp_path.iterdir()] == ["states-00000.safetensors"]
+    (left,) = tmp_path.iterdir()
+    assert left.name == "states-00000.safetensors"
+    assert left.stat().st_ino == files[0]  # the file that was synced, and no copy of it
     assert contents(cache(folder, data, tmp_path)) == contents(states)
 
 
