@@ -72,7 +72,7 @@ class DeepLatentConfig(HubCodeMixin, Qwen2_5_VLConfig):
     """
 
     model_type = "deeplatent"
-    keys_to_ignore_at_inference = ["past_key_values", "scale_loss", "scale_logits", "latent_trace"]
+    keys_to_ignore_at_inference = ["past_key_values", "scale_loss", "scale_logits", "latent_trace", "latent_states"]
     hub_classes: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_latentvlm.configuration_deeplatent.DeepLatentConfig",
         "AutoProcessor": "processing_latentvlm.processing_deeplatent.DeepLatentProcessor",

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from modeling_latentvlm.block_sites import BlockSite
 from modeling_latentvlm.latent_former import RowImages, grid_places
+from modeling_latentvlm.lockstep import Lockstep, touch
 from modeling_latentvlm.segment_decoding import DecodingContext, SegmentDecoder
 from modeling_latentvlm.segments import (
     Block,
@@ -38,6 +39,9 @@ class LatentContext(DecodingContext):
     prompt_sites: list | None = None  # the blocks that stand in the prompt already, by row
     earlier_grids: list = field(default_factory=list)  # by prompt row, of the blocks in a continued cache
     is_unused: bool = False  # whether blocks could have been opened and none was
+    state_layers: tuple[int, ...] = ()  # numbers into `hidden_states`, of which latents' states are returned
+    lockstep: Lockstep | None = None  # what all processes of a sharded model run
+    idle: list[Tensor] = field(default_factory=list)  # results of what was run for other processes alone
 
     def take_prompt_sites(self) -> list | None:
         """The prompt's blocks, once: later tokens of `generate` open blocks of their own."""
@@ -55,6 +59,7 @@ class Decoded:
     scale_logits: tuple[Tensor, Tensor] | None = None  # 2 x (blocks, G)
     scale_targets: Tensor | None = None  # (blocks, 2)
     trace: LatentTrace | None = None
+    latent_states: Tensor | None = None  # (layers, latents of all blocks, D)
 
     def scale_loss(self) -> Tensor | None:
         """Cross-entropy of height plus that of width, averaged over blocks (DeepLatent, eq. 7)."""
@@ -71,6 +76,9 @@ class BlockDecoder(SegmentDecoder):
         super().__init__(model, cache, use_cache, kwargs)
         self.context = context
         self.scale_logits: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self.latent_states: dict[tuple[int, int], Tensor] = {}
+        self.block_steps = [] if context.lockstep is None else context.lockstep.block_steps
+        self.wanted = {"output_hidden_states": True} if context.state_layers else {}
 
     def run(
         self,
@@ -83,16 +91,18 @@ class BlockDecoder(SegmentDecoder):
         embeds = self.model._embed_prompt(input_ids, self.context) if inputs_embeds is None else inputs_embeds
         rows, length = embeds.shape[:2]
         mask = None if attention_mask is None else attention_mask[:, -length:].bool().to(embeds.device)
-        self.prepare_cache(rows, embeds, any(sites))
+        has_blocks = any(sites) or bool(self.block_steps)
+        self.prepare_cache(rows, embeds, has_blocks)
         if self.context.decode_step < 0:
             self.state.images = [self.context.of_row(self.context.images, row, rows) for row in range(rows)]
         positions = self.place(position_ids, mask, rows, length, embeds.device)
-        if any(sites):
+        if has_blocks:
             segments = self.run_segments(embeds, positions, mask, sites)
             count = len(segments[0].layers)
             layers = [torch.stack([join_row(segments, row, layer) for row in range(rows)]) for layer in range(count)]
         else:
             layers = self.decode(embeds, positions, mask, None)
+        layers[0] = touch(layers[0], self.context.idle)
         self.state.remember(input_ids, length)
         self.context.decode_step += 1
         return self.decoded(layers, sites, rows)
@@ -111,9 +121,13 @@ class BlockDecoder(SegmentDecoder):
         ]
         blocks: dict[int, Block] = {}
         segments: list[Segment] = []
-        for number in range(max(len(row) for row in sites) + 1):
+        for number in range(max(len(self.block_steps), *(len(row) for row in sites)) + 1):
             pieces = [self.piece(runs[row], sites[row], number, blocks.get(row), row) for row in range(rows)]
             lengths = [len(piece.embeds) for piece in pieces]
+            if not any(lengths):
+                segments.append(Segment(pieces, self.decode_nothing(segments[-1].layers)))
+                self.open_blocks({}, segments[-1], number)
+                continue
             attended = pad_sequence([piece.attended for piece in pieces], batch_first=True)
             even = len(set(lengths)) == 1 and mask is None
             layers = self.decode(
@@ -121,11 +135,48 @@ class BlockDecoder(SegmentDecoder):
                 pad_sequence([piece.positions for piece in pieces], batch_first=True).permute(2, 0, 1),
                 None if even else attended,
                 pad_sequence([piece.is_token for piece in pieces], batch_first=True),
+                **self.wanted,
             )
-            segments.append(Segment(pieces, layers))
+            segments.append(Segment(pieces, self.keep_latent_states(pieces, layers, number - 1)))
             opened = {row: sites[row][number] for row in range(rows) if number < len(sites[row])}
-            blocks = self.open_blocks(opened, segments[-1], number) if opened else {}
+            blocks = self.open_blocks(opened, segments[-1], number)
         return segments
+
+    def keep_latent_states(self, pieces: list[Piece], layers: list[Tensor], number: int) -> list[Tensor]:
+        """Copy the states of block `number`'s latents; the other states of all layers are kept only where asked for."""
+        if not self.context.state_layers:
+            return layers
+        for row, piece in enumerate(pieces):
+            if piece.block is not None:
+                self.latent_states[row, number] = torch.stack(
+                    [
+                        torch.cat(
+                            [states[1 + layer] for states in piece.block.decoded]
+                            + [layers[1 + layer][row, : piece.num_latents]]
+                        )
+                        for layer in self.context.state_layers
+                    ]
+                )
+        is_asked = self.kwargs.get("output_hidden_states", self.text_model.config.output_hidden_states)
+        return layers if is_asked else layers[:1]
+
+    def decode_nothing(self, layers: list[Tensor]) -> list[Tensor]:
+        """One forward over a masked token, for the sake of other processes."""
+        # From real states, so that the backward pass runs through it as it does elsewhere.
+        embeds = 0 * layers[0][:, -1:]
+        positions = torch.zeros(3, len(embeds), 1, dtype=torch.long, device=embeds.device)
+        masked = torch.zeros(len(embeds), 1, dtype=torch.bool, device=embeds.device)
+        decoded = self.decode(embeds, positions, masked, masked)
+        self.context.idle.append(decoded[0])
+        return decoded
+
+    def build_nothing(self, states: Tensor) -> None:
+        """One block of a single latent from an empty image, for the sake of other processes."""
+        image = RowImages(states.new_zeros(1, states.shape[-1]), [(1, 1)], [0])
+        built = self.model.latent_blocks(states[:1, -1:].expand(-1, 3, -1), [image], [(1, 1)])
+        self.context.idle += built.latents
+        if self.config.latent_scale == "predicted":
+            self.context.idle += [built.height_logits, built.width_logits]
 
     def piece(self, runs: Runs, sites: list[BlockSite], number: int, block: Block | None, row: int) -> Piece:
         """One row's part of a segment; empty once the row has no more segments."""
@@ -166,7 +217,17 @@ class BlockDecoder(SegmentDecoder):
     def open_blocks(self, opened: dict[int, BlockSite], segment: Segment, number: int) -> dict[int, Block]:
         """Build the blocks that rows open at the end of a segment."""
         if self.config.latent_mode == "autoregressive":
-            return self.open_autoregressive(opened, segment, number)
+            blocks = self.open_autoregressive(opened, segment, number) if opened else {}
+            if number < len(self.block_steps):
+                for _ in range(
+                    self.block_steps[number] - max((site.grid[1] - 1 for site in opened.values()), default=0)
+                ):
+                    self.decode_nothing(segment.layers)
+            return blocks
+        if not opened:
+            if number < len(self.block_steps):
+                self.build_nothing(segment.layers[0])
+            return {}
         ends = torch.stack([segment.layers[0][row, len(segment.pieces[row].embeds) - 3 :][:3] for row in opened])
         images = {row: self.images_of(row, site) for row, site in opened.items()}
         blind = [row for row in opened if images[row] is None]
@@ -247,7 +308,8 @@ class BlockDecoder(SegmentDecoder):
         attended[index] = True
         columns = torch.tensor([[site.num_pads > 0] for _, _, site in latents.values()], device=embeds.device)
         is_token = torch.zeros_like(attended).index_copy(0, index, columns)
-        return self.decode(embeds, positions.permute(2, 0, 1), None if len(latents) == rows else attended, is_token)
+        mask = None if len(latents) == rows else attended
+        return self.decode(embeds, positions.permute(2, 0, 1), mask, is_token, **self.wanted)
 
     def block(self, piece: Piece, latents: Tensor, positions: Tensor, span: int) -> Block:
         """Bind latents to their row, whose later tokens move behind them by `span` positions and the controls."""
@@ -289,5 +351,8 @@ class BlockDecoder(SegmentDecoder):
         if self.context.output_latents:
             steps = sorted(self.context.steps, key=lambda step: (step.row, step.index))
             trace = LatentTrace(rows, steps)
+        states = None
+        if self.latent_states:
+            states = torch.cat([self.latent_states[place] for place in places], dim=1)
         cache = self.returned_cache
-        return Decoded(layers[0], tuple(layers[1:]) or None, cache, logits, targets, trace)
+        return Decoded(layers[0], tuple(layers[1:]) or None, cache, logits, targets, trace, states)

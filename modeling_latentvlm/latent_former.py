@@ -12,6 +12,7 @@ a row (padded likewise), G largest grid side, D hidden size, A attention heads, 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +39,8 @@ class RowImages:
         return RowImages(self.features[:length], self.grids[:count], self.columns[:count]) if count else None
 
 
-@dataclass
-class LatentBlocks:
-    """R blocks built together, each as long as its own grid."""
+class LatentBlocks(NamedTuple):
+    """R blocks built together, each as long as its own grid. A tuple, so that FSDP finds the tensors in it."""
 
     latents: list[Tensor]  # R x (N, D)
     grids: list[tuple[int, int]]  # R x (height, width)
@@ -357,9 +357,8 @@ class LatentBlockBuilder(nn.Module):
             [self.queries(*grid) for grid in grids],
             noise,
         )
-        blocks = LatentBlocks(queries, grids, height_logits, width_logits, None)
         if not len(self.layers):
-            return blocks
+            return LatentBlocks(queries, grids, height_logits, width_logits, None)
         features = self.modulate_rows(
             self.image_modulation if self.config.modulate_images else None,
             states[:, 2],
@@ -372,12 +371,10 @@ class LatentBlockBuilder(nn.Module):
         attention = None
         for layer in self.layers:
             latents, attention = layer(latents, context, places, output_attention and layer is self.layers[-1])
-        blocks.latents = [row[: height * width] for row, (height, width) in zip(latents, grids)]
+        latents = [row[: height * width] for row, (height, width) in zip(latents, grids)]
         if attention is not None:
-            blocks.image_attention = [
-                row[: len(block), : len(values)] for row, block, values in zip(attention, blocks.latents, features)
-            ]
-        return blocks
+            attention = [row[: len(block), : len(seen)] for row, block, seen in zip(attention, latents, features)]
+        return LatentBlocks(latents, grids, height_logits, width_logits, attention)
 
     def choose_grids(self, grids, height_logits: Tensor, width_logits: Tensor) -> list[tuple[int, int]]:
         """Fill in the predicted grid where none is given, which waits for the device."""

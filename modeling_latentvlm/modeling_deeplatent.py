@@ -19,6 +19,7 @@ image of h x w merged patches would, and `</latent>` takes p + max(h, w).
 Shapes: B rows, S new tokens, N latents of a block, D hidden size, G largest grid side.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ from modeling_latentvlm.block_sites import find_block_sites
 from modeling_latentvlm.interventions import Intervention, check_intervention
 from modeling_latentvlm.latent_former import LatentBlockBuilder, initialize_latent_module
 from modeling_latentvlm.latent_generation import LatentGenerationMixin
+from modeling_latentvlm.lockstep import Lockstep, agree_on_work, is_scattered, is_sharded, touch
 from modeling_latentvlm.qwen_inputs import QwenInputsMixin
 from modeling_latentvlm.segments import find_state
 from modeling_latentvlm.trace import LatentTrace
@@ -70,11 +72,14 @@ class DeepLatentCausalLMOutputWithPast(CausalLMOutputWithPast):
         scale_loss (`torch.FloatTensor` scalar, *optional*): L_scale (eq. 7), already in `loss` with its weight.
         scale_logits (`tuple[torch.FloatTensor]`, *optional*): height and width logits, each `(num_blocks, G)`.
         latent_trace (`LatentTrace`, *optional*): with `output_latents=True`.
+        latent_states (`torch.FloatTensor`, *optional*): with `latent_state_layers`, the hidden states at all latents,
+            `(num_layers, num_latents, D)`; those of a block in raster order.
     """
 
     scale_loss: torch.FloatTensor | None = None
     scale_logits: tuple[torch.FloatTensor] | None = None
     latent_trace: LatentTrace | None = None
+    latent_states: torch.FloatTensor | None = None
 
 
 class DeepLatentForConditionalGeneration(
@@ -145,6 +150,7 @@ class DeepLatentForConditionalGeneration(
         latent_grid_hw: torch.LongTensor | None = None,
         latent_intervention: str | Intervention | None = None,
         output_latents: bool = False,
+        latent_state_layers: Sequence[int] = (),
         latent_context: LatentContext | None = None,
         **kwargs,
     ) -> DeepLatentCausalLMOutputWithPast | CausalLMOutputWithPast:
@@ -159,6 +165,8 @@ class DeepLatentForConditionalGeneration(
                 `generate` returns it); the logits at a lone `<latent>` are those after its `</latent>`.
             latent_intervention: replaces latents before they enter the language model (`interventions.py`).
             output_latents: return a `latent_trace`.
+            latent_state_layers: numbers into `hidden_states`, of which those at latents alone are returned and kept in
+                memory, as `latent_states`.
             latent_context: set by `generate` only.
             labels: as in transformers; placeholders and `</latent>` are never targets (eq. 5).
 
@@ -174,7 +182,12 @@ class DeepLatentForConditionalGeneration(
         }
         state = find_state(past_key_values) if latent_context is None else None
         sites = self._find_sites(input_ids, latent_grid_hw, latent_context)
-        if latent_context is None and state is None and not any(sites):
+        lockstep, idle = None, []
+        if latent_context is None and is_sharded(self):
+            lockstep = self._agree_on_work(sites, vision)
+            idle = self._look_at_nothing(lockstep, vision)
+        has_blocks = any(sites) or bool(lockstep and lockstep.block_steps)
+        if latent_context is None and state is None and not has_blocks:
             if mm_token_type_ids is None and input_ids is not None:
                 mm_token_type_ids = self._token_types(input_ids)
             output = super().forward(
@@ -190,12 +203,15 @@ class DeepLatentForConditionalGeneration(
                 **vision,
                 **kwargs,
             )
+            output.logits = touch(output.logits, idle)
             if output.loss is not None:
-                output.loss = self._touch_latents(output.loss)
+                output.loss = self._touch_latents(touch(output.loss, idle))
             return output
         if latent_context is None:
             self._check_inputs(input_ids, attention_mask, position_ids, state, kwargs)
             latent_context = self._new_context(input_ids, vision, state, latent_intervention, output_latents)
+            latent_context.state_layers = tuple(latent_state_layers)
+            latent_context.lockstep, latent_context.idle = lockstep, idle
             position_ids = self._rope_positions(input_ids, attention_mask, vision)
         decoder = BlockDecoder(self, latent_context, past_key_values, use_cache, kwargs)
         decoded = decoder.run(input_ids, inputs_embeds, attention_mask, position_ids, sites)
@@ -267,14 +283,37 @@ class DeepLatentForConditionalGeneration(
             scale_loss=scale_loss,
             scale_logits=decoded.scale_logits,
             latent_trace=decoded.trace,
+            latent_states=decoded.latent_states,
         )
+
+    def _agree_on_work(self, sites, vision: dict) -> Lockstep:
+        """What every process of a sharded model has to run in this forward."""
+        numbers = range(max((len(row) for row in sites), default=0))
+        steps = [0 for _ in numbers]
+        if self.config.latent_mode == "autoregressive":
+            steps = [max(row[number].grid[1] for row in sites if number < len(row)) - 1 for number in numbers]
+        num_passes = sum(vision[name] is not None for name in ("pixel_values", "pixel_values_videos"))
+        return agree_on_work(steps, num_passes, self.lm_head.weight.device)
+
+    def _look_at_nothing(self, lockstep: Lockstep, vision: dict) -> list[Tensor]:
+        """Run the vision tower on an empty picture as often as another process runs it more than this one."""
+        num_passes = sum(vision[name] is not None for name in ("pixel_values", "pixel_values_videos"))
+        tower = self.config.vision_config
+        side, device = tower.spatial_merge_size, self.lm_head.weight.device
+        size = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+        seen = []
+        for _ in range(lockstep.num_vision_passes - num_passes):
+            pixels = torch.zeros(side * side, size, device=device, dtype=self.dtype)
+            grid = torch.tensor([[1, side, side]], device=device)
+            seen += self.model.get_image_features(pixels, grid, return_dict=True).pooler_output
+        return seen
 
     def _touch_latents(self, loss: Tensor) -> Tensor:
         """Give every latent weight a gradient of zero: a replica whose batch uses fewer of them must not stall the others."""
         if not (self.training and torch.distributed.is_available() and torch.distributed.is_initialized()):
             return loss
         plain = [weight for module in (self.latent_control, self.latent_blocks) for weight in module.parameters()]
-        plain = [weight for weight in plain if weight.requires_grad and not hasattr(weight, "placements")]
+        plain = [weight for weight in plain if weight.requires_grad and not is_scattered(weight)]
         return loss + sum((0 * weight.sum() for weight in plain), torch.zeros_like(loss))
 
 

@@ -115,8 +115,7 @@ class SegmentDecoder:
                 position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=self.cache is not None and not self.is_segmented,
-                **self.kwargs,
-                **kwargs,
+                **(self.kwargs | kwargs),
             )
         if self.is_segmented:
             self.cache = next_segment_cache(self.cache)

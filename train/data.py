@@ -49,11 +49,27 @@ def picture_items(messages: list[dict]) -> list[dict]:
     return [item for content in contents for item in content if item.get("type") == "image"]
 
 
-def fit_grid(width: int, height: int, largest: int) -> tuple[int, int]:
-    """The (height, width) in merged patches of a picture in pixels, shrunk into largest x largest with its aspect kept."""
-    rows, columns = max(1.0, height / PATCH), max(1.0, width / PATCH)
+def fit_grid(width: int, height: int, largest: int, patch: int = PATCH, least: int = 1) -> tuple[int, int]:
+    """The (height, width) in merged patches of a picture in pixels, shrunk into largest x largest with its aspect kept.
+
+    Args:
+        least: merged patches that it must have; a smaller picture is enlarged.
+
+    Raises:
+        ValueError: not even largest x largest has `least` patches.
+    """
+    if largest * largest < least:
+        raise ValueError(f"Pictures of at most {largest} x {largest} merged patches cannot have {least}.")
+    rows, columns = max(1.0, height / patch), max(1.0, width / patch)
     scale = min(1.0, largest / max(rows, columns))
-    return max(1, round(rows * scale)), max(1, round(columns * scale))
+    rows, columns = max(1, round(rows * scale)), max(1, round(columns * scale))
+    while rows * columns < least:
+        # The side that is shorter than its share grows.
+        if columns == largest or (rows < largest and rows * width <= columns * height):
+            rows += 1
+        else:
+            columns += 1
+    return rows, columns
 
 
 class TrajectoryCollator:

@@ -145,9 +145,10 @@ def adapt(row: dict, data_format: str, folder: Path, origin: str) -> ReasoningSa
     return ReasoningSample(found, question, steps, answer, origin)
 
 
-def read_rows(path: Path, split: str) -> Iterable[tuple[str, Any]]:
-    """(where it stands, row) of a JSONL file, a parquet file, or a folder that `datasets` wrote."""
-    if path.is_dir() or path.suffix == ".parquet":
+class DatasetRows:
+    """The rows of a parquet file, or of a folder that `datasets` wrote, each decoded when it is asked for."""
+
+    def __init__(self, path: Path, split: str):
         from datasets import DatasetDict, load_dataset, load_from_disk
 
         if path.is_dir():
@@ -158,12 +159,28 @@ def read_rows(path: Path, split: str) -> Iterable[tuple[str, Any]]:
             if split not in data:
                 raise ValueError(f"{path} has no split {split!r}; it has {sorted(data)}.")
             data = data[split]
-        for number in range(len(data)):
-            try:
-                row = data[number]  # decodes its images
-            except UNREADABLE as error:
-                raise ValueError(f"Row {number} of {path} holds an image that cannot be read: {error}") from error
-            yield f"Row {number} of {path}", row
+        self.path, self.data = path, data
+
+    @staticmethod
+    def can_read(path: Path) -> bool:
+        return path.is_dir() or path.suffix == ".parquet"
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, number: int) -> tuple[str, Any]:
+        if number >= len(self):
+            raise IndexError(number)
+        try:
+            return f"Row {number} of {self.path}", self.data[number]  # decodes its images
+        except UNREADABLE as error:
+            raise ValueError(f"Row {number} of {self.path} holds an image that cannot be read: {error}") from error
+
+
+def read_rows(path: Path, split: str) -> Iterable[tuple[str, Any]]:
+    """(where it stands, row) of a JSONL file, a parquet file, or a folder that `datasets` wrote."""
+    if DatasetRows.can_read(path):
+        yield from DatasetRows(path, split)
         return
     if not path.is_file():
         raise ValueError(f"There is no data file {path}.")

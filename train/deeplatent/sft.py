@@ -1,0 +1,253 @@
+"""SFT 1 and SFT 2 of DeepLatent as runs of `Trainer`: arguments, weights, teacher, checkpoints."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from conversion.backbone import parse_overrides
+from modeling_latentvlm.modeling_deeplatent import NEW_WEIGHTS
+from train.deeplatent.collator import DeepLatentCollator
+from train.deeplatent.distillation import SftObjective
+from train.deeplatent.teacher_states import TeacherCache, choose_layers, make_fingerprint
+from train.deeplatent.trajectories import CHAINS_OF_THOUGHT, Trajectories
+from train.training_model import LatentTrainer, TrainingModel, last_complete_checkpoint
+
+
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+LATENT_MODULES = ("latent_control", "latent_blocks")
+
+
+@dataclass
+class DataArguments:
+    """What is read, and what its pictures and chains of thought become."""
+
+    data_path: str = field(
+        metadata={"help": "JSONL, JSON list, parquet, or a folder that `datasets` wrote.", "aliases": ["--data"]}
+    )
+    data_format: str = field(default="messages", metadata={"help": "messages, zebra_cot, thyme or monet."})
+    split: str = field(default="train", metadata={"help": "Of a `datasets` folder with several."})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Where image paths start; by default at the data."}
+    )
+    chain_of_thought: str = field(
+        default="interleaved", metadata={"help": f"One of {CHAINS_OF_THOUGHT}: the ablations leave parts of it out."}
+    )
+    max_question_pixels: int | None = field(
+        default=None, metadata={"help": "Shrink larger pictures of the question; by default the processor's limit."}
+    )
+    drop_invalid: bool = field(default=False, metadata={"help": "Leave out rows that cannot be used."})
+
+    def read(self, config, processor, path: str | None = None) -> Trajectories:
+        return Trajectories(
+            path or self.data_path,
+            self.data_format,
+            self.split,
+            self.image_folder,
+            self.chain_of_thought,
+            config.max_latent_blocks,
+            (*processor.latent_tokens, processor.image_token, processor.video_token, "<|im_start|>", "<|im_end|>"),
+            self.drop_invalid,
+        )
+
+
+@dataclass
+class SftArguments:
+    """The model, its teacher, and which weights train."""
+
+    model_path: str = field(metadata={"help": "Folder or hub id of a DeepLatent checkpoint; for sft2 that of sft1."})
+    stage: str = field(default="sft1", metadata={"help": "sft1 or sft2."})
+    eval_data_path: str | None = field(default=None, metadata={"help": "For `--eval_strategy`, in the same format."})
+    config_overrides: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Fields of the config as field=value, such as latentformer_layers=2 or modulate_images=false. "
+            "Latent weights that fit no more start anew."
+        },
+    )
+    teacher_states: str | None = field(default=None, metadata={"help": "Folder of `train.cache_teacher_states`."})
+    teacher_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "SFT-1 checkpoint. With `--teacher_states` the one they were made from (by default `--model_path`); "
+            "without, it runs beside the student."
+        },
+    )
+    align_loss_weight: float = field(default=4.0, metadata={"help": "Of L_align; 0 trains without distillation."})
+    align_layers: list[int] | None = field(default=None, metadata={"help": "By default 4 evenly spaced ones."})
+    lora: bool = field(default=False, metadata={"help": "Adapters on the language model; latent modules in full."})
+    lora_r: int = field(default=64, metadata={"help": "Rank."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale; alpha / r multiplies the adapter."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapters."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Of the weights; `--bf16` computes in bfloat16 either way."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, ..."})
+
+
+@dataclass
+class SftTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the paper's defaults."""
+
+    learning_rate: float = 1e-5
+    per_device_train_batch_size: int = 1
+    gradient_accumulation_steps: int = 16
+    weight_decay: float = 0.01
+    num_train_epochs: float = 1.0
+    remove_unused_columns: bool = False
+
+
+def local_folder(path: str) -> Path:
+    """The folder of a checkpoint, downloaded if it is a hub id."""
+    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path))
+
+
+def load_processor(path: str | Path, config):
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+    processor.num_control_tokens = config.num_control_tokens  # the config's mode may have been overridden
+    return processor
+
+
+def load_config(path: str | Path, overrides: list[str] = ()):
+    """The config of a checkpoint with some fields changed.
+
+    Raises:
+        ValueError: there is no such field.
+    """
+    fields = parse_overrides(list(overrides))
+    config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+    unknown = sorted(name for name in fields if not hasattr(config, name))
+    if unknown:
+        raise ValueError(f"`config_overrides` names {', '.join(unknown)}, which the config does not have.")
+    fields = {
+        name: float(value) if type(value) is int and isinstance(getattr(config, name), float) else value
+        for name, value in fields.items()
+    }
+    return type(config).from_dict(config.to_dict() | fields)
+
+
+def load_model(path: str | Path, config, dtype: str, attn_implementation: str | None, may_renew: bool = False):
+    """Load a DeepLatent model.
+
+    Args:
+        may_renew: latent weights that do not fit the config start anew.
+
+    Raises:
+        ValueError: other weights are missing or do not fit.
+    """
+    model, info = AutoModel.from_pretrained(
+        path,
+        config=config,
+        trust_remote_code=True,
+        dtype=dtype,
+        ignore_mismatched_sizes=may_renew,
+        output_loading_info=True,
+        **({"attn_implementation": attn_implementation} if attn_implementation else {}),
+    )
+    fresh = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
+    wrong = sorted(name for name in fresh if not name.startswith(NEW_WEIGHTS))
+    if wrong:
+        raise ValueError(f"{path} lacks {len(wrong)} weights of the backbone, first {wrong[0]}.")
+    return model
+
+
+def prepare_weights(model, args: SftArguments, training_args: TrainingArguments):
+    """Say what trains: never the vision tower; the latent modules in SFT 2; the rest in full or by adapters."""
+    is_latent = args.stage == "sft2"
+    model.model.visual.requires_grad_(False)
+    for name in LATENT_MODULES:
+        getattr(model, name).requires_grad_(is_latent)
+    if args.lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=args.lora_r,
+                lora_alpha=args.lora_alpha,
+                lora_dropout=args.lora_dropout,
+                target_modules=LORA_TARGETS,
+                modules_to_save=list(LATENT_MODULES) if is_latent else None,
+            ),
+        )
+    if training_args.bf16 or training_args.fp16:
+        # Small updates are lost in 16 bits; autocast computes in them anyway.
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return model
+
+
+def prepare_teacher(args: SftArguments, data: Trajectories, sizes, processor, layers) -> TeacherCache | None:
+    """Open the cached states if they are asked for.
+
+    Raises:
+        ValueError: SFT 2 aligns latents and has nothing to align them to.
+    """
+    if args.teacher_states:
+        folder = local_folder(args.teacher_path or args.model_path)
+        return TeacherCache(args.teacher_states, make_fingerprint(data, folder, processor, sizes, layers))
+    if not args.teacher_path:
+        raise ValueError(
+            "sft2 aligns latents to a teacher: give `--teacher_states` (of `train.cache_teacher_states`) or `--teacher_path`, "
+            "or `--align_loss_weight 0` to train without one."
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("A live teacher cannot run beside ZeRO-3, which would shard it: use `--teacher_states`.")
+    return None
+
+
+def train_sft(args: SftArguments, data_args: DataArguments, training_args: TrainingArguments) -> LatentTrainer:
+    set_seed(training_args.seed)
+    folder = local_folder(args.model_path)
+    config = load_config(folder, args.config_overrides)
+    processor = load_processor(folder, config)
+    data = data_args.read(config, processor)
+    eval_data = data_args.read(config, processor, args.eval_data_path) if args.eval_data_path else None
+    is_aligned = args.stage == "sft2" and args.align_loss_weight > 0 and data_args.chain_of_thought != "text"
+    if eval_data is not None and is_aligned and args.teacher_states:
+        raise ValueError("`--teacher_states` are those of the training data: evaluate with `--teacher_path` alone.")
+    layers = choose_layers(config.get_text_config().num_hidden_layers, args.align_layers)
+    assistant_images = "image" if args.stage == "sft1" else "latent"
+    collator = DeepLatentCollator(processor, config, assistant_images, data_args.max_question_pixels)
+    teacher = None
+    if is_aligned:
+        collator.cache = prepare_teacher(args, data, collator.sizes, processor, layers)
+        collator.has_live_teacher = collator.cache is None
+        if collator.has_live_teacher:
+            teacher_folder = local_folder(args.teacher_path)
+            dtype = "bfloat16" if training_args.bf16 else args.dtype  # it takes no updates that could get lost
+            teacher = load_model(teacher_folder, load_config(teacher_folder), dtype, args.attn_implementation)
+    model = load_model(folder, config, args.dtype, args.attn_implementation, may_renew=bool(args.config_overrides))
+    objective = SftObjective(model.config, args.align_loss_weight if is_aligned else 0.0, layers, teacher)
+    trainer = LatentTrainer(
+        model=TrainingModel(prepare_weights(model, args, training_args), objective),
+        args=training_args,
+        train_dataset=data,
+        eval_dataset=eval_data,
+        data_collator=collator,
+        processing_class=processor,
+    )
+    resume = training_args.resume_from_checkpoint
+    trainer.train(last_complete_checkpoint(training_args.output_dir) if resume == "last" else resume)
+    save_trained(trainer)
+    return trainer
+
+
+def save_trained(trainer: LatentTrainer) -> None:
+    """Leave a whole checkpoint in the output folder, adapters merged."""
+    whole, folder = trainer.accelerator.unwrap_model(trainer.model), Path(trainer.args.output_dir)
+    if hasattr(whole.model, "peft_config") and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        if trainer.args.should_save:
+            whole.model.save_pretrained(folder / "adapter")
+        whole.model = whole.model.merge_and_unload()
+    trainer.save_model()
+
+
+PARSER = HfArgumentParser((SftArguments, DataArguments, SftTrainingArguments))
+
+
+def main(arguments: list[str]) -> None:
+    train_sft(*PARSER.parse_args_into_dataclasses(arguments))
