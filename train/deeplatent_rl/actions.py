@@ -65,25 +65,27 @@ def log_density(action: Tensor, base: Tensor, statistics: Tensor) -> Tensor:
 def log_density_ratio(action: Tensor, base: Tensor, statistics: Tensor, old: Tensor) -> Tensor:
     """Log of the ratio of two densities at an action, summed over all elements (eq. 14-15): float64 scalar.
 
-    Exactly zero where the statistics are equal.
+    What differs is computed from the differences of the statistics, never as a difference of two large numbers. So it is
+    exactly zero where the statistics are equal, and right to some digits where they nearly are.
     """
     base = base.float()
     mean, log_std = gaussian(base, statistics)
-    old_mean, old_log_std = gaussian(base, old)
+    widening = statistics[2] - old[2]  # log of the ratio of the standard deviations
+    shift = (statistics[0] - old[0]) * base + (statistics[1] - old[1])  # of the mean
     error = (action - mean) * torch.exp(-log_std)
-    old_error = (action - old_mean) * torch.exp(-old_log_std)
-    elements = 0.5 * (old_error - error) * (old_error + error) - (log_std - old_log_std)
+    # (a - old mean) / old std = error + excess
+    excess = error * torch.expm1(widening) + shift * torch.exp(widening - log_std)
+    elements = excess * (error + 0.5 * excess) - widening
     return elements.sum(dtype=torch.float64)
 
 
 def gaussian_divergence(base: Tensor, statistics: Tensor, reference: Tensor) -> Tensor:
     """KL(policy || reference) in closed form, summed over channels, averaged over positions (eq. 16): float64 scalar."""
     base = base.float()
-    mean, log_std = gaussian(base, statistics)
-    reference_mean, reference_log_std = gaussian(base, reference)
-    difference = log_std - reference_log_std
-    distance = (mean - reference_mean) * torch.exp(-reference_log_std)
-    elements = 0.5 * (torch.expm1(2 * difference) + distance.square()) - difference
+    _, reference_log_std = gaussian(base, reference)
+    gamma, beta, widening = statistics - reference
+    distance = (gamma * base + beta) * torch.exp(-reference_log_std)
+    elements = 0.5 * (torch.expm1(2 * widening) + distance.square()) - widening
     return elements.sum(dtype=torch.float64) / len(base)
 
 
