@@ -60,8 +60,9 @@ def fond_of_latents(model):
     """Make a model write `<latent>`, image tokens and ends more often than a random one does."""
     config = model.config
     with torch.no_grad():
-        for token in (config.latent_start_token_id, config.image_token_id, config.get_text_config().eos_token_id):
-            model.lm_head.weight[token] *= 2.5
+        model.lm_head.weight[config.latent_start_token_id] *= 2.3
+        model.lm_head.weight[config.image_token_id] *= 2.5
+        model.lm_head.weight[config.get_text_config().eos_token_id] *= 1.5
     return model
 
 
@@ -73,7 +74,7 @@ def policy(tokenizer):
 
 @pytest.fixture(scope="module")
 def trajectories(policy, processor, questions) -> list:
-    found = roll_out(policy, processor, questions, ROLLOUT, seed=11)
+    found = roll_out(policy, processor, questions, ROLLOUT, seed=39)
     for number, trajectory in enumerate(found):
         trajectory.advantage = (-1) ** number * (1.0 + number / 4)
     return found
@@ -211,7 +212,7 @@ def test_words_are_scored_as_they_were_sampled(monkeypatch, policy, processor, q
     monkeypatch.setattr(policy.generation_config, "repetition_penalty", 1.3)  # as Qwen's checkpoints have
     monkeypatch.setattr(policy.generation_config, "top_k", 3)
     outputs = watch_generate(monkeypatch, policy)
-    again = roll_out(policy, processor, questions, ROLLOUT, seed=11)
+    again = roll_out(policy, processor, questions, ROLLOUT, seed=39)
     assert policy.generation_config.top_k == 3
     found = score(policy, trajectories)[0].split([len(trajectory.tokens) for trajectory in trajectories])
     for row, (trajectory, log_probs) in enumerate(zip(again, found)):
@@ -228,7 +229,7 @@ def test_actions_are_those_of_the_rollout_bit_for_bit(monkeypatch, policy, proce
         return drawn[seed, block, kind]
 
     monkeypatch.setattr(rollouts, "act", watched)
-    roll_out(policy, processor, questions, ROLLOUT, seed=11)
+    roll_out(policy, processor, questions, ROLLOUT, seed=39)
     seen = 0
     for batch in (trajectories, trajectories[4:6], trajectories[:1]):
         actions = replay(policy, batch).actions
@@ -256,8 +257,8 @@ def test_latents_are_those_of_the_rollout_bit_for_bit(monkeypatch, policy, proce
 def test_a_rollout_is_a_function_of_its_seed(policy, processor, questions, trajectories):
     before = torch.get_rng_state()
     torch.rand(3)
-    again = roll_out(policy, processor, questions, ROLLOUT, seed=11)
-    other = roll_out(policy, processor, questions, ROLLOUT, seed=12)
+    again = roll_out(policy, processor, questions, ROLLOUT, seed=39)
+    other = roll_out(policy, processor, questions, ROLLOUT, seed=40)
     torch.set_rng_state(before)
     assert [one.tokens.tolist() for one in again] == [one.tokens.tolist() for one in trajectories]
     assert [one.tokens.tolist() for one in other] != [one.tokens.tolist() for one in trajectories]
@@ -381,7 +382,11 @@ def test_micro_batches_and_gradient_checkpointing_leave_the_gradient(policy, tra
             (objective_of(reference)(model, part)["loss"] * len(part) / len(trajectories)).backward()
         return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
-    reference = moved(policy, 0.1)
+    # Where sigma is tiny beside the mean, float32 leaves few digits of the gradient to compare.
+    policy = copy.deepcopy(policy)
+    for part in (policy.latent_blocks.query_modulation, policy.latent_blocks.image_modulation):
+        part.down_proj.weight.data *= 0.1
+    reference = moved(policy, 0.01)
     expected = gradients(copy.deepcopy(policy), [trajectories])
     checkpointed = copy.deepcopy(policy)
     checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
@@ -396,8 +401,9 @@ def test_micro_batches_and_gradient_checkpointing_leave_the_gradient(policy, tra
 
 def test_the_modulation_stays_in_float32_under_autocast(policy, trajectories):
     """Rounded to 16 bits, gamma is off by as much as sigma, and a ratio over all elements is noise."""
+    (trajectory, *_) = (one for one in trajectories if one.grids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = replay(policy, trajectories[:1]).actions
+        found = replay(policy, [trajectory]).actions
     (statistics, *_), (base, *_) = found.statistics[0].values(), found.bases[0].values()
     assert base.dtype == torch.float32
     assert not torch.equal(statistics, statistics.bfloat16().float())
@@ -526,7 +532,8 @@ def test_gradients_are_clipped_apart_and_logged(tokenizer, processor, samples, t
 def test_equal_rewards_move_nothing(tokenizer, processor, samples, tmp_path):
     model = fond_of_latents(build_model(tokenizer))
     before = copy.deepcopy(model.state_dict())
-    trainer = train(model, processor, samples, tmp_path, lambda found: [0.3] * len(found), weight_decay=0.0)
+    objective, equal = ObjectiveArguments(kl_weight=0.0), lambda found: [0.3] * len(found)
+    trainer = train(model, processor, samples, tmp_path, equal, objective, weight_decay=0.0)
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert trainer.state.log_history[0]["groups_without_signal"] == 1
 
@@ -535,6 +542,8 @@ def test_equal_rewards_move_nothing(tokenizer, processor, samples, tmp_path):
 def test_what_only_the_modulation_can_earn(tokenizer, processor, samples, tmp_path, variant):
     """Two arms: the queries of the one block are drawn to either side. Which side pays cannot be said in words."""
     model = build_model(tokenizer, modulate_images=False)
+    # As in a fresh model: what the words do to the hidden states does not move the latents either.
+    torch.nn.init.zeros_(model.latent_blocks.query_modulation.down_proj.weight)
     generator = torch.Generator().manual_seed(2)
     side = torch.randn(model.config.get_text_config().hidden_size, generator=generator)
 
@@ -680,7 +689,8 @@ def test_adapters_train_beside_their_own_reference(folder, data, tmp_path, polic
     trainer = run(folder, data, tmp_path, *EASY, "--lora", "--lora_r", 4, "--max_steps", 4, "--num_iterations", 2)
     assert trainer.objective._reference[0] is None
     logs = [entry for entry in trainer.state.log_history if "kl_text" in entry]
-    assert logs[0]["kl_text"] == logs[0]["kl_latent"] == 0 < min(logs[1]["kl_text"], logs[1]["kl_latent"])
+    for kind in ("kl_text", "kl_latent"):
+        assert logs[0][kind] < 1e-5 < logs[1][kind]
     loaded, before = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).state_dict(), policy.state_dict()
     assert loaded.keys() == before.keys()
     changed = {name for name, weight in loaded.items() if not torch.equal(weight, before[name])}
