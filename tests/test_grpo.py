@@ -3,6 +3,10 @@
 import copy
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ from train.deeplatent_rl.actions import (
     limit_logits,
     log_density,
     log_density_ratio,
+    ratio_of,
 )
 from train.deeplatent_rl.grpo_trainer import GRPOTrainer, GRPOTrainingArguments, RepeatedChunks
 from train.deeplatent_rl.objective import GRPOObjective, ObjectiveArguments
@@ -63,6 +68,11 @@ def fond_of_latents(model):
         model.lm_head.weight[config.latent_start_token_id] *= 2.3
         model.lm_head.weight[config.image_token_id] *= 2.5
         model.lm_head.weight[config.get_text_config().eos_token_id] *= 1.5
+        for part in (model.latent_blocks.query_modulation, model.latent_blocks.image_modulation):
+            # Where sigma is tiny beside the mean, float32 leaves few digits of a density to compare.
+            part.down_proj.weight *= 0.05
+            part.down_proj.bias *= 0.1
+            part.down_proj.bias[-config.get_text_config().hidden_size :] -= 1
     return model
 
 
@@ -74,7 +84,7 @@ def policy(tokenizer):
 
 @pytest.fixture(scope="module")
 def trajectories(policy, processor, questions) -> list:
-    found = roll_out(policy, processor, questions, ROLLOUT, seed=39)
+    found = roll_out(policy, processor, questions, ROLLOUT, seed=6)
     for number, trajectory in enumerate(found):
         trajectory.advantage = (-1) ** number * (1.0 + number / 4)
     return found
@@ -212,7 +222,7 @@ def test_words_are_scored_as_they_were_sampled(monkeypatch, policy, processor, q
     monkeypatch.setattr(policy.generation_config, "repetition_penalty", 1.3)  # as Qwen's checkpoints have
     monkeypatch.setattr(policy.generation_config, "top_k", 3)
     outputs = watch_generate(monkeypatch, policy)
-    again = roll_out(policy, processor, questions, ROLLOUT, seed=39)
+    again = roll_out(policy, processor, questions, ROLLOUT, seed=6)
     assert policy.generation_config.top_k == 3
     found = score(policy, trajectories)[0].split([len(trajectory.tokens) for trajectory in trajectories])
     for row, (trajectory, log_probs) in enumerate(zip(again, found)):
@@ -229,7 +239,7 @@ def test_actions_are_those_of_the_rollout_bit_for_bit(monkeypatch, policy, proce
         return drawn[seed, block, kind]
 
     monkeypatch.setattr(rollouts, "act", watched)
-    roll_out(policy, processor, questions, ROLLOUT, seed=39)
+    roll_out(policy, processor, questions, ROLLOUT, seed=6)
     seen = 0
     for batch in (trajectories, trajectories[4:6], trajectories[:1]):
         actions = replay(policy, batch).actions
@@ -257,8 +267,8 @@ def test_latents_are_those_of_the_rollout_bit_for_bit(monkeypatch, policy, proce
 def test_a_rollout_is_a_function_of_its_seed(policy, processor, questions, trajectories):
     before = torch.get_rng_state()
     torch.rand(3)
-    again = roll_out(policy, processor, questions, ROLLOUT, seed=39)
-    other = roll_out(policy, processor, questions, ROLLOUT, seed=40)
+    again = roll_out(policy, processor, questions, ROLLOUT, seed=6)
+    other = roll_out(policy, processor, questions, ROLLOUT, seed=7)
     torch.set_rng_state(before)
     assert [one.tokens.tolist() for one in again] == [one.tokens.tolist() for one in trajectories]
     assert [one.tokens.tolist() for one in other] != [one.tokens.tolist() for one in trajectories]
@@ -286,8 +296,9 @@ def test_before_the_first_update_ratios_are_one_and_divergences_zero(policy, tra
         trajectory.old_log_probs, trajectory.old_statistics = log_probs, statistics
     sums = objective(policy, noted)["sums"]
     for kind in ("text", "latent"):
-        assert mean_of(sums, f"ratio_{kind}") == 1 and mean_of(sums, f"clip_{kind}") == 0
-        assert mean_of(sums, f"kl_{kind}") == 0
+        # Not to the last bit: where a copy of a weight lies in memory can change the order of a sum.
+        assert mean_of(sums, f"ratio_{kind}") == pytest.approx(1, abs=1e-5) and mean_of(sums, f"clip_{kind}") == 0
+        assert mean_of(sums, f"kl_{kind}") == pytest.approx(0, abs=1e-6)
     assert sums["ratio_latent"][1] == 2 * sum(len(trajectory.grids) for trajectory in trajectories)
     assert sums["ratio_text"][1] == sum(len(trajectory.tokens) for trajectory in trajectories)
 
@@ -318,7 +329,7 @@ def naive_loss(policy, old, reference, trajectory, variant: str, how: str) -> to
 @pytest.mark.parametrize("variant, how", [("joint", "sum"), ("joint", "mean"), ("text", "sum")])
 def test_the_loss_and_its_gradient_are_those_of_the_formula(policy, trajectories, variant, how):
     """Old policy, new policy and reference all differ, on trajectories with either sign of advantage."""
-    now, old, reference = moved(policy, 0.03), policy, moved(policy, 0.1)
+    now, old, reference = moved(policy, 0.01), policy, moved(policy, 0.03)
     objective = objective_of(reference, kl_weight=0.1, variant=variant, continuous_logprob=how)
     noted = copy.deepcopy(trajectories[:6])
     with torch.no_grad():
@@ -348,6 +359,14 @@ def test_clip_and_dual_clip(ratio, advantage):
     assert bool(is_clipped) == holds
     unbounded, _ = clipped_objective(torch.tensor([ratio]), torch.tensor(-1.0), 0.2, None)
     assert float(unbounded) == pytest.approx(-max(ratio, 0.8))
+
+
+def test_a_ratio_that_cannot_be_represented_is_bounded():
+    log_ratio = torch.tensor([-1e9, -20.5, 0.0, 3.0, 1e9], dtype=torch.float64, requires_grad=True)
+    ratio = ratio_of(log_ratio)
+    assert_near(ratio.detach(), torch.tensor([-20.0, -20.0, 0.0, 3.0, 20.0]).double().exp())
+    ratio.sum().backward()
+    assert log_ratio.grad.isfinite().all()
 
 
 def test_advantages_compare_within_a_group_and_are_zero_where_all_are_equal():
@@ -382,10 +401,6 @@ def test_micro_batches_and_gradient_checkpointing_leave_the_gradient(policy, tra
             (objective_of(reference)(model, part)["loss"] * len(part) / len(trajectories)).backward()
         return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
 
-    # Where sigma is tiny beside the mean, float32 leaves few digits of the gradient to compare.
-    policy = copy.deepcopy(policy)
-    for part in (policy.latent_blocks.query_modulation, policy.latent_blocks.image_modulation):
-        part.down_proj.weight.data *= 0.1
     reference = moved(policy, 0.01)
     expected = gradients(copy.deepcopy(policy), [trajectories])
     checkpointed = copy.deepcopy(policy)
@@ -500,6 +515,7 @@ def test_freezing_is_exact(tokenizer, processor, samples, tmp_path, variant, wit
     learns = tuple(LEARNS[variant] | ({"latent_blocks.layers", "latent_blocks.image_index"} if with_former else set()))
     changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed == {name for name in before if name.startswith(learns)}
+    assert changed == {name for name, weight in model.named_parameters() if weight.requires_grad}
     reference = trainer.objective._reference[0].state_dict()
     assert all(torch.equal(weight, before[name]) for name, weight in reference.items())
 
@@ -524,8 +540,9 @@ def test_gradients_are_clipped_apart_and_logged(tokenizer, processor, samples, t
     norms = {"grad_norm_language_model", "grad_norm_modulation"}
     assert wanted | learned | norms <= first.keys()
     assert learned | norms <= second.keys() and not wanted & second.keys()  # the same answers once more
-    assert first["kl_text"] == first["kl_latent"] == 0 < min(second["kl_text"], second["kl_latent"])
-    assert first["ratio_text"] == first["ratio_latent"] == 1 != second["ratio_latent"]
+    for kind in ("text", "latent"):
+        assert abs(first[f"kl_{kind}"]) < 1e-6 < 1e-4 < second[f"kl_{kind}"]
+        assert abs(first[f"ratio_{kind}"] - 1) < 1e-5 < 1e-4 < abs(second[f"ratio_{kind}"] - 1)
     assert 0 < first["blocks_per_sample"] < 3
 
 
@@ -611,7 +628,7 @@ def data(tmp_path_factory):
     return path
 
 
-def run(folder, data, output, *options) -> GRPOTrainer:
+def command_of(folder, data, output, *options) -> list[str]:
     command = (
         f"--model_path {folder} --data_path {data} --output_dir {output} --use_cpu --report_to none --disable_tqdm 1"
     )
@@ -619,7 +636,11 @@ def run(folder, data, output, *options) -> GRPOTrainer:
     command += (
         " --per_device_train_batch_size 1 --gradient_accumulation_steps 2 --micro_batch_size 3 --save_strategy no"
     )
-    return main(*HfArgumentParser(ARGUMENTS).parse_args_into_dataclasses([*command.split(), *map(str, options)]))
+    return [*command.split(), *map(str, options)]
+
+
+def run(folder, data, output, *options) -> GRPOTrainer:
+    return main(*HfArgumentParser(ARGUMENTS).parse_args_into_dataclasses(command_of(folder, data, output, *options)))
 
 
 def early_words(trajectories) -> list[float]:
@@ -682,6 +703,28 @@ def test_resumed_is_uninterrupted(folder, data, tmp_path, killed_at):
     assert logs[0] == logs[1]
     with_rollouts = [path.parent.name for path in (tmp_path / "whole").glob("checkpoint-*/rollouts_0.pt")]
     assert sorted(with_rollouts) == ["checkpoint-1", "checkpoint-3", "checkpoint-5"]
+
+
+def test_two_processes_equal_one(folder, data, tmp_path):
+    """Although one of them may see no latent at all: the data hold a question without an image."""
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    rows = [
+        row | {"image": None if number == 1 else str(data.parent / row["image"])} for number, row in enumerate(rows)
+    ]
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("\n".join(map(json.dumps, rows)))
+    options = [*EASY, "--max_steps", 2, "--num_iterations", 2, "--optim", "sgd", "--seed", 1]
+    one = run(folder, mixed, tmp_path / "one", *options)
+    options += ["--gradient_accumulation_steps", 1, "--ddp_backend", "gloo"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command += ["-m", "train.train_deeplatent_rl", *command_of(folder, mixed, tmp_path / "two", *options)]
+    paths = f"{Path(__file__).parents[1]}{os.pathsep}{Path(__file__).parent}"
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, timeout=300)
+    two = AutoModel.from_pretrained(tmp_path / "two", trust_remote_code=True).state_dict()
+    before = AutoModel.from_pretrained(folder, trust_remote_code=True).state_dict()
+    for name, weight in one.policy.state_dict().items():
+        assert_near(two[name], weight)
+    assert any((two[name] - before[name]).abs().max() > 1e-3 for name in before)
 
 
 def test_adapters_train_beside_their_own_reference(folder, data, tmp_path, policy):

@@ -135,7 +135,9 @@ class GRPOTrainer(LatentTrainer):
 
     def sample(self, batch: dict, number: int) -> list[Trajectory]:
         """Roll out a batch of questions, reward the answers, and note what the policy says of them now."""
-        seed = mix(self.args.seed, self.state.global_step, number, self.args.process_index)
+        # Processes take batches in turn: the same answers whatever their number.
+        place = number * self.args.world_size + self.args.process_index
+        seed = mix(self.args.seed, self.state.global_step, place)
         with self.accelerator.autocast():
             trajectories = roll_out(self.policy, self.processing_class, batch, self.objective.rollout, seed)
         self.rewards(trajectories)
