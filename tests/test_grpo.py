@@ -716,10 +716,10 @@ def test_two_processes_equal_one(folder, data, tmp_path):
     options = [*EASY, "--max_steps", 2, "--num_iterations", 2, "--optim", "sgd", "--seed", 1]
     one = run(folder, mixed, tmp_path / "one", *options)
     options += ["--gradient_accumulation_steps", 1, "--ddp_backend", "gloo"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command += ["-m", "train.train_deeplatent_rl", *command_of(folder, mixed, tmp_path / "two", *options)]
     paths = f"{Path(__file__).parents[1]}{os.pathsep}{Path(__file__).parent}"
-    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, timeout=300)
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}, timeout=120)
     two = AutoModel.from_pretrained(tmp_path / "two", trust_remote_code=True).state_dict()
     before = AutoModel.from_pretrained(folder, trust_remote_code=True).state_dict()
     for name, weight in one.policy.state_dict().items():
