@@ -375,6 +375,7 @@ def test_advantages_compare_within_a_group_and_are_zero_where_all_are_equal():
     spread = math.sqrt(1 / 3)
     assert_near(found[0], torch.tensor([1, -1, -1, 1]).double() * 0.5 / (spread + 1e-4))
     assert not found[1].any()
+    assert not group_advantages(torch.full((1, 3), 0.1, dtype=torch.float64)).any()  # whose mean is not 0.1
     assert found[2, 3] == pytest.approx(0.075 / (0.05 + 1e-4))
 
 
@@ -671,6 +672,7 @@ def test_the_command_trains_what_auto_model_loads(folder, data, tmp_path, policy
     with_blocks = next(row for row in rows if row["blocks"])
     height, width = with_blocks["blocks"][0]["grid"]
     assert f"<|latent_start|>{height}x{width}<|latent_end|>" in with_blocks["text"]
+    assert with_blocks["text"].count("<|latent_start|>") == len(with_blocks["blocks"])
     assert with_blocks["rewards"].keys() == {"test_grpo:early_words", "latent"}
     assert sum(row["advantage"] for row in rows) == pytest.approx(0, abs=1e-4)
     assert list((tmp_path / "seen").glob("rollouts-0-*.png"))
@@ -714,6 +716,7 @@ def test_two_processes_equal_one(folder, data, tmp_path):
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text("\n".join(map(json.dumps, rows)))
     options = [*EASY, "--max_steps", 2, "--num_iterations", 2, "--optim", "sgd", "--seed", 1]
+    options += ["--max_grad_norm", 1e6, "--learning_rate", 1e-4]  # so that the size of a gradient counts
     one = run(folder, mixed, tmp_path / "one", *options)
     options += ["--gradient_accumulation_steps", 1, "--ddp_backend", "gloo"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
