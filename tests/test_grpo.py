@@ -30,11 +30,12 @@ from train.deeplatent_rl.actions import (
 )
 from train.deeplatent_rl.grpo_trainer import GRPOTrainer, GRPOTrainingArguments, RepeatedChunks
 from train.deeplatent_rl.objective import GRPOObjective, ObjectiveArguments
+from train.deeplatent_rl.policy import AdapterArguments, check_policy, prepare_policy
 from train.deeplatent_rl.replay import Words, replay, score_words
 from train.deeplatent_rl.rewards import RewardArguments, WeightedRewards
 from train.deeplatent_rl.rollouts import QuestionCollator, RolloutArguments, roll_out
 from train.reasoning_data import ReasoningSample
-from train.train_deeplatent_rl import ARGUMENTS, ScriptArguments, check_policy, main, prepare_policy
+from train.train_deeplatent_rl import ARGUMENTS, main
 from train.training_model import TrainingModel
 
 
@@ -479,7 +480,7 @@ def train(model, processor, samples, tmp_path, reward, objective=JOINT, rollout=
         optim="adamw_torch",
         **fields,
     )
-    model, reference = prepare_policy(model, objective, ScriptArguments("", ""), in_16_bits=False)
+    model, reference = prepare_policy(model, objective, AdapterArguments(), in_16_bits=False)
     rewards = WeightedRewards(RewardArguments())
     rewards.weights, rewards.rewards = {"own": 1.0}, {"own": reward}
     trainer = GRPOTrainer(
