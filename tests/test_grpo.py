@@ -426,6 +426,20 @@ def test_the_modulation_stays_in_float32_under_autocast(policy, trajectories):
     assert not torch.equal(statistics, statistics.bfloat16().float())
 
 
+def test_in_16_bits_policy_and_reference_are_one_function(policy, trajectories):
+    """Trained weights are kept in float32 and computed with in bfloat16, as the reference's are."""
+    half = copy.deepcopy(policy).to(torch.bfloat16)
+    model, reference = prepare_policy(half, JOINT, AdapterArguments(), in_16_bits=True)
+    assert all(weight.dtype == torch.float32 for weight in model.parameters() if weight.requires_grad)
+    assert reference.model.language_model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = objective_of(reference)(model, trajectories)
+    for kind in ("text", "latent"):
+        assert mean_of(outputs["sums"], f"kl_{kind}") == pytest.approx(0, abs=1e-6)
+    outputs["loss"].backward()
+    assert all(weight.grad.isfinite().all() for name, weight in model.named_parameters() if "modulation" in name)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -468,7 +482,13 @@ def test_a_model_without_modulation_or_data_without_images_are_refused(tokenizer
 
 
 def train(model, processor, samples, tmp_path, reward, objective=JOINT, rollout=ROLLOUT, **fields) -> GRPOTrainer:
-    fields = {"max_steps": 1, "save_strategy": "no", "learning_rate": 1e-2, "micro_batch_size": 3} | fields
+    fields = {
+        "optim": "adamw_torch",
+        "max_steps": 1,
+        "save_strategy": "no",
+        "learning_rate": 1e-2,
+        "micro_batch_size": 3,
+    } | fields
     args = GRPOTrainingArguments(
         output_dir=str(tmp_path),
         use_cpu=True,
@@ -477,7 +497,6 @@ def train(model, processor, samples, tmp_path, reward, objective=JOINT, rollout=
         disable_tqdm=True,
         per_device_train_batch_size=len(samples),
         gradient_accumulation_steps=1,
-        optim="adamw_torch",
         **fields,
     )
     model, reference = prepare_policy(model, objective, AdapterArguments(), in_16_bits=False)
@@ -546,6 +565,22 @@ def test_gradients_are_clipped_apart_and_logged(tokenizer, processor, samples, t
         assert abs(first[f"kl_{kind}"]) < 1e-6 < 1e-4 < second[f"kl_{kind}"]
         assert abs(first[f"ratio_{kind}"] - 1) < 1e-5 < 1e-4 < abs(second[f"ratio_{kind}"] - 1)
     assert 0 < first["blocks_per_sample"] < 3
+
+
+def test_the_size_of_micro_batches_changes_no_update(tokenizer, processor, samples, tmp_path):
+    """Nine answers as 4 + 4 + 1, and as one; without clipping, which would hide the size of the gradient."""
+    trained, settings = [], {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1e-4, "num_iterations": 2}
+    for size in (4, 9):
+        model = fond_of_latents(build_model(tokenizer))
+        trainer = train(
+            *(model, processor, samples, tmp_path, first_letter), max_steps=2, micro_batch_size=size, **settings
+        )
+        assert trainer.state.log_history[0]["grad_norm_modulation"] > 0
+        trained.append(model.state_dict())
+    for name, weight in trained[0].items():
+        assert_near(weight, trained[1][name])
+    before = fond_of_latents(build_model(tokenizer)).state_dict()
+    assert any((weight - before[name]).abs().max() > 1e-3 for name, weight in trained[0].items())
 
 
 def test_equal_rewards_move_nothing(tokenizer, processor, samples, tmp_path):

@@ -65,6 +65,10 @@ def prepare_policy(model, arguments: ObjectiveArguments, adapters: AdapterArgume
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        # What decides the width of the residual stream, so that both compute one function before the first update.
+        for name, parameter in reference.named_parameters() if reference is not None else ():
+            if parameter.ndim == 1 or "embed_tokens" in name:
+                parameter.data = parameter.data.float()
     return model, reference
 
 
