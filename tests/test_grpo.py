@@ -714,11 +714,11 @@ def test_the_command_trains_what_auto_model_loads(folder, data, tmp_path, policy
     assert list((tmp_path / "seen").glob("rollouts-0-*.png"))
 
 
-@pytest.mark.parametrize("killed_at", [3, 4])
-def test_resumed_is_uninterrupted(folder, data, tmp_path, killed_at):
+@pytest.mark.parametrize("killed_at, adapters", [(3, ()), (4, ()), (3, ("--lora", "--lora_r", 4))])
+def test_resumed_is_uninterrupted(folder, data, tmp_path, killed_at, adapters):
     """Between two updates on the same answers, and before new ones; into a second epoch of another order."""
     options = (*EASY, "--max_steps", 6, "--num_iterations", 2, "--lr_scheduler_type", "linear", "--save_steps", 1)
-    options += ("--save_strategy", "steps")
+    options += ("--save_strategy", "steps", *adapters)
     whole = run(folder, data, tmp_path / "whole", *options)
     parts = run(
         folder,
@@ -766,9 +766,12 @@ def test_two_processes_equal_one(folder, data, tmp_path):
     assert any((two[name] - before[name]).abs().max() > 1e-3 for name in before)
 
 
-def test_adapters_train_beside_their_own_reference(folder, data, tmp_path, policy):
+@pytest.mark.parametrize("options", [(), ("--train_latent_former",)])
+def test_adapters_train_beside_their_own_reference(folder, data, tmp_path, policy, options):
     pytest.importorskip("peft")
-    trainer = run(folder, data, tmp_path, *EASY, "--lora", "--lora_r", 4, "--max_steps", 4, "--num_iterations", 2)
+    trainer = run(
+        folder, data, tmp_path, *EASY, *options, "--lora", "--lora_r", 4, "--max_steps", 4, "--num_iterations", 2
+    )
     assert trainer.objective._reference[0] is None
     logs = [entry for entry in trainer.state.log_history if "kl_text" in entry]
     for kind in ("kl_text", "kl_latent"):
@@ -776,6 +779,8 @@ def test_adapters_train_beside_their_own_reference(folder, data, tmp_path, polic
     loaded, before = AutoModel.from_pretrained(tmp_path, trust_remote_code=True).state_dict(), policy.state_dict()
     assert loaded.keys() == before.keys()
     changed = {name for name, weight in loaded.items() if not torch.equal(weight, before[name])}
-    assert changed and all("_proj." in name or "_modulation." in name for name in changed)
-    assert not any("visual" in name or "latent_blocks.layers" in name for name in changed)
+    learns = ("_proj.", "_modulation.", *(("latent_blocks.layers.", "image_index.") if options else ()))
+    assert changed and all(any(part in name for part in learns) for name in changed)
+    assert not any("visual" in name for name in changed)
+    assert any("latent_blocks.layers" in name for name in changed) == bool(options)
     assert (tmp_path / "adapter").is_dir()

@@ -253,6 +253,7 @@ class GRPOTrainer(LatentTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.state.global_step % self.args.num_iterations:
             states = [[trajectory.state() for trajectory in batch] for batch in self.batches]
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
             torch.save(states, Path(output_dir) / ROLLOUTS_FILE.format(self.args.process_index))
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:

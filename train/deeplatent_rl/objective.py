@@ -87,8 +87,10 @@ class GRPOObjective(nn.Module):
             self._reference[0].to(device)
 
     def forward(self, model: nn.Module, trajectories: list[Trajectory], only_scores: bool = False) -> dict:
-        """Args:
-        only_scores: return the log-probabilities and statistics alone, as `old` of a later update.
+        """Return `loss`, and `sums`: by name, a sum and of how many values it is.
+
+        Args:
+            only_scores: return `log_probs` and `statistics` instead, the `old` ones of later updates.
         """
         policy = model.get_base_model() if hasattr(model, "peft_config") else model
         scores = self.score(model, policy, trajectories, with_reference=not only_scores)

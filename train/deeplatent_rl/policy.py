@@ -73,9 +73,13 @@ def prepare_policy(model, arguments: ObjectiveArguments, adapters: AdapterArgume
 
 
 def add_adapters(model: nn.Module, names: tuple[str, ...], adapters: AdapterArguments):
+    """Wrap a model in adapters; what trains of the latent module trains whole."""
     from peft import LoraConfig, get_peft_model
 
-    whole = [name.removesuffix(".").split(".", 1)[1] for name in names if name.startswith("latent_blocks.")]
+    whole = [name.removesuffix(".") for name in names if name.startswith("latent_blocks.")]
+    if "latent_blocks.layers" in whole:  # a list cannot be wrapped, its layers can
+        whole.remove("latent_blocks.layers")
+        whole += [f"latent_blocks.layers.{number}" for number in range(len(model.latent_blocks.layers))]
     return get_peft_model(
         model,
         LoraConfig(
@@ -83,6 +87,6 @@ def add_adapters(model: nn.Module, names: tuple[str, ...], adapters: AdapterArgu
             lora_alpha=adapters.lora_alpha,
             lora_dropout=0.0,  # old and new log-probabilities must come from one function
             target_modules=LORA_TARGETS,
-            modules_to_save=[f"latent_blocks.{name}" for name in whole] or None,
+            modules_to_save=whole or None,
         ),
     )
