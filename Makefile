@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := configuration_latentvlm modeling_latentvlm processing_latentvlm conversion train benchmarks examples tests
 
-.PHONY: demo test check style clean
+.PHONY: demo test check style clean train-vedas train-lare
 
 # A CUDA build of torch only where there is a GPU: its wheels weigh gigabytes.
 $(VENV)/.ready: setup.cfg pyproject.toml
@@ -17,7 +17,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile $(ARGS)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check $(SOURCES)
@@ -26,6 +26,10 @@ check: $(VENV)/.ready
 style: $(VENV)/.ready
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+# Small models from nothing, on whatever is at hand; `TRAIN="--scale 0.01"` tries a recipe out.
+train-vedas train-lare: train-%: $(VENV)/.ready
+	$(BIN)/python -m train.recipes $* --output out/$*-small $(TRAIN)
 
 clean:
 	rm -rf $(VENV) *.egg-info build dist

@@ -7,11 +7,12 @@ the one that another checkpoint brought (see `hub_code.py`).
 from transformers import AutoConfig
 
 from configuration_latentvlm.configuration_deeplatent import DeepLatentConfig
+from configuration_latentvlm.configuration_lare import LaReConfig
 from configuration_latentvlm.configuration_vedas import VedasConfig
 from configuration_latentvlm.hub_code import __version__
 
 
-for config_class in (DeepLatentConfig, VedasConfig):
+for config_class in (DeepLatentConfig, LaReConfig, VedasConfig):
     AutoConfig.register(config_class.model_type, config_class)
 
-__all__ = ["DeepLatentConfig", "VedasConfig", "__version__"]
+__all__ = ["DeepLatentConfig", "LaReConfig", "VedasConfig", "__version__"]

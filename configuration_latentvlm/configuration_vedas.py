@@ -34,6 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "alpha": 32,
         "num_replay_tokens": 32,
         "replay_scale": 1.0,
+        "replay_window": 4,
         "backprop_through_latents": False,
     }
 }
@@ -61,6 +62,9 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
             Factor on the replayed embeddings; 1 as in the paper. The softmax shrinks each K-fold: `K` undoes that.
         replay_positions (`str`, *optional*, defaults to `"sequential"`):
             `"sequential"` numbers replayed tokens like text, `"grid"` gives them the positions of the tokens they repeat.
+        replay_window (`int`, *optional*, defaults to 3):
+            W: side, in merged patches, of the window that holds most tokens picked at a step (eq. 7): for traces, and for the
+            crop branch of training.
         replay_at_inference (`bool`, *optional*, defaults to `True`):
             Whether steps replay image tokens outside training too.
         routed_layers (`list[int]`, *optional*):
@@ -105,6 +109,7 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
     replay_pattern: str = "tokens"
     replay_scale: float = 1.0
     replay_positions: str = "sequential"
+    replay_window: int = 3
     replay_at_inference: bool = True
     routed_layers: list[int] | tuple[int, ...] | None = None
     routing_depth: int = 1
@@ -165,6 +170,7 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
         at_least = {
             "num_latent_steps": 0,
             "num_replay_tokens": 1,
+            "replay_window": 1,
             "routing_depth": 1,
             "alpha": 1,
             "step_alpha": 1,

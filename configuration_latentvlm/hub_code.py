@@ -7,7 +7,6 @@ and the copies get that line rewritten. The copies are build output: never edite
 """
 
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 PACKAGES = ("configuration_latentvlm", "modeling_latentvlm", "processing_latentvlm")
+SOURCES = Path(__file__).parent.parent  # read and not imported: a long run may save after its package was updated
 _IMPORT = re.compile(rf"^(\s*from )((?:{'|'.join(PACKAGES)})\.(\w+))(?= import\b)", re.MULTILINE)
 
 
@@ -24,7 +24,7 @@ def export_code(module: str, folder: Path) -> None:
     while pending:
         module = pending.pop()
         done.add(module)
-        source = Path(find_spec(module).origin).read_text(encoding="utf-8")
+        source = (SOURCES / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
         pending += {found for _, found, _ in _IMPORT.findall(source)} - done
         target = folder / f"{module.rpartition('.')[2]}.py"
         target.write_text(_IMPORT.sub(r"\1.\3", source), encoding="utf-8")

@@ -54,9 +54,7 @@ def render_model_card(config) -> str:
     return CARD.format(
         metadata=metadata,
         model_type=config.model_type,
-        architecture=(config.architectures or [type(config).__name__.replace("Config", "ForConditionalGeneration")])[
-            0
-        ],
+        architecture=(config.architectures or [config.hub_classes["AutoModel"].rpartition(".")[2]])[0],
         backbone=config.base_model or "a backbone of unknown origin",
         version=config.latentvlm_version,
         license=config.base_model_license or "not stated: that of the backbone",

@@ -49,8 +49,11 @@ REFERENCE_PHOTO = Path(__file__).resolve().parent.parent / "train" / "photos" / 
 REFERENCE_SIZE = 448  # pixels
 
 
-def locate_backbone(backbone: str | Path) -> Path:
+def locate_backbone(backbone: str | Path, role: str = "backbone") -> Path:
     """Return the folder of a backbone, downloaded from the Hub (or found in its cache) where it is an id.
+
+    Args:
+        role: what it is called where it cannot be found.
 
     Raises:
         ValueError: there is neither such a folder nor such a repository.
@@ -58,14 +61,14 @@ def locate_backbone(backbone: str | Path) -> Path:
     folder = Path(backbone).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(f"A backbone folder must hold a config.json, got {folder}.")
+            raise ValueError(f"A {role} folder must hold a config.json, got {folder}.")
         return folder
     try:
         return Path(snapshot_download(str(backbone), allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_LEFT))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"`backbone` must be a folder or the id of a Hub repository, got {backbone}: {reason}"
+            f"`{role}` must be a folder or the id of a Hub repository, got {backbone}: {reason}"
         ) from error
 
 
@@ -145,24 +148,29 @@ def load_backbone(folder: Path, config_class: type[PreTrainedConfig]) -> Backbon
     """
     config, weights = read_config(folder, config_class), SourceWeights(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
         image_processor = load_image_processor(folder)
         saved = ProcessorMixin.get_processor_dict(folder)[0]
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"A backbone must hold a tokenizer and an image processor: {reason}") from error
-    for circumstance in ("is_local", "local_files_only"):  # of this loading; they would be saved
-        tokenizer.init_kwargs.pop(circumstance, None)
     chat_template = saved.get("chat_template") or tokenizer.chat_template
     return Backbone(folder, config, weights, tokenizer, image_processor, chat_template)
 
 
-def load_image_processor(folder: Path):
+def load_tokenizer(folder: Path):
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    for circumstance in ("is_local", "local_files_only"):  # of this loading; they would be saved
+        tokenizer.init_kwargs.pop(circumstance, None)
+    return tokenizer
+
+
+def load_image_processor(folder: Path, fallback: type = Qwen2VLImageProcessorPil, **fields):
     """The backbone's image processor; older transformers find theirs without torchvision by its class alone."""
     try:
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, **fields)
     except ImportError:
-        return Qwen2VLImageProcessorPil.from_pretrained(folder)
+        return fallback.from_pretrained(folder, **fields)
 
 
 def add_tokens(tokenizer, tokens: tuple[str, ...]) -> dict[str, int]:
@@ -261,10 +269,15 @@ def check_overrides(
     }
 
 
-def write_generation_config(folder: Path, source: Path, config: PreTrainedConfig) -> None:
+def write_generation_config(
+    folder: Path, source: Path, config: PreTrainedConfig, pad_token_id: int | None = None
+) -> None:
     """Write the backbone's generation config as an explicit one, with every stop token.
 
     Not marked as derived from the model config: transformers would derive it again on load and forget what was added.
+
+    Args:
+        pad_token_id: where the backbone says none.
     """
     file = source / "generation_config.json"
     fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -273,14 +286,16 @@ def write_generation_config(folder: Path, source: Path, config: PreTrainedConfig
     for name in SPECIAL_TOKEN_FIELDS:
         if fields.get(name) is None and getattr(text_config, name, None) is not None:
             fields[name] = getattr(text_config, name)
+    if fields.get("pad_token_id") is None and pad_token_id is not None:
+        fields["pad_token_id"] = pad_token_id
     write_json(folder / "generation_config.json", fields)
 
 
-def copy_legal_files(folder: Path, source: Path) -> None:
+def copy_legal_files(folder: Path, source: Path, suffix: str = "") -> None:
     """Copy licence texts, which most licences want to go with the weights."""
     for pattern in LEGAL_FILES:
         for file in source.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+            shutil.copyfile(file, folder / (file.name + suffix))
 
 
 def reference_picture() -> Image.Image:

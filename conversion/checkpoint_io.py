@@ -72,6 +72,34 @@ class SourceWeights:
         return self.opened[1].get_tensor(name)
 
 
+class JoinedWeights:
+    """The weights of several checkpoints under the names that they have in one model. Reads like `SourceWeights`.
+
+    Args:
+        parts: each a source, and the name in the model of a weight on disk, or None where the model has none like it.
+
+    Raises:
+        ValueError: two weights have one name.
+    """
+
+    def __init__(self, parts: list[tuple[SourceWeights, Callable[[str], str | None]]]):
+        self.entries: dict[str, TensorEntry] = {}
+        self.origins: dict[str, tuple[SourceWeights, str]] = {}
+        for source, rename in parts:
+            for name, entry in source.entries.items():
+                renamed = rename(name)
+                if renamed in self.origins:
+                    raise ValueError(f"{name} in {entry.file} and {self.origins[renamed][1]} are both {renamed}.")
+                if renamed is not None:
+                    self.entries[renamed], self.origins[renamed] = entry, (source, name)
+        used = {entry.file for entry in self.entries.values()}
+        self.files = [file for source, _ in parts for file in source.files if file in used]
+
+    def read(self, name: str) -> Tensor:
+        source, own_name = self.origins[name]
+        return source.read(own_name)
+
+
 def find_shards(folder: Path) -> list[Path]:
     """List the weight files of a folder, the single file first as transformers does."""
     if (folder / SINGLE_FILE).is_file():
@@ -105,7 +133,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
 
 def check_weights(
-    source: SourceWeights,
+    source: SourceWeights | JoinedWeights,
     rename: Callable[[str], str],
     expected: dict[str, tuple[int, ...]],
     optional: set[str] = frozenset(),
@@ -134,8 +162,9 @@ def check_weights(
     }
     problems = [f"{len(names)} {kind}: {', '.join(names[:8])}" for kind, names in differences.items() if names]
     if problems:
+        folders = list(dict.fromkeys(str(file.parent) for file in source.files))
         raise ValueError(
-            f"The weights in {source.files[0].parent} must be those its config.json describes. {'; '.join(problems)}."
+            f"The weights in {' and '.join(folders)} must be those its config.json describes. {'; '.join(problems)}."
         )
 
 
@@ -256,7 +285,7 @@ class Edit:
 
 def write_weights(
     folder: Path,
-    source: SourceWeights,
+    source: SourceWeights | JoinedWeights,
     edits: dict[str, Edit],
     added: dict[str, Tensor],
     dtype: torch.dtype | None = None,

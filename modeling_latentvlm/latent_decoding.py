@@ -23,20 +23,33 @@ class LatentDecodingMixin:
         """Where inputs belong: offloaded weights lie on `meta` and are fetched to where the caller put the inputs."""
         return inputs.device if self.device.type == "meta" else self.device
 
-    def _check_length(self, input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    def _check_length(self, input_ids: Tensor, attention_mask: Tensor | None, num_latents: int = 0) -> None:
+        """Raise unless every row fits into the context together with the latents that follow it."""
         longest = self.config.get_text_config().max_position_embeddings
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(
                 f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}."
             )
-        if input_ids.shape[1] <= longest:
+        if input_ids.shape[1] + num_latents <= longest:
             return
         lengths = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).sum(dim=1)
-        if lengths.max() > longest:
-            row = int(lengths.argmax())
+        if lengths.max() + num_latents > longest:
+            row, latents = int(lengths.argmax()), f" and {num_latents} latents" if num_latents else ""
             raise ValueError(
-                f"Row {row} of the prompt has {int(lengths[row])} tokens, but the context holds {longest}."
+                f"Row {row} of the prompt has {int(lengths[row])} tokens{latents}, but the context holds {longest}."
             )
+
+    def _embed_prompt(self, input_ids: Tensor, context) -> Tensor:
+        """Token embeddings with image features in their placeholders; takes the features out of `context`."""
+        embeds = self.get_input_embeddings()(input_ids)
+        for token, by_row in context.placeholders.items():
+            features = [context.of_row(by_row, row, len(input_ids)) for row in range(len(input_ids))]
+            features = [values for values in features if values is not None]
+            if features:
+                mask = (input_ids == token)[..., None].to(embeds.device)
+                embeds = embeds.masked_scatter(mask, torch.cat(features).to(embeds.device, embeds.dtype))
+        context.placeholders = {}
+        return embeds
 
     def prepare_inputs_for_generation(
         self,

@@ -52,15 +52,3 @@ class QwenInputsMixin:
                 grids[token] = [(t, h // merge, w // merge) for t, h, w in grid_thw.tolist()]
         tokens = {self.config.image_token_id: "image", self.config.video_token_id: "video"}
         return collect_row_images(input_ids, tokens, features, grids, earlier or [None] * input_ids.shape[0], seen)
-
-    def _embed_prompt(self, input_ids: Tensor, context) -> Tensor:
-        """Token embeddings with image features in their placeholders; takes the features out of `context`."""
-        embeds = self.get_input_embeddings()(input_ids)
-        for token, by_row in context.placeholders.items():
-            features = [context.of_row(by_row, row, len(input_ids)) for row in range(len(input_ids))]
-            features = [values for values in features if values is not None]
-            if features:
-                mask = (input_ids == token)[..., None].to(embeds.device)
-                embeds = embeds.masked_scatter(mask, torch.cat(features).to(embeds.device, embeds.dtype))
-        context.placeholders = {}
-        return embeds

@@ -20,26 +20,36 @@ SUFFIX = "+saliency"
 
 
 class SaliencyRecorder:
-    """Collects the attention of one query per row, layer by layer, with gradients.
+    """Collects the attention of one query per row, layer by layer.
 
     Args:
         columns: (B,) the query of each row among the new tokens; None: the last.
+        has_gradients: False where the row only selects something, to spare the backward pass its graph.
     """
 
-    def __init__(self, columns: Tensor | None = None):
+    def __init__(self, columns: Tensor | None = None, has_gradients: bool = True):
         self.columns = columns
+        self.has_gradients = has_gradients
+        self.num_heads = 0
         self.rows: dict[int, Tensor] = {}
 
     def record(self, layer: int, query: Tensor, key: Tensor, attention_mask: Tensor | None, scaling: float) -> None:
         """Compute the row of one layer. A layer that runs again under gradient checkpointing is not kept twice."""
-        row = attention_row(query, key, attention_mask, scaling, self.columns)
-        self.rows.setdefault(layer, row.mean(dim=1))
+        with torch.set_grad_enabled(self.has_gradients and torch.is_grad_enabled()):
+            row = attention_row(query, key, attention_mask, scaling, self.columns)
+            self.num_heads = row.shape[1]
+            self.rows.setdefault(layer, row.mean(dim=1))
 
     def mean(self) -> Tensor:
         """(B, S) attention averaged over layers and heads, float32; it sums to one over S."""
         if not self.rows:
             raise RuntimeError("No layer recorded its attention: the attention function was not the recording one.")
-        return torch.stack(list(self.rows.values())).mean(dim=0)
+        rows = list(self.rows.values())
+        return torch.stack([row.to(rows[-1].device) for row in rows]).mean(dim=0)  # layers may lie on several devices
+
+    def sum(self) -> Tensor:
+        """(B, S) attention summed over layers and heads, float32."""
+        return self.mean() * (len(self.rows) * self.num_heads)
 
 
 def attention_row(

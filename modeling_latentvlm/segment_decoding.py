@@ -63,7 +63,7 @@ class SegmentDecoder:
                     "`use_cache=True` is ignored: with gradients, the cache of latents is not returned."
                 )
             self.cache = first_segment_cache(self.text_model.config.num_hidden_layers)
-        elif self.cache is None and (has_latents or self.use_cache):
+        elif self.cache is None and (has_latents or (self.use_cache and not self.is_checkpointing())):
             self.cache = DynamicCache(config=self.text_model.config)
             self.returned_cache = self.cache if self.use_cache else None
         elif self.cache is not None and self.is_checkpointing():

@@ -23,7 +23,7 @@ from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
 from modeling_latentvlm.segment_decoding import DecodingContext, SegmentDecoder
 from modeling_latentvlm.segments import Sequence
 from modeling_latentvlm.trace import LatentStep
-from modeling_latentvlm.visual_replay import ImageTokens, Replay, pick_tokens
+from modeling_latentvlm.visual_replay import ImageTokens, Replay, densest_window, pick_tokens
 
 
 @dataclass
@@ -64,6 +64,7 @@ class StepDecoder(SegmentDecoder):
         is_image = (input_ids == self.config.image_token_id) & mask
         prompt = cut(embeds, mask, positions, [slice(0, end) for end in prompt_lengths])
         answer = cut(embeds, mask, positions, [slice(end + num_slots, length) for end in prompt_lengths])
+        self.image_grids = [self.grids_of(row, is_image) for row in range(rows)]
         in_prompt = pad_sequence([row[:end] for row, end in zip(is_image, prompt_lengths)], batch_first=True)
         self.tokens = ImageTokens.find(in_prompt, prompt.embeds, prompt.positions)
         self.next_position = start = prompt.reach()
@@ -78,6 +79,16 @@ class StepDecoder(SegmentDecoder):
             steps = latents[row] if num_slots else latents[row, -1:] if self.num_steps else latents[row]
             joined.append(torch.cat([hidden_prompt[row, :end], steps, hidden_answer[row, :rest]]))
         return torch.stack(joined)
+
+    def grids_of(self, row: int, is_image: Tensor) -> list[tuple[int, int]]:
+        """The grids in which picked tokens count: those of a row's images, without its videos' frames."""
+        images = self.context.of_row(self.context.images, row, len(is_image))
+        if images is None:
+            return []
+        if not self.context.output_latents:
+            return images.grids
+        kept = is_image[row, torch.tensor(images.columns, device=is_image.device)].tolist()
+        return [grid for grid, is_kept in zip(images.grids, kept) if is_kept]
 
     def reason(self, prompt: Sequence, answer: Sequence, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take the steps, then the answer: hidden states (B, P, D), (B, steps, D), (B, A, D)."""
@@ -226,6 +237,7 @@ class StepDecoder(SegmentDecoder):
     def change(self, step: int, latent: Tensor, replay: Replay | None) -> Tensor:
         """Apply the intervention and keep the record: (B, D)."""
         rows, context = len(latent), self.context
+        windows = self.windows(replay) if context.output_latents else [None] * rows
         steps = [
             LatentStep(
                 row=row,
@@ -233,8 +245,9 @@ class StepDecoder(SegmentDecoder):
                 column=self.state.num_tokens,
                 grid=(1, 1),
                 latents=latent[row : row + 1],
-                image_grids=[] if (images := context.of_row(context.images, row, rows)) is None else images.grids,
+                image_grids=self.image_grids[row],
                 picked_tokens=None if replay is None else replay.tokens[row][replay.tokens[row] >= 0],
+                windows=windows[row],
                 decode_step=context.decode_step,
             )
             for row in range(rows)
@@ -244,6 +257,14 @@ class StepDecoder(SegmentDecoder):
             one.latents = values.detach() if context.output_latents else None
             context.steps.append(one)
         return torch.cat(changed)
+
+    def windows(self, replay: Replay | None) -> list[list | None]:
+        """By row the window that holds most of what a step picked, as the trace has it."""
+        if replay is None:
+            return [None] * len(self.image_grids)
+        picked = [[token for token in row if token >= 0] for row in replay.tokens.tolist()]
+        found = [densest_window(row, grids, self.config.replay_window) for row, grids in zip(picked, self.image_grids)]
+        return [None if window is None else [window] for window in found]
 
     def behind(self, answer: Sequence, start: Tensor) -> Sequence:
         """Move an answer behind the latent steps, and the next position behind the answer."""

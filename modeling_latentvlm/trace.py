@@ -24,8 +24,9 @@ class LatentStep:
     latents: Tensor  # (N, D) as they entered the language model, after any intervention
     image_grids: list[tuple[int, int]]  # (height, width) of each image of the row, in merged patches
     image_attention: Tensor | None = None  # (N, M) or (1, M): where the latents looked; rows sum to one
+    saliency: Tensor | None = None  # (M,) where the language model looked, summed over layers and heads (LaRe)
     picked_tokens: Tensor | None = None  # (K,) image tokens replayed (Vedas)
-    windows: list[tuple[int, int, int, int, int]] | None = None  # (image, top, left, height, width) (LaRe)
+    windows: list[tuple[int, int, int, int, int]] | None = None  # (image, top, left, height, width)
     routed_tokens: dict[int, Tensor] | None = (
         None  # layer -> columns that ran deeper in the forward of the step (Vedas)
     )

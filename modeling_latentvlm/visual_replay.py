@@ -75,3 +75,29 @@ def pick_tokens(attention: Tensor, tokens: ImageTokens, count: int, scale: float
         mixed = embeds.sum(dim=1, keepdim=True)
         return Replay(mixed, attended.any(dim=1, keepdim=True), numbers, positions[..., :1], picked_embeds)
     return Replay(embeds, attended, numbers, positions, picked_embeds)
+
+
+def densest_window(
+    picked: list[int], grids: list[tuple[int, int]], size: int
+) -> tuple[int, int, int, int, int] | None:
+    """Find the window with most picked tokens (eq. 7): (image, top, left, height, width), None if nothing was picked.
+
+    Args:
+        picked: numbers of image tokens, counted through the images of a row.
+        grids: (height, width) of those images in merged patches.
+        size: side of the window; clamped to each grid. Ties go to the first in raster order, and the first image.
+    """
+    best, most, first = None, 0, 0
+    for image, (height, width) in enumerate(grids):
+        counts = torch.zeros(height + 1, width + 1, dtype=torch.long)
+        for token in picked:
+            if first <= token < first + height * width:
+                counts[(token - first) // width + 1, (token - first) % width + 1] += 1
+        first += height * width
+        total = counts.cumsum(0).cumsum(1)
+        h, w = min(size, height), min(size, width)
+        held = total[h:, w:] - total[:-h, w:] - total[h:, :-w] + total[:-h, :-w]
+        if held.max() > most:
+            most = held.max()
+            best = (image, *(held == most).nonzero()[0].tolist(), h, w)
+    return best

@@ -3,6 +3,9 @@
 Takes any object with the fields of `LatentTrace` (`modeling_latentvlm/trace.py`), of any architecture. Each step is one
 row of panels, per image: the mean attention of its latents as a heat map, and one dot per latent where it looked most,
 coloured by the latent's place in the grid that is drawn beside.
+
+Refocusing steps (LaRe) are columns instead, as in the paper's figure 3: a row of heat maps of where the language model
+looked, with the window, and one of where in it the Extractor looked.
 """
 
 import colorsys
@@ -33,7 +36,11 @@ def draw_trace(trace, images: Sequence, output: str | Path | None = None, row: i
             raise ValueError(
                 f"Step {step.index} of row {row} looked at {len(step.image_grids)} images, got {len(images)}."
             )
-    rows = [draw_step(step, [fit(image) for image in images]) for step in steps]
+    images = [fit(image) for image in images]
+    if any(step.saliency is not None for step in steps):
+        rows = draw_refocusing(steps, images)
+    else:
+        rows = [draw_step(step, images) for step in steps]
     canvas = Image.new("RGB", (max(part.width for part in rows), sum(part.height for part in rows)), "white")
     top = 0
     for part in rows:
@@ -53,7 +60,7 @@ def draw_step(step, images: list[Image.Image]) -> Image.Image:
     """One row of panels: the latents' grid, then for each image where they looked."""
     height, width = step.grid
     panels = [draw_grid(step)]
-    for number, (image, attention) in enumerate(zip(images, split_attention(step))):
+    for number, (image, attention) in enumerate(zip(images, split_by_image(step.image_attention, step.image_grids))):
         if attention is not None:
             panels.append(overlay(image, attention.mean(axis=0)))
             panels.append(draw_dots(image, attention, step.grid))
@@ -63,6 +70,11 @@ def draw_step(step, images: list[Image.Image]) -> Image.Image:
     title = f"step {step.index + 1}: {height} x {width} = {height * width} latents, opened at token {step.column}"
     if step.image_attention is None and step.picked_tokens is None and step.windows is None:
         title += " (no attention to the image)"
+    return join_panels(panels, title)
+
+
+def join_panels(panels: list[Image.Image], title: str) -> Image.Image:
+    """Panels side by side under a title."""
     canvas_width = sum(panel.width + MARGIN for panel in panels) + MARGIN
     canvas = Image.new("RGB", (canvas_width, TITLE + max(panel.height for panel in panels) + MARGIN), "white")
     ImageDraw.Draw(canvas).text((MARGIN, 8), title, fill="black", font=ImageFont.load_default(size=15))
@@ -73,14 +85,29 @@ def draw_step(step, images: list[Image.Image]) -> Image.Image:
     return canvas
 
 
-def split_attention(step) -> list[np.ndarray | None]:
-    """The attention to each image, (N, height, width), each scaled to its own part of the whole."""
-    if step.image_attention is None:
-        return [None] * len(step.image_grids)
-    attention = step.image_attention.detach().float().cpu().numpy()
-    ends = np.cumsum([height * width for height, width in step.image_grids])[:-1]
-    parts = np.split(attention, ends, axis=-1)
-    return [part.reshape(-1, *grid) for part, grid in zip(parts, step.image_grids)]
+def draw_refocusing(steps: list, images: list[Image.Image]) -> list[Image.Image]:
+    """Per image two rows of panels, a picture and then a heat map per step: the language model's, and the Extractor's."""
+    rows = []
+    for field, what in (("saliency", "the language model"), ("image_attention", "the Extractor")):
+        if all(getattr(step, field) is None for step in steps):
+            continue
+        for number, image in enumerate(images):
+            panels = [image]
+            for step in steps:
+                attention = split_by_image(getattr(step, field), step.image_grids)[number]
+                panels.append(image.copy() if attention is None else overlay(image, attention.mean(axis=0)))
+                mark_tokens(panels[-1], step, number)
+            rows.append(join_panels(panels, f"image {number + 1}: where {what} looked in steps 1 to {len(steps)}"))
+    return rows
+
+
+def split_by_image(values, grids: list[tuple[int, int]]) -> list[np.ndarray | None]:
+    """Values of all image tokens, (M,) or (N, M), as a map for each image, (N, height, width)."""
+    if values is None:
+        return [None] * len(grids)
+    values = values.detach().float().cpu().numpy()
+    ends = np.cumsum([height * width for height, width in grids])[:-1]
+    return [part.reshape(-1, *grid) for part, grid in zip(np.split(values, ends, axis=-1), grids)]
 
 
 def place_colour(y: float, x: float) -> tuple[int, int, int]:

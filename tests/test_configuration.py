@@ -4,7 +4,7 @@ import pytest
 from conftest import backbone_fields, build_tokenizer
 from huggingface_hub.errors import StrictDataclassError
 
-from configuration_latentvlm import DeepLatentConfig, __version__
+from configuration_latentvlm import DeepLatentConfig, LaReConfig, __version__
 from configuration_latentvlm.model_card import render_model_card
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
 
@@ -71,3 +71,24 @@ def test_the_card_says_where_it_comes_from(fields):
     assert "trust_remote_code=True" in card and "DeepLatentForConditionalGeneration" in card
     plain = render_model_card(DeepLatentConfig(**fields))
     assert "license:" not in plain.split("---")[1] and "unknown origin" in plain
+
+
+def test_lares_defaults_are_the_papers():
+    config = LaReConfig()
+    assert (config.image_grid_size, config.image_seq_length, config.vision_feature_layer) == (16, 256, -2)
+    assert (config.num_refocus_steps, config.step_limit, config.window_size, config.num_windows) == (4, 4, 8, 1)
+    extractor = (config.extractor_hidden_size, config.extractor_num_heads, config.extractor_num_layers)
+    assert extractor == (1536, 12, 2) and config.extractor_intermediate_size == 4 * 1536
+    assert config.num_step_latents == config.text_config.num_hidden_layers
+    assert LaReConfig(adaptive_stop="l1").step_limit == 8
+    assert LaReConfig(adaptive_stop="l1", num_refocus_steps=0).step_limit == 0
+
+
+def test_lares_round_trip_through_json(tmp_path):
+    config = LaReConfig(adaptive_stop="cosine", latent_tokens_per_step=6, base_model="Qwen/x", base_vision_tower="y")
+    config.save_pretrained(tmp_path)
+    loaded = LaReConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.latent_tokens_per_step == 6 and loaded.latentvlm_version == __version__
+    assert loaded.auto_map["AutoModelForCausalLM"] == "modeling_lare.LaReForCausalLM"
+    assert "LaReForCausalLM" in (tmp_path / "README.md").read_text()

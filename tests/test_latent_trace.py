@@ -168,3 +168,31 @@ def test_drawing_nothing_or_the_wrong_images_raises(shared_model, batch):
         draw_trace(output.latent_trace, [], row=2)
     with pytest.raises(ValueError, match="looked at 2 images, got 1"):
         draw_trace(output.latent_trace, [picture()], row=1)
+
+
+def refocusing_trace(grids) -> LatentTrace:
+    """Two steps, which look at different places."""
+    count = sum(height * width for height, width in grids)
+    steps = []
+    for index, (window, token) in enumerate((((0, 0, 0, 2, 2), 0), ((len(grids) - 1, 2, 2, 2, 2), count - 1))):
+        saliency, attention = torch.full((count,), 0.1), torch.zeros(3, count)
+        saliency[token], attention[:, token] = 5.0, 1.0
+        step = LatentStep(0, index, 9, (1, 3), torch.randn(3, 8), grids, image_attention=attention, saliency=saliency)
+        step.windows = [window]
+        steps.append(step)
+    return LatentTrace(1, steps)
+
+
+def test_refocusing_steps_are_a_row_of_heat_maps(tmp_path):
+    """A picture and a panel per step, for the language model and for the Extractor; hot where each looked."""
+    drawn = draw_trace(refocusing_trace([(4, 4)]), [picture(112, 112)], tmp_path / "trace.png")
+    pixels = np.asarray(drawn).astype(int)
+    assert drawn.size == (4 * 12 + 3 * 336, 2 * (30 + 336 + 12)) and (tmp_path / "trace.png").is_file()
+    for top in (30, 30 + 336 + 12 + 30):
+        first, second = (pixels[top : top + 336, 12 + panel * 348 : 12 + panel * 348 + 336] for panel in (1, 2))
+        assert first[20:60, 20:60].mean() > second[20:60, 20:60].mean() + 30
+        assert second[276:316, 276:316].mean() > first[276:316, 276:316].mean() + 30
+    cyan = (pixels == (0, 229, 255)).all(axis=-1)
+    assert cyan[30:198, 360:528].sum() > 600 and not cyan[30:366, 12:348].any()
+    two = draw_trace(refocusing_trace([(4, 4), (4, 4)]), [picture(112, 112), picture(112, 56)])
+    assert two.height == 2 * (30 + 336 + 12) + 2 * (30 + 168 + 12)

@@ -16,6 +16,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoder
 
 from configuration_latentvlm import VedasConfig
 from modeling_latentvlm import VedasForConditionalGeneration
+from modeling_latentvlm.visual_replay import densest_window
 from processing_latentvlm import VedasProcessor
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
 
@@ -219,6 +220,25 @@ def test_a_token_is_replayed_once_and_slots_may_stay_empty(model, rows):
     picked = torch.cat([step.picked_tokens for step in trace.steps]).tolist()
     assert sorted(picked) == list(range(6))
     assert [len(step.picked_tokens) for step in trace.steps] == [4, 2]
+
+
+def test_the_trace_has_the_window_of_every_step(model, rows):
+    model.config.replay_window = 2
+    trace = model.generate(**rows[2], output_latents=True, **GREEDY).latent_trace
+    steps = [step for row in rows for step in model.generate(**row, output_latents=True, **GREEDY).latent_trace.steps]
+    assert len(steps) > len(trace.steps)
+    for step in steps:
+        if step.picked_tokens is None:
+            assert step.windows is None
+            continue
+        (image, top, left, height, width), picked = step.windows[0], step.picked_tokens.tolist()
+        first = sum(h * w for h, w in step.image_grids[:image])
+        cells = {
+            first + (top + y) * step.image_grids[image][1] + left + x for y in range(height) for x in range(width)
+        }
+        held = len(cells & set(picked))
+        assert (height, width) == tuple(min(2, side) for side in step.image_grids[image]) and held >= 1
+        assert step.windows == [densest_window(picked, step.image_grids, 2)]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from configuration_latentvlm import VedasConfig
 from modeling_latentvlm import VedasForConditionalGeneration
 from modeling_latentvlm.routing import RoutedQwen2_5_VLDecoderLayer, Routing
 from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
-from train.replay import ReplayArguments, ReplayObjective, densest_window
+from modeling_latentvlm.visual_replay import densest_window
+from train.replay import ReplayArguments, ReplayObjective
 
 
 GOLDEN = Path(__file__).parent / "golden" / "vedas"

@@ -21,6 +21,30 @@ def normalize(answer: str) -> str:
     return " ".join(answer.lower().strip(" .").split())
 
 
+def encode_questions(processor, samples: list[ReasoningSample]):
+    """Padded model inputs of the questions and their images, up to where the answers begin."""
+    conversations = [
+        [
+            {
+                "role": "user",
+                "content": [
+                    *({"type": "image", "image": image} for image in sample.load_images()),
+                    {"type": "text", "text": sample.question},
+                ],
+            }
+        ]
+        for sample in samples
+    ]
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )
+
+
 @torch.no_grad()
 def answer_questions(
     model, processor, samples: list[ReasoningSample], batch_size: int = 32, progress: bool = False, **settings
@@ -33,26 +57,7 @@ def answer_questions(
     settings = {"do_sample": False, "max_new_tokens": 64} | settings
     answers = []
     for start in tqdm(range(0, len(samples), batch_size), desc="answering", disable=not progress):
-        conversations = [
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        *({"type": "image", "image": image} for image in sample.load_images()),
-                        {"type": "text", "text": sample.question},
-                    ],
-                }
-            ]
-            for sample in samples[start : start + batch_size]
-        ]
-        inputs = processor.apply_chat_template(
-            conversations,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(model.device)
+        inputs = encode_questions(processor, samples[start : start + batch_size]).to(model.device)
         written = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
         answers += [extract_answer(text) for text in processor.batch_decode(written, skip_special_tokens=True)]
     return answers

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from modeling_latentvlm.visual_replay import Replay
+from modeling_latentvlm.visual_replay import Replay, densest_window
 
 
 PREDICTORS = ("mlp", "linear", "pointwise_conv", "conv")
@@ -32,7 +32,7 @@ class ReplayArguments:
         default=None,
         metadata={"help": "lambda; by default 1.0, or 0.2 from a hidden size of 3584 on. 0 switches it off."},
     )
-    replay_window: int = field(default=3, metadata={"help": "W: side of the window in merged patches."})
+    replay_window: int | None = field(default=None, metadata={"help": "W: in place of the config's."})
     replay_crop_size: int = field(
         default=0, metadata={"help": "Sides of the enlarged crop in pixels; 0: those of the image it was taken from."}
     )
@@ -46,7 +46,7 @@ class ReplayArguments:
     def __post_init__(self):
         if self.replay_predictor not in PREDICTORS:
             raise ValueError(f"`replay_predictor` must be one of {PREDICTORS}, got {self.replay_predictor!r}.")
-        if self.replay_window < 1:
+        if self.replay_window is not None and self.replay_window < 1:
             raise ValueError(f"`replay_window` must be >= 1, got {self.replay_window}.")
         if self.replay_crop_size < 0:
             raise ValueError(f"`replay_crop_size` must be >= 0, got {self.replay_crop_size}.")
@@ -55,8 +55,8 @@ class ReplayArguments:
 
     @classmethod
     def reference(cls) -> "ReplayArguments":
-        """What the published code does: W = 4, plain mean of the picks, the last step alone, a target with gradient."""
-        return cls(0.2, 4, replay_weighted=False, replay_last_step_only=True, replay_detach_target=False)
+        """What the published code does beside its preset (W = 4): plain mean of the picks, the last step alone, a target with gradient."""
+        return cls(0.2, replay_weighted=False, replay_last_step_only=True, replay_detach_target=False)
 
 
 class ReplayPredictor(nn.Sequential):
@@ -72,31 +72,6 @@ class ReplayPredictor(nn.Sequential):
         }
         super().__init__(*layers[kind]())
         self.is_convolution = "conv" in kind
-
-
-def densest_window(
-    picked: list[int], grids: list[tuple[int, int]], size: int
-) -> tuple[int, int, int, int, int] | None:
-    """Find the window with most picked tokens: (image, top, left, height, width), None if nothing was picked.
-
-    Args:
-        picked: numbers of image tokens, counted through the images of a row.
-        grids: (height, width) of those images in merged patches.
-        size: side of the window; clamped to each grid. Ties go to the first in raster order, and the first image.
-    """
-    best, most, first = None, 0, 0
-    for image, (height, width) in enumerate(grids):
-        counts = np.zeros((height + 1, width + 1), dtype=np.int64)
-        inside = [token - first for token in picked if first <= token < first + height * width]
-        np.add.at(counts, ([token // width + 1 for token in inside], [token % width + 1 for token in inside]), 1)
-        first += height * width
-        total = counts.cumsum(0).cumsum(1)
-        h, w = min(size, height), min(size, width)
-        held = total[h:, w:] - total[:-h, w:] - total[h:, :-w] + total[:-h, :-w]
-        if held.max() > most:
-            most, place = held.max(), int(held.argmax())
-            best = (image, *divmod(place, held.shape[1]), h, w)
-    return best
 
 
 def crop_window(
@@ -127,6 +102,7 @@ class ReplayObjective(nn.Module):
         hidden_size = config.get_text_config().hidden_size
         self.arguments, self.image_processor = arguments, image_processor
         self.merge_size = config.vision_config.spatial_merge_size
+        self.window = arguments.replay_window or config.replay_window
         self.weight = arguments.replay_loss_weight
         if self.weight is None:
             self.weight = 0.2 if hidden_size >= LARGE_HIDDEN_SIZE else 1.0
@@ -173,7 +149,7 @@ class ReplayObjective(nn.Module):
         sites = []
         for step, tokens in enumerate(picked):
             for row, numbers in enumerate(tokens):
-                window = densest_window([n for n in numbers if n >= 0], of_row[row], self.arguments.replay_window)
+                window = densest_window([n for n in numbers if n >= 0], of_row[row], self.window)
                 if window is not None:
                     image, grid = images[row][window[0]], of_row[row][window[0]]
                     sites.append((step, row, crop_window(image, window, grid, self.arguments.replay_crop_size)))

@@ -119,9 +119,10 @@ def write_backbone(
     return Path(output)
 
 
-def texts_of(path: str | Path) -> list[str]:
-    """Questions, steps and answers of a file that `train.tasks` wrote."""
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+def texts_of(*paths: str | Path) -> list[str]:
+    """Questions, steps and answers of files that `train.tasks` wrote."""
+    lines = [line for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in lines]
     return [
         text for row in rows for text in (row["question"], *row["rationale"], row["answer"], "The answer is \\boxed{")
     ]
@@ -129,12 +130,12 @@ def texts_of(path: str | Path) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="JSONL of `train.tasks`, for the tokenizer")
+    parser.add_argument("--data", nargs="+", required=True, help="JSONL of `train.tasks`, for the tokenizer")
     parser.add_argument("--output", required=True)
     for name, default in {"hidden-size": 128, "num-layers": 6, "vocab-size": 600, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = vars(parser.parse_args())
-    print(write_backbone(texts_of(arguments.pop("data")), **arguments))
+    print(write_backbone(texts_of(*arguments.pop("data")), **arguments))
 
 
 if __name__ == "__main__":

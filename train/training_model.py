@@ -27,7 +27,8 @@ class TrainingModel(nn.Module):
     Args:
         model: a model of this library, or a `PeftModel` around one.
         objective: a module whose forward takes the model and a batch and returns a dict with `loss`, and with `losses`,
-            the terms by name, detached.
+            the terms by name, detached. It may have weights that a checkpoint keeps in the model: `folded`, the prefixes of
+            their names, `fold_state(state)`, which moves them there, and `unfold_state(model)`, which takes them back.
     """
 
     def __init__(self, model: nn.Module, objective: nn.Module):
@@ -68,11 +69,15 @@ def load_objective(objective: nn.Module, folder: str | Path) -> bool:
     path = Path(folder) / OBJECTIVE_FILE
     if not path.is_file():
         return False
-    own, stored = objective.state_dict(), load_file(path)
+    folded = getattr(objective, "folded", ())  # weights that a checkpoint keeps in the model
+    own = {name: value for name, value in objective.state_dict().items() if not name.startswith(folded)}
+    parts = {name.split(".")[0] for name in own}
+    # A term that was trained before and is switched off now has no part here.
+    stored = {name: value for name, value in load_file(path).items() if name.split(".")[0] in parts}
     wrong = sorted(own.keys() ^ stored.keys()) or [name for name in own if own[name].shape != stored[name].shape]
     if wrong:
         raise ValueError(f"{path} does not fit the objective: names or shapes differ, first {wrong[0]!r}.")
-    objective.load_state_dict(stored)
+    objective.load_state_dict(stored, strict=False)
     return True
 
 
@@ -122,14 +127,20 @@ class LatentTrainer(Trainer):
                 logs |= callback.log_terms() if hasattr(callback, "log_terms") else {}
         super().log(logs, *args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        self._is_checkpoint = _internal_call
+        super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
         output_dir = output_dir or self.args.output_dir
         whole = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
         state = whole.state_dict() if state_dict is None else state_dict
-        # The names of the modules, and not those of the hub: `Trainer` reads them back without conversion.
-        kept = {} if hasattr(whole.model, "peft_config") else {"save_original_format": False}
+        state = whole.objective.fold_state(state) if hasattr(whole.objective, "fold_state") else state
+        # A run's own checkpoints have the names of the modules, which `Trainer` reads back; what is for others the hub's.
+        is_own = self._is_checkpoint and not hasattr(whole.model, "peft_config")
+        kept = {"save_original_format": False} if is_own else {}
         whole.model.save_pretrained(output_dir, state_dict=split_state(state, "model."), **kept)
         save_objective(split_state(state, "objective."), output_dir)
         if self.processing_class is not None:
@@ -141,6 +152,8 @@ class LatentTrainer(Trainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, whole)
         super()._load_from_checkpoint(resume_from_checkpoint, whole.model)
         load_objective(whole.objective, resume_from_checkpoint)
+        if hasattr(whole.objective, "unfold_state"):
+            whole.objective.unfold_state(whole.model)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:

@@ -98,7 +98,9 @@ def pretrain(
             things += int(there.sum())
             bar.set_postfix(loss=f"{float(loss):.3f}")
     tower.model.save_pretrained(folder)
-    return {kind: float(count) / things for kind, count in zip(NAMES, right)}
+    scores = {kind: float(count) / things for kind, count in zip(NAMES, right)}
+    (Path(folder) / "vision_pretraining.json").write_text(json.dumps(scores))
+    return scores
 
 
 def main() -> None:

@@ -1,0 +1,231 @@
+"""LaRe's training data: LLaVA-format conversations (stages 1 and 3), questions with reasoning (stages 2 and 4), and batches.
+
+LLaVA's format is a JSON list, or JSONL, of objects with `conversations` ([{"from": "human", "value": "<image>\\n.."},
+{"from": "gpt", "value": ".."}, ..]) and, where a value names `<image>`, `image`: a path relative to the file, or a list of
+them. Questions with reasoning are read by `train.reasoning_data`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from train.curriculum import answer_text
+from train.reasoning_data import ReasoningSample
+
+
+IGNORED = -100
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+IMAGE_WORD = "<image>"
+
+
+@dataclass
+class Conversation:
+    """Messages with texts and image numbers, the images, and the reasoning that latents stand for."""
+
+    messages: list[dict]
+    images: list[str | Image.Image]
+    reasoning: str
+    origin: str
+
+    def load_images(self) -> list[Image.Image]:
+        """Decode the images.
+
+        Raises:
+            ValueError: one cannot be read.
+        """
+        return ReasoningSample(self.images, "", [], "", self.origin).load_images()
+
+
+def from_reasoning(sample: ReasoningSample) -> Conversation:
+    """A question whose answer is the reasoning and the boxed result."""
+    question = [*({"type": "image"} for _ in sample.images), {"type": "text", "text": sample.question}]
+    answer = "\n".join([*sample.steps, answer_text(sample.answer)])
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return Conversation(messages, sample.images, "\n".join(sample.steps), sample.origin)
+
+
+def split_image_words(text: str) -> list[dict]:
+    """The parts of a LLaVA text: pictures where it says `<image>`."""
+    content: list[dict] = []
+    for number, part in enumerate(text.split(IMAGE_WORD)):
+        content += [{"type": "image"}] * (number > 0)
+        content += [{"type": "text", "text": part.strip("\n")}] * bool(part.strip())
+    return content
+
+
+def from_llava(row: Any, folder: Path, origin: str) -> Conversation:
+    """A conversation of LLaVA's format; its reasoning is its first response.
+
+    Raises:
+        ValueError: a field is missing or of the wrong kind, or images and `<image>` words do not match.
+    """
+    turns = row.get("conversations") if isinstance(row, dict) else None
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(f"{origin} must be an object with a list of `conversations`.")
+    messages, count = [], 0
+    for turn in turns:
+        role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        if role not in ROLES or not isinstance(text, str) or not text.strip():
+            raise ValueError(
+                f"{origin}: a turn needs `from` out of {sorted(ROLES)} and a `value` that is not empty: {turn!r}."
+            )
+        content: Any = text
+        if ROLES[role] == "user":
+            content = split_image_words(text)
+            count += sum(item["type"] == "image" for item in content)
+        messages.append({"role": ROLES[role], "content": content})
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    if not answers:
+        raise ValueError(f"{origin}: nobody answers, so nothing can be learned.")
+    given = row.get("image")
+    images = [] if given is None else given if isinstance(given, list) else [given]
+    if len(images) != count:
+        raise ValueError(f"{origin}: {len(images)} images, but {count} times {IMAGE_WORD}.")
+    paths = [str(folder / image) if isinstance(image, str) else image for image in images]
+    for path in paths:
+        if not isinstance(path, str) or not Path(path).is_file():
+            raise ValueError(f"{origin}: the image {path} does not exist.")
+    return Conversation(messages, paths, answers[0], origin)
+
+
+def read_llava(path: str | Path, drop_incomplete: bool = False) -> list[Conversation]:
+    """Read a JSON list or JSONL, and open every image's header.
+
+    Args:
+        drop_incomplete: leave out rows that cannot be used, and say how many; else they are errors.
+
+    Raises:
+        ValueError: a row that cannot be used; the message names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no data file {path}.")
+    conversations, dropped = [], []
+    for origin, row in rows_of(path):
+        try:
+            conversation = from_llava(row, path.parent, origin)
+            open_headers(conversation)
+            conversations.append(conversation)
+        except ValueError as error:
+            if not drop_incomplete:
+                raise
+            dropped.append(str(error))
+    if dropped:
+        print("\n".join([f"{len(dropped)} rows of {path} were left out:", *dropped]))
+    if not conversations:
+        raise ValueError(f"{path} holds no sample.")
+    return conversations
+
+
+def open_headers(conversation: Conversation) -> None:
+    for image in conversation.images:
+        try:
+            Image.open(image).close()
+        except (OSError, UnidentifiedImageError) as error:
+            raise ValueError(f"{conversation.origin}: the image {image} cannot be read: {error}") from error
+
+
+def rows_of(path: Path) -> Iterable[tuple[str, Any]]:
+    """(where it stands, row)."""
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        try:
+            rows = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from error
+        yield from ((f"Entry {number} of {path}", row) for number, row in enumerate(rows))
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"Line {number} of {path}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"Line {number} of {path} is no JSON: {error}") from error
+
+
+def key_of(data: bytes) -> int:
+    """A number that stands for content, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
+
+
+class LaReCollator:
+    """Conversations to batches.
+
+    A text is cut where a turn of the assistant begins and ends, and every piece is tokenised by itself: so the prompt has the
+    tokens that `generate` is given, whatever the template and the tokenizer.
+
+    Args:
+        processor: a `LaReProcessor`.
+        max_length: longest row in tokens; a longer one is an error, and never cut.
+    """
+
+    def __init__(self, processor, max_length: int | None = None):
+        self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
+
+    def __call__(self, conversations: list[Conversation]) -> dict[str, Tensor]:
+        images = [conversation.load_images() for conversation in conversations]
+        rows = [self.encode(conversation) for conversation in conversations]
+        reasoning = [torch.tensor(self.tokens(one.reasoning), dtype=torch.long) for one in conversations]
+        pad, one = self.tokenizer.pad_token_id, torch.zeros(1, dtype=torch.long)  # at least a column, of padding
+        batch = {
+            "input_ids": pad_sequence([ids for ids, _ in rows], batch_first=True, padding_value=pad),
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids, _ in rows], batch_first=True),
+            "labels": pad_sequence([labels for _, labels in rows], batch_first=True, padding_value=IGNORED),
+            "reasoning_ids": pad_sequence([*reasoning, one], batch_first=True, padding_value=pad)[:-1],
+            "reasoning_mask": pad_sequence([*map(torch.ones_like, reasoning), one], batch_first=True)[:-1].bool(),
+            "reasoning_keys": torch.tensor([key_of(one.reasoning.encode()) for one in conversations]),
+            "image_keys": torch.tensor([key_of(b"".join(image.tobytes() for image in row)) for row in images]),
+        }
+        flat = [image for row in images for image in row]
+        if flat:
+            batch["pixel_values"] = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]
+        return batch
+
+    def tokens(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+
+    def encode(self, conversation: Conversation) -> tuple[Tensor, Tensor]:
+        """Tokens and labels of one row, images expanded."""
+        ids, labels, bos = [], [], self.tokenizer.bos_token
+        for text, is_answer in self.pieces(conversation):
+            # As the processor does for `generate`: a template either writes the first token itself or leaves it out.
+            has_first = bool(ids) or (bos is not None and text.startswith(bos))
+            piece = self.expand(self.tokens(text, add_special_tokens=not has_first))
+            ids += piece
+            labels += piece if is_answer else [IGNORED] * len(piece)
+        if self.max_length is not None and len(ids) > self.max_length:
+            raise ValueError(f"{conversation.origin} has {len(ids)} tokens, but `max_length` is {self.max_length}.")
+        return torch.tensor(ids), torch.tensor(labels)
+
+    def expand(self, ids: list[int]) -> list[int]:
+        image, count = self.processor.image_token_id, (self.processor.image_size // self.processor.patch_size) ** 2
+        return [token for one in ids for token in ([one] * count if one == image else [one])]
+
+    def pieces(self, conversation: Conversation) -> list[tuple[str, bool]]:
+        """The rendered conversation in pieces, and which of them the assistant says.
+
+        Raises:
+            ValueError: the chat template renders a conversation otherwise than its beginning.
+        """
+        render, messages = self.processor.apply_chat_template, conversation.messages
+        pieces, done = [], ""
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            for upto, is_answer in ((messages[:number], False), (messages[: number + 1], True)):
+                text = render(upto, tokenize=False, add_generation_prompt=not is_answer)
+                if not text.startswith(done):
+                    raise ValueError(
+                        f"{conversation.origin}: the chat template changes what it rendered before when a turn is added."
+                    )
+                pieces.append((text[len(done) :], is_answer))
+                done = text
+        return pieces

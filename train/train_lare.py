@@ -1,0 +1,171 @@
+"""Train LaRe in its four stages; each starts from what the one before wrote.
+
+    python -m train.train_lare --stage 1 --model_path out/lare --data_path llava_pretrain.json --output_dir out/lare-1 --bf16
+    python -m train.train_lare --stage 2 --model_path out/lare-1 --data_path reasoning.jsonl --vae_path kl16 --output_dir out/lare-2
+    python -m train.train_lare --stage 3 --model_path out/lare-2 --data_path llava_instruct.json --vae_path kl16 --output_dir out/lare-3
+    python -m train.train_lare --stage 4 --model_path out/lare-3 --data_path reasoning.jsonl --vae_path kl16 --output_dir out/lare-4
+
+| stage | trains                                                       | data        | learning rate | batch |
+|-------|--------------------------------------------------------------|-------------|---------------|-------|
+| 1     | the projector, without latents                               | LLaVA JSON  | 1e-3          | 256   |
+| 2     | Extractor, `<bot>` and `<eot>`, heads, U-Net                 | reasoning   | 1e-4          | 128   |
+| 3     | everything but the vision tower                              | LLaVA JSON  | 2e-5          | 128   |
+| 4     | everything but the vision tower                              | reasoning   | 2e-5          | 128   |
+
+Every argument of `transformers.TrainingArguments` works; a run that was killed goes on with `--resume_from_checkpoint last`.
+The loss terms are in `train/lare/objective.py`; heads and U-Net lie in `training/` beside a checkpoint, never in it.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
+
+from train.lare.data import LaReCollator, from_reasoning, read_llava
+from train.lare.objective import LaReObjective, LatentLossArguments
+from train.reasoning_data import read_reasoning
+from train.training_model import LatentTrainer, TrainingModel, last_complete_checkpoint, load_objective
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What makes a stage. `trains` are the parts of the model that do; None: all but the vision tower."""
+
+    learning_rate: float
+    batch_size: int
+    trains: tuple[str, ...] | None
+    data_format: str
+    has_latents: bool = True
+
+
+STAGES = {
+    1: Stage(1e-3, 256, ("model.multi_modal_projector.",), "llava", has_latents=False),
+    2: Stage(1e-4, 128, ("refocus.",), "steps"),
+    3: Stage(2e-5, 128, None, "llava"),
+    4: Stage(2e-5, 128, None, "steps"),
+}
+
+
+@dataclass
+class ScriptArguments:
+    stage: int = field(metadata={"help": "1, 2, 3 or 4."})
+    model_path: str = field(metadata={"help": "Folder or hub id of a LaRe checkpoint (`conversion.convert_lare`)."})
+    data_path: str = field(metadata={"help": "LLaVA JSON, or questions with reasoning (`train/reasoning_data.py`)."})
+    data_format: str | None = field(default=None, metadata={"help": "llava, steps, m3cot or scienceqa; by the stage."})
+    split: str = field(default="train", metadata={"help": "Of a `datasets` folder with several."})
+    drop_incomplete: bool = field(default=False, metadata={"help": "Leave out rows without steps or answer."})
+    eval_data_path: str | None = field(default=None, metadata={"help": "For `--eval_strategy`."})
+    global_batch_size: int | None = field(default=None, metadata={"help": "By the stage; sets the accumulation."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; longer ones are errors."})
+    fresh_objective: bool = field(
+        default=False, metadata={"help": "Start stage 3 or 4 with new heads and a new U-Net."}
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "Of the weights; `--bf16` computes in bfloat16 either way."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, ..."})
+
+    def __post_init__(self):
+        if self.stage not in STAGES:
+            raise ValueError(f"`stage` must be one of {sorted(STAGES)}, got {self.stage}.")
+
+
+@dataclass
+class LaReTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the paper's defaults."""
+
+    learning_rate: float = field(default=0.0, metadata={"help": "By the stage."})
+    weight_decay: float = 0.05
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = field(default=0.03, metadata={"help": "A number of steps, or below 1 a share of them."})
+    num_train_epochs: float = 1.0
+    remove_unused_columns: bool = False
+
+
+def complete_arguments(args: ScriptArguments, training_args: TrainingArguments) -> None:
+    """Fill in what the stage decides.
+
+    Raises:
+        ValueError: the batch of the stage cannot be made of whole batches of the devices.
+    """
+    stage = STAGES[args.stage]
+    training_args.learning_rate = training_args.learning_rate or stage.learning_rate
+    if training_args.gradient_accumulation_steps != 1 and args.global_batch_size is None:
+        return  # the user's
+    wanted = args.global_batch_size or stage.batch_size
+    at_once = training_args.train_batch_size * training_args.world_size
+    if wanted % at_once:
+        raise ValueError(
+            f"A batch of {wanted} (`global_batch_size`, by default the stage's) cannot be made of batches of {at_once}: set "
+            "`per_device_train_batch_size` or `global_batch_size`."
+        )
+    training_args.gradient_accumulation_steps = wanted // at_once
+
+
+def read_data(path: str, args: ScriptArguments, drop_incomplete: bool = False):
+    data_format = args.data_format or STAGES[args.stage].data_format
+    if data_format == "llava":
+        return read_llava(path, drop_incomplete)
+    return [from_reasoning(sample) for sample in read_reasoning(path, data_format, args.split, drop_incomplete)]
+
+
+def freeze(model: nn.Module, stage: Stage) -> None:
+    """Let train what the stage trains."""
+    for name, parameter in model.named_parameters():
+        is_chosen = "vision_tower" not in name if stage.trains is None else name.startswith(stage.trains)
+        parameter.requires_grad_(is_chosen)
+
+
+def check_stage(model: nn.Module, args: ScriptArguments) -> None:
+    """Raise a `ValueError` where a checkpoint lacks what a stage needs."""
+    if STAGES[args.stage].has_latents and not model.config.step_limit:
+        raise ValueError(
+            f"Stage {args.stage} needs refocusing steps, but `num_refocus_steps` of {args.model_path} is "
+            f"{model.config.num_refocus_steps}."
+        )
+
+
+def find_objective(objective: LaReObjective, args: ScriptArguments) -> None:
+    """Take over heads and U-Net from the stage before.
+
+    Raises:
+        ValueError: stage 3 or 4 finds none.
+    """
+    if args.stage == 1 or args.fresh_objective or load_objective(objective, args.model_path):
+        return
+    if args.stage > 2 and (objective.alignment is not None or objective.image_reconstruction is not None):
+        raise ValueError(
+            f"Stage {args.stage} needs the heads and the U-Net of stage 2, but {args.model_path} has no `training/` folder: run "
+            "stage 2 first, or pass `--fresh_objective`."
+        )
+
+
+def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: TrainingArguments) -> LatentTrainer:
+    set_seed(training_args.seed)
+    stage = STAGES[args.stage]
+    complete_arguments(args, training_args)
+    processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=True)
+    attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    model = AutoModel.from_pretrained(args.model_path, trust_remote_code=True, dtype=args.dtype, **attention)
+    check_stage(model, args)
+    freeze(model, stage)
+    objective = LaReObjective(model, processor.image_processor, loss_args, stage.has_latents, args.stage == 2)
+    find_objective(objective, args)
+    data = read_data(args.data_path, args, args.drop_incomplete)
+    trainer = LatentTrainer(
+        model=TrainingModel(model, objective),
+        args=training_args,
+        train_dataset=data,
+        eval_dataset=read_data(args.eval_data_path, args) if args.eval_data_path else None,
+        data_collator=LaReCollator(processor, args.max_length),
+        processing_class=processor,
+    )
+    resume = training_args.resume_from_checkpoint
+    trainer.train(last_complete_checkpoint(training_args.output_dir) if resume == "last" else resume)
+    trainer.save_model()
+    return trainer
+
+
+if __name__ == "__main__":
+    parser = HfArgumentParser((ScriptArguments, LatentLossArguments, LaReTrainingArguments))
+    main(*parser.parse_args_into_dataclasses())
