@@ -93,11 +93,10 @@ class GRPOTrainer(LatentTrainer):
 
     def __init__(self, *args, rewards: WeightedRewards, dump: RolloutDump | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.is_fsdp_enabled or (
-            self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3
-        ):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
-                "Rollouts need whole weights in every process: use DDP or ZeRO-2 instead of FSDP or ZeRO-3."
+                "Rollouts need whole weights in every process, and clipping apart needs whole gradients: use DDP instead "
+                "of FSDP or DeepSpeed."
             )
         self.rewards, self.dump = rewards, dump
         self.batches: list[list[Trajectory]] = []
