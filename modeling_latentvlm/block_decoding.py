@@ -6,7 +6,9 @@ text up to and including the `<latent>` of block k, then the control embeddings.
 Shapes: B rows, S new tokens, T tokens of a segment (padded to the longest row), N latents, D hidden size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +36,7 @@ class LatentContext(DecodingContext):
     """`DecodingContext` for blocks."""
 
     noise: bool = False  # the stochastic term of eq. 3
+    modulator: Callable | None = None  # (row, number of the block in it, ...), then as `latent_former.Modulator`
     grid: tuple[int, int] | None = None  # forced on every block that `generate` opens
     max_blocks: int = 0  # most blocks of an answer, for the size of a static cache
     prompt_sites: list | None = None  # the blocks that stand in the prompt already, by row
@@ -240,6 +243,7 @@ class BlockDecoder(SegmentDecoder):
             [site.grid or self.context.grid for site in opened.values()],
             self.context.noise,
             self.context.output_latents,
+            self.modulators(opened),
         )
         steps = [
             self.step(row, site, grid, latents.to(ends), images[row])
@@ -259,6 +263,12 @@ class BlockDecoder(SegmentDecoder):
             offsets = F.pad(grid_places(height, width, first.device).long(), (1, 0))
             blocks[row] = self.block(piece, latents, first + offsets, max(height, width))
         return blocks
+
+    def modulators(self, opened: dict[int, BlockSite]) -> list[Callable] | None:
+        if self.context.modulator is None:
+            return None
+        numbers = [sum(step.row == row for step in self.context.steps) for row in opened]
+        return [partial(self.context.modulator, row, number) for row, number in zip(opened, numbers)]
 
     def open_autoregressive(self, opened: dict[int, BlockSite], segment: Segment, number: int) -> dict[int, Block]:
         """Feed the last hidden state back, one latent a forward; the last latent is left to the next segment."""

@@ -11,7 +11,9 @@ Shapes: R blocks built together, N latents of a block (h * w, padded to the larg
 a row (padded likewise), G largest grid side, D hidden size, A attention heads, H head dim.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -92,18 +94,25 @@ class AffineModulation(nn.Module):
         self.down_proj = ModulationOutput(inner_size, hidden_size, log_sigma_init)
 
     def forward(self, state: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # (R, D) -> gamma, beta, log_sigma, each (R, D)
-        return self.down_proj(F.silu(self.up_proj(state))).chunk(3, dim=-1)
+        # Never in 16 bits: the densities of a million elements that these few numbers move would be all rounding.
+        with torch.autocast(state.device.type, enabled=False):
+            return self.down_proj(F.silu(self.up_proj(state))).chunk(3, dim=-1)
+
+
+# (kind, base, gamma, beta, log_sigma) -> what takes the place of `modulate`, (N, D); kind is "query" or "image".
+Modulator = Callable[[str, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def root_mean_square(base: Tensor) -> Tensor:
+    """Of all elements, detached: the width of the noise is an output of the MLP alone."""
+    return base.detach().float().square().mean().sqrt().to(base.dtype)
 
 
 def modulate(base: Tensor, gamma: Tensor, beta: Tensor, log_sigma: Tensor, noise: Tensor | None) -> Tensor:
-    """Return `(1 + gamma) * base + beta + sigma * noise` with `sigma = exp(log_sigma) * rms(base)`.
-
-    The root mean square is detached: the width of the noise is an output of the MLP alone.
-    """
+    """Return `(1 + gamma) * base + beta + sigma * noise` with `sigma = exp(log_sigma) * rms(base)`."""
     modulated = (1 + gamma) * base + beta  # (N, D)
     if noise is not None:
-        rms = base.detach().float().square().mean().sqrt().to(base.dtype)
-        modulated = modulated + log_sigma.exp() * rms * noise
+        modulated = modulated + log_sigma.exp() * root_mean_square(base) * noise
     return modulated
 
 
@@ -345,8 +354,14 @@ class LatentBlockBuilder(nn.Module):
         grids: list[tuple[int, int] | None],
         noise: bool = False,
         output_attention: bool = False,
+        modulators: list[Modulator] | None = None,
     ) -> LatentBlocks:
-        """Build R blocks at the given grids, or at the predicted ones where a grid is None."""
+        """Build R blocks at the given grids, or at the predicted ones where a grid is None.
+
+        Args:
+            modulators: one per block, in place of `modulate`. Reinforcement learning draws its actions there, and later
+                gives them back while it reads what the MLPs say of them now.
+        """
         # The backbone may be in another dtype: quantized, or float16 with these weights kept in float32.
         states = states.to(self.queries.weight.dtype)
         height_logits, width_logits = self.scale_head(states[:, 0])
@@ -356,6 +371,7 @@ class LatentBlockBuilder(nn.Module):
             states[:, 1],
             [self.queries(*grid) for grid in grids],
             noise,
+            bind(modulators, "query"),
         )
         if not len(self.layers):
             return LatentBlocks(queries, grids, height_logits, width_logits, None)
@@ -364,6 +380,7 @@ class LatentBlockBuilder(nn.Module):
             states[:, 2],
             [row.features.to(states) for row in images],
             noise,
+            bind(modulators, "image"),
         )
         features = [values + self.embed_image_index(row, states.device) for values, row in zip(features, images)]
         places = locate(grids, images, states.device)
@@ -391,13 +408,20 @@ class LatentBlockBuilder(nn.Module):
         return self.image_index(index)
 
     @staticmethod
-    def modulate_rows(modulation, states: Tensor, bases: list[Tensor], noise: bool) -> list[Tensor]:
+    def modulate_rows(modulation, states: Tensor, bases: list[Tensor], noise: bool, modulators) -> list[Tensor]:
         if modulation is None:
             return bases
+        if modulators is not None:
+            statistics = zip(*modulation(states))
+            return [modulator(base, *row) for modulator, base, row in zip(modulators, bases, statistics)]
         return [
             modulate(base, gamma, beta, log_sigma, torch.randn_like(base) if noise else None)
             for base, gamma, beta, log_sigma in zip(bases, *modulation(states))
         ]
+
+
+def bind(modulators: list[Modulator] | None, kind: str) -> list[Callable] | None:
+    return None if modulators is None else [partial(modulator, kind) for modulator in modulators]
 
 
 def initialize_latent_module(module: nn.Module, query_rms: float) -> bool:

@@ -1,5 +1,7 @@
 """`generate` for models that open latent blocks: transformers' own decoding loops, with the blocks inside `forward`."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
@@ -41,6 +43,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
         latent_grid_hw: Tensor | None = None,
         latent_intervention: str | Intervention | None = None,
         latent_noise: bool = False,
+        latent_modulator: Callable | None = None,
         output_latents: bool = False,
         **kwargs,
     ) -> LatentGenerateOutput | LatentGenerateBeamOutput | torch.LongTensor:
@@ -55,7 +58,9 @@ class LatentGenerationMixin(LatentDecodingMixin):
             latent_grid: (height, width) of every block instead of the predicted one.
             latent_grid_hw: (blocks, 2), grids of the blocks that stand in the prompt.
             latent_intervention: replaces latents before they enter the language model (`interventions.py`).
-            latent_noise: draw the stochastic term of the modulation (rollouts of reinforcement learning).
+            latent_noise: draw the stochastic term of the modulation.
+            latent_modulator: takes the place of the modulation, and may record it (rollouts of reinforcement learning):
+                `f(row, number of the block in the row, kind, base, gamma, beta, log_sigma)`, see `latent_former.py`.
             output_latents: return a `latent_trace`; needs `return_dict_in_generate=True`.
 
         Raises:
@@ -65,6 +70,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
         check_settings(settings, kwargs, output_latents, self.device)
         low, high = self._block_limits(settings, min_latent_blocks, max_latent_blocks)
         context = self._new_generation_context(latent_grid, latent_intervention, latent_noise, output_latents, high)
+        context.modulator = latent_modulator
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         prompt_length = 0
         if input_ids is not None:

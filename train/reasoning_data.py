@@ -114,7 +114,7 @@ class IncompleteRow(ValueError):
     """A row without steps or answer."""
 
 
-def adapt(row: dict, data_format: str, folder: Path, origin: str) -> ReasoningSample:
+def adapt(row: dict, data_format: str, folder: Path, origin: str, needs_steps: bool = True) -> ReasoningSample:
     """Make a sample of a row.
 
     Raises:
@@ -130,7 +130,8 @@ def adapt(row: dict, data_format: str, folder: Path, origin: str) -> ReasoningSa
     for name, value, error in (("question", question, ValueError), ("answer", answer, IncompleteRow)):
         if not isinstance(value, str) or not value.strip():
             raise error(f"{origin}: `{name}` must be a text that is not empty, got {value!r}.")
-    if not steps or not all(isinstance(one, str) and one.strip() for one in steps):
+    steps = steps or []
+    if (needs_steps and not steps) or not all(isinstance(one, str) and one.strip() for one in steps):
         raise IncompleteRow(f"{origin}: the rationale must give one or more steps, all of them text, got {steps!r}.")
     images = [] if image is None else image if isinstance(image, list) else [image]
     found = []
@@ -199,12 +200,14 @@ def read_reasoning(
     split: str = "train",
     drop_incomplete: bool = False,
     check_images: bool = True,
+    needs_steps: bool = True,
 ) -> list[ReasoningSample]:
     """Read and check a whole data set before any work is done with it.
 
     Args:
         drop_incomplete: leave out rows without steps or answer, and say how many; else they are errors.
         check_images: decode every image once.
+        needs_steps: a row without a rationale cannot be used; reinforcement learning asks for none.
 
     Raises:
         ValueError: a row that cannot be used; the message names it.
@@ -214,7 +217,7 @@ def read_reasoning(
     path, samples, dropped = Path(path), [], []
     for origin, row in read_rows(path, split):
         try:
-            samples.append(adapt(row, data_format, path.parent, origin))
+            samples.append(adapt(row, data_format, path.parent, origin, needs_steps))
         except IncompleteRow:
             if not drop_incomplete:
                 raise

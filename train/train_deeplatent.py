@@ -1,4 +1,4 @@
-"""Train DeepLatent in its stages: interleaved pictures, then latent blocks in their place.
+"""Train DeepLatent in its stages: interleaved pictures, latent blocks in their place, reinforcement learning.
 
     python -m train.tasks --task all --n 2000 --seed 0 --output data/tasks
     python -m train.train_deeplatent --stage sft1 --model_path out/deeplatent --data_path data/tasks/data.jsonl \
@@ -6,6 +6,7 @@
     python -m train.cache_teacher_states --model out/sft1 --data data/tasks/data.jsonl --output out/teacher
     python -m train.train_deeplatent --stage sft2 --model_path out/sft1 --data_path data/tasks/data.jsonl \
         --teacher_states out/teacher --output_dir out/sft2 --bf16 --gradient_checkpointing
+    python -m train.train_deeplatent --stage rl --model_path out/sft2 --data_path data/tasks/data.jsonl --output_dir out/rl --bf16
 
 Every argument of `transformers.TrainingArguments` works; `--stage sft2 --help` lists those of a stage. A run that was killed
 goes on with `--resume_from_checkpoint last`. On several GPUs: `accelerate launch --config_file train/accelerate/fsdp2.yaml -m
@@ -18,14 +19,18 @@ import sys
 from importlib import import_module
 
 
-STAGES = {"sft1": "train.deeplatent.sft", "sft2": "train.deeplatent.sft"}  # each with a `main(arguments)`
+STAGES = {  # each with a `run(arguments)`
+    "sft1": "train.deeplatent.sft",
+    "sft2": "train.deeplatent.sft",
+    "rl": "train.train_deeplatent_rl",
+}
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
     parser.add_argument("--stage", choices=STAGES, required=True)
     stage = parser.parse_known_args(arguments)[0].stage
-    import_module(STAGES[stage]).main(arguments)
+    import_module(STAGES[stage]).run(arguments)
 
 
 if __name__ == "__main__":

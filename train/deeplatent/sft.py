@@ -249,5 +249,5 @@ def save_trained(trainer: LatentTrainer) -> None:
 PARSER = HfArgumentParser((SftArguments, DataArguments, SftTrainingArguments))
 
 
-def main(arguments: list[str]) -> None:
+def run(arguments: list[str]) -> None:
     train_sft(*PARSER.parse_args_into_dataclasses(arguments))

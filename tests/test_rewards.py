@@ -1,0 +1,202 @@
+"""Rewards: which answers are right, what a reward may not return, and a judge that is asked only when it should be."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from train.deeplatent_rl import rewards
+from train.deeplatent_rl.judge import Judge, JudgeArguments
+from train.deeplatent_rl.rewards import RewardArguments, WeightedRewards, find_box, is_right
+from train.reasoning_data import ReasoningSample
+
+
+def written(text: str, answer: str = "red", line: int = 1, latents: int = 0) -> SimpleNamespace:
+    sample = ReasoningSample([], "what colour?", [], answer, f"Line {line} of data.jsonl")
+    return SimpleNamespace(text=text, sample=sample, num_latent_tokens=latents, rewards={}, reward=None)
+
+
+@pytest.mark.parametrize(
+    "text, box",
+    [
+        (r"so \boxed{red}", "red"),
+        (r"\boxed{a} no, \boxed{ \frac{1}{2} }", r"\frac{1}{2}"),
+        (r"\boxed{a} and \boxed{never closed", "a"),
+        (r"\boxed{}", ""),
+        ("red", None),
+        (r"\boxed{{a}", None),
+    ],
+)
+def test_the_last_closed_box_counts(text, box):
+    assert find_box(text) == box
+
+
+@pytest.mark.parametrize(
+    "answer, truth, right",
+    [
+        ("Red.", "red", True),
+        ("dark red", "red", False),
+        ("B", "B", True),
+        ("(B)", "B", True),
+        ("b", "B", True),
+        ("B. a dog", "B", True),
+        ("(B) a dog", "(B)", True),
+        ("A dog", "A", False),
+        ("Both", "B", False),
+        ("(A) B", "B", False),
+        ("1,000", "1000", True),
+        ("3.50", "3.5", True),
+        ("4", "3", False),
+        ("none", "3", False),
+    ],
+)
+@pytest.mark.parametrize("has_math_verify", [True, False])
+def test_right_answers(monkeypatch, answer, truth, right, has_math_verify):
+    if has_math_verify:
+        pytest.importorskip("math_verify")
+    else:
+        monkeypatch.setitem(__import__("sys").modules, "math_verify", None)
+    assert is_right(answer, truth) == right
+
+
+def test_mathematics_is_compared_by_value():
+    pytest.importorskip("math_verify")
+    assert is_right(r"\frac{1}{2}", "0.5") and is_right("2x + 1", "1 + 2x")
+    assert not is_right(r"\frac{1}{3}", "0.5")
+    found = []  # in a thread, as trainers may call it, where no alarm can be set
+    thread = threading.Thread(target=lambda: found.append(is_right(r"\frac{2}{4}", "1/2")))
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+def test_the_default_reward_is_that_of_the_paper():
+    texts = [r"\boxed{red}", "red", r"\boxed{blue}", "blue", r"\boxed{}"]
+    found = [written(text) for text in texts]
+    WeightedRewards(RewardArguments())(found)
+    assert [one.reward for one in found] == pytest.approx([1.0, 0.9, 0.1, 0.0, 0.0])
+    assert found[0].rewards == {"accuracy": 1.0, "format": 1.0}
+
+
+def test_a_number_in_a_text_without_a_box_is_no_answer():
+    assert rewards.accuracy([written("first 3, then 4, then 5", "4"), written("4", "4")]) == [0.0, 1.0]
+
+
+def test_writing_latents_pays_only_when_asked_for():
+    found = [written(r"\boxed{red}", latents=2), written(r"\boxed{red}")]
+    WeightedRewards(RewardArguments(latent_reward_weight=0.5))(found)
+    assert [one.reward for one in found] == pytest.approx([1.5, 1.0])
+    assert "latent" not in WeightedRewards(RewardArguments()).weights
+
+
+def constant(trajectories):
+    return torch.full((len(trajectories),), 2.0)
+
+
+def test_a_callable_of_the_user_is_found_by_name():
+    found = [written("x"), written("y")]
+    WeightedRewards(RewardArguments(rewards=["test_rewards:constant", "format"], reward_weights=[3.0, 1.0]))(found)
+    assert [one.reward for one in found] == [6.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        ([1.0], "returned 1 values for 3 trajectories.*Line 1 of data"),
+        ([1.0] * 4, "returned 4 values for 3"),
+        ([0.0, float("nan"), 0.0], "finite number, got nan for Line 2 of data"),
+        ([0.0, 0.0, float("inf")], "got inf for Line 3"),
+        ([0.0, None, 0.0], "got None for Line 2"),
+        ([0.0, "good", 0.0], "got 'good' for Line 2"),
+        (1.0, "must return a list of numbers, got float"),
+        (None, "got NoneType"),
+    ],
+)
+def test_bad_values_name_the_sample(monkeypatch, returned, message):
+    monkeypatch.setitem(rewards.NAMED, "own", lambda trajectories: returned)
+    weighted = WeightedRewards(RewardArguments(rewards=["own"]))
+    with pytest.raises(ValueError, match=message):
+        weighted([written("x", line=line) for line in (1, 2, 3)])
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"rewards": []}, "one or more"),
+        ({"rewards": ["format", "format"]}, "different"),
+        ({"rewards": ["style"]}, "accuracy.*module:function, got 'style'"),
+        ({"rewards": ["no_such_module:f"]}, "cannot be imported"),
+        ({"rewards": ["test_rewards:no_such_name"]}, "cannot be imported"),
+        ({"rewards": ["test_rewards:__name__"]}, "cannot be called"),
+        ({"rewards": ["format"], "reward_weights": [1.0, 2.0]}, "1 finite numbers"),
+        ({"rewards": ["format"], "reward_weights": [float("nan")]}, "finite"),
+        ({"rewards": ["latent"], "latent_reward_weight": 0.1}, "beside"),
+        ({"rewards": ["judge"]}, "judge_url"),
+    ],
+)
+def test_rewards_that_cannot_be(fields, message):
+    with pytest.raises(ValueError, match=message):
+        WeightedRewards(RewardArguments(**fields))
+
+
+@pytest.fixture
+def endpoint():
+    """An endpoint that scores by the response it is shown, fails once for `busy`, and keeps what it was sent."""
+    seen = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked = body["messages"][0]["content"]
+            fails = "busy" in asked and not any("busy" in request["messages"][0]["content"] for _, _, request in seen)
+            seen.append((self.path, self.headers.get("Authorization"), body))
+            word = asked.split("Response:\n")[1].split("\n")[0]
+            reply = json.dumps(
+                {"choices": [{"message": {"content": f"Score: {word.removeprefix('busy ')}"}}]}
+            ).encode()
+            self.send_response(503 if fails else 200)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1/", seen
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_judge_counts_from_its_threshold(monkeypatch, endpoint):
+    url, seen = endpoint
+    monkeypatch.setattr("train.deeplatent_rl.judge.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("JUDGE_API_KEY", "a key")
+    arguments = JudgeArguments(judge_url=url, judge_model="judge-7b", judge_workers=1)
+    found = [written(text) for text in ("0.59", "0.6", "1", "0", "busy 1.0")]
+    WeightedRewards(RewardArguments(rewards=["judge", "format"]), arguments)(found)
+    assert [one.rewards["judge"] for one in found] == [0.0, 1.0, 1.0, 0.0, 1.0]
+    assert found[1].reward == pytest.approx(0.9)
+    path, key, body = seen[0]
+    assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer a key", "judge-7b")
+    assert "what colour?" in body["messages"][0]["content"] and len(seen) == 6
+    with pytest.raises(ValueError, match="no score from 0 to 1 for Line 7"):
+        Judge(arguments)([written("very good", line=7)])
+
+
+def test_a_judge_that_is_not_there_is_an_error_that_names_the_sample():
+    arguments = JudgeArguments(judge_url="http://127.0.0.1:9/v1", judge_model="m", judge_retries=0)
+    with pytest.raises(ValueError, match="did not answer about Line 3"):
+        Judge(arguments)([written("x", line=3)])
+
+
+def test_nobody_is_asked_by_default(monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    WeightedRewards(RewardArguments(), JudgeArguments(judge_url="http://localhost", judge_model="m"))([written("x")])
