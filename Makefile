@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := configuration_latentvlm modeling_latentvlm processing_latentvlm conversion train benchmarks examples tests
 
-.PHONY: demo test check style clean train-vedas train-lare
+.PHONY: demo test check style clean train-deeplatent train-lare train-vedas
 
 # A CUDA build of torch only where there is a GPU: its wheels weigh gigabytes.
 $(VENV)/.ready: setup.cfg pyproject.toml
@@ -28,7 +28,7 @@ style: $(VENV)/.ready
 	$(BIN)/ruff format $(SOURCES)
 
 # Small models from nothing, on whatever is at hand; `TRAIN="--scale 0.01"` tries a recipe out.
-train-vedas train-lare: train-%: $(VENV)/.ready
+train-deeplatent train-lare train-vedas: train-%: $(VENV)/.ready
 	$(BIN)/python -m train.recipes $* --output out/$*-small $(TRAIN)
 
 clean:

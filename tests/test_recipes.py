@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import HfArgumentParser
 
-from train import recipes, train_lare, train_vedas
+from train import ablations, recipes, train_deeplatent_rl, train_lare, train_vedas
+from train.deeplatent import sft
 from train.lare.objective import LatentLossArguments
 from train.replay import ReplayArguments
 
@@ -23,13 +24,59 @@ def test_commands_are_what_the_scripts_take(name, tmp_path):
     build, trained, _ = recipes.RECIPES[name]
     commands = build(tmp_path, "color", 1.0)
     assert Path(commands[-1][0]).parent == tmp_path / trained
-    parsed = 0
-    for _, command in commands:
-        module, *arguments = shlex.split(command)
-        if module in PARSERS:
-            HfArgumentParser(PARSERS[module]).parse_args_into_dataclasses([*arguments, "--use_cpu"])
-            parsed += 1
-    assert parsed == {"vedas": 1, "lare": 4}[name]
+    assert sum(parses(command) for _, command in commands) == {"deeplatent": 3, "lare": 4, "vedas": 1}[name]
+
+
+def parses(command: str) -> bool:
+    """Whether it is a command of a training script; what the script does not take is an error of its parser."""
+    module, *arguments = shlex.split(command)
+    arguments.append("--use_cpu")
+    if module == "train.train_deeplatent":
+        if "rl" in arguments:
+            arguments.remove("--stage")
+            arguments.remove("rl")
+            HfArgumentParser(train_deeplatent_rl.ARGUMENTS).parse_args_into_dataclasses(arguments)
+        else:
+            sft.PARSER.parse_args_into_dataclasses(arguments)
+    elif module in PARSERS:
+        HfArgumentParser(PARSERS[module]).parse_args_into_dataclasses(arguments)
+    else:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("name", list(ablations.VARIANTS))
+def test_ablations_are_what_the_scripts_take(name, tmp_path):
+    folder, [(made, command)] = ablations.commands(
+        name, tmp_path, tmp_path / "seed0", 0, "--max_steps 2", "--max_steps 1"
+    )
+    assert Path(made).parent == folder and parses(command)
+
+
+def test_ablations_run_what_they_need_and_tabulate(tmp_path, monkeypatch):
+    for needed in ("sft1/config.json", "train/data.jsonl", "test/data.jsonl"):
+        (tmp_path / needed).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / needed).touch()
+    trained = []
+
+    def train(todo):
+        trained.append(Path(todo[0][0]).parent.name)
+        Path(todo[0][0]).parent.mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(ablations, "run", train)
+    monkeypatch.setattr(
+        ablations, "score", lambda folder, data, field: {"latents": len(trained) / 10, "no latents": 0.1}
+    )
+    ablations.main(
+        ["--base", str(tmp_path), "--output", str(tmp_path / "out"), "--seeds", "0", "1", "--variants", "joint GRPO"]
+    )
+    assert trained == ["full", "joint-GRPO"] * 2
+    table = (tmp_path / "out" / "ablations.md").read_text()
+    assert (
+        "| full | 20.0 ± 14.1 | 10.0 ± 0.0 | 2 |" in table and "| joint GRPO | 30.0 ± 14.1 | 10.0 ± 0.0 | 2 |" in table
+    )
+    with pytest.raises(ValueError, match="train.recipes deeplatent"):
+        ablations.main(["--base", str(tmp_path / "no"), "--output", str(tmp_path / "out")])
 
 
 def test_what_is_there_is_not_made_again(tmp_path, monkeypatch):
