@@ -19,28 +19,13 @@ from modeling_latentvlm import DeepLatentForConditionalGeneration, step_decoding
 from modeling_latentvlm.visual_replay import Replay, pick_tokens
 from processing_latentvlm import DeepLatentProcessor
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
+from train.small_backbone import CHAT_TEMPLATE as CHAT_TEMPLATE
+from train.small_backbone import SPECIAL_TOKENS
 
 
 # The models are tiny: a second thread only waits for the first.
 torch.set_num_threads(1)
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for item in message['content'] %}"
-    "{% if item['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif item['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% elif 'text' in item %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 CORPUS = [
     "what colour is the small round shape on the left of the picture",
     "the answer is red green blue",

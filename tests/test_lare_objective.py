@@ -184,7 +184,7 @@ class Net(torch.nn.Module):
         self.latents.retain_grad()
         return self.alignment(self.latents, targets)
 
-data = torch.load(f"{folder}/data.pt")
+data = torch.load(f"{folder}/data.pt", weights_only=True)
 net = Net()
 net.load_state_dict(data["net"])
 cut = slice(3 * rank, 3 * rank + 3)
@@ -219,7 +219,7 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
     latents.retain_grad()
     loss = net["alignment"](latents, targets)
     loss.backward()
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for one in found:
         assert_near(one["loss"], loss.detach(), 1e-6)
         assert_near(one["eval"], loss.detach(), 1e-6)

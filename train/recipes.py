@@ -99,7 +99,7 @@ def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
         ),
     ]
     # The language model starts from nothing too, so it has to learn to speak where the paper's only adapts: stage 3 is long.
-    for stage, (epochs, rate) in enumerate([(1, "1e-3"), (1, "1e-3"), (4, "1e-3"), (1, "3e-4")], 1):
+    for stage, (epochs, rate) in enumerate([(1, "1e-3"), (1, "1e-3"), (12, "1e-3"), (4, "3e-4")], 1):
         commands.append(
             (
                 f"{output}/stage{stage}/config.json",
