@@ -23,8 +23,7 @@ from train.deeplatent_rl.policy import AdapterArguments, check_policy, prepare_p
 from train.deeplatent_rl.rewards import RewardArguments, WeightedRewards
 from train.deeplatent_rl.rollouts import QuestionCollator, RolloutArguments
 from train.reasoning_data import read_reasoning
-from train.train_vedas import save_trained
-from train.training_model import TrainingModel, last_complete_checkpoint
+from train.training_model import TrainingModel, last_complete_checkpoint, save_trained
 
 
 @dataclass

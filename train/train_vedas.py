@@ -11,7 +11,6 @@ into it, and also lies in `adapter/`.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
@@ -19,7 +18,13 @@ from train.curriculum import Curriculum, CurriculumCollator
 from train.gradient_dynamics import GradientDynamics
 from train.reasoning_data import read_reasoning
 from train.replay import ReplayArguments, ReplayObjective
-from train.training_model import LatentTrainer, TrainingModel, last_complete_checkpoint, load_objective
+from train.training_model import (
+    LatentTrainer,
+    TrainingModel,
+    last_complete_checkpoint,
+    load_objective,
+    save_trained,
+)
 
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -153,18 +158,6 @@ def main(args: ScriptArguments, replay_args: ReplayArguments, training_args: Tra
     trainer.train(last_complete_checkpoint(training_args.output_dir) if resume == "last" else resume)
     save_trained(trainer)
     return trainer
-
-
-def save_trained(trainer: LatentTrainer) -> None:
-    """Leave a whole checkpoint in the output folder, adapters merged."""
-    whole, folder = trainer.accelerator.unwrap_model(trainer.model), Path(trainer.args.output_dir)
-    if not hasattr(whole.model, "peft_config") or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        trainer.save_model()
-        return
-    if trainer.args.should_save:
-        whole.model.save_pretrained(folder / "adapter")
-    whole.model = whole.model.merge_and_unload()
-    trainer.save_model()
 
 
 if __name__ == "__main__":

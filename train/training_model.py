@@ -164,3 +164,15 @@ class LatentTrainer(Trainer):
         """Keep the card of the architecture, in place of the one about a training run."""
         if self.is_world_process_zero():
             write_model_card(self.accelerator.unwrap_model(self.model).config, Path(self.args.output_dir))
+
+
+def save_trained(trainer: LatentTrainer) -> None:
+    """Leave a whole checkpoint in the output folder, adapters merged."""
+    whole, folder = trainer.accelerator.unwrap_model(trainer.model), Path(trainer.args.output_dir)
+    if not hasattr(whole.model, "peft_config") or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        trainer.save_model()
+        return
+    if trainer.args.should_save:
+        whole.model.save_pretrained(folder / "adapter")
+    whole.model = whole.model.merge_and_unload()
+    trainer.save_model()

@@ -13,7 +13,7 @@ from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.distillation import SftObjective
 from train.deeplatent.teacher_states import TeacherCache, choose_layers, make_fingerprint
 from train.deeplatent.trajectories import CHAINS_OF_THOUGHT, Trajectories
-from train.training_model import LatentTrainer, TrainingModel, last_complete_checkpoint
+from train.training_model import LatentTrainer, TrainingModel, last_complete_checkpoint, save_trained
 
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -234,16 +234,6 @@ def train_sft(args: SftArguments, data_args: DataArguments, training_args: Train
     trainer.train(last_complete_checkpoint(training_args.output_dir) if resume == "last" else resume)
     save_trained(trainer)
     return trainer
-
-
-def save_trained(trainer: LatentTrainer) -> None:
-    """Leave a whole checkpoint in the output folder, adapters merged."""
-    whole, folder = trainer.accelerator.unwrap_model(trainer.model), Path(trainer.args.output_dir)
-    if hasattr(whole.model, "peft_config") and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        if trainer.args.should_save:
-            whole.model.save_pretrained(folder / "adapter")
-        whole.model = whole.model.merge_and_unload()
-    trainer.save_model()
 
 
 PARSER = HfArgumentParser((SftArguments, DataArguments, SftTrainingArguments))
