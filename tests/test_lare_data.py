@@ -14,6 +14,7 @@ from conversion.convert_lare import VICUNA_TEMPLATE
 from processing_latentvlm import LaReProcessor
 from processing_latentvlm.processing_lare import REFOCUS_TOKENS
 from train.curriculum import answer_text
+from train.curriculum import answer_text
 from train.lare.data import IGNORED, Conversation, LaReCollator, from_reasoning, read_llava
 from train.reasoning_data import ReasoningSample
 
@@ -286,6 +287,7 @@ def test_a_template_that_rewrites_what_it_rendered_is_refused(folder):
 
 def test_reasoning_samples_answer_with_their_steps(qwen):
     sample = ReasoningSample([picture(seed=1), picture(seed=2)], "which?", ["First look.", "Then think."], "B", "here")
+    assert from_reasoning(sample, is_direct=True).messages[1]["content"] == answer_text(sample.answer)
     conversation = from_reasoning(sample)
     assert conversation.messages == [
         {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "which?"}]},
