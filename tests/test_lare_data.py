@@ -14,7 +14,6 @@ from conversion.convert_lare import VICUNA_TEMPLATE
 from processing_latentvlm import LaReProcessor
 from processing_latentvlm.processing_lare import REFOCUS_TOKENS
 from train.curriculum import answer_text
-from train.curriculum import answer_text
 from train.lare.data import IGNORED, Conversation, LaReCollator, from_reasoning, read_llava
 from train.reasoning_data import ReasoningSample
 
