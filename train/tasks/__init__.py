@@ -13,9 +13,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from train.tasks.chart import ask_compare, ask_largest, ask_value
 from train.tasks.families import FAMILIES, LEVELS, SEARCH, SYNTHESIS, family_of, tasks_of
 from train.tasks.jigsaw import ask_jigsaw
+from train.tasks.maze import ask_goal, ask_length, ask_move
 from train.tasks.photos import PHOTOS
+from train.tasks.relation import ask_beside, ask_side
 from train.tasks.sample import PATCH_MULTIPLE, Request, Sample, Step
 from train.tasks.search import (
     ask_search_color,
@@ -54,6 +57,14 @@ TASKS: dict[str, Callable[[Request], Sample]] = {
     "search_position": ask_search_position,
     "search_text": ask_search_text,
     "jigsaw": ask_jigsaw,
+    "maze_goal": ask_goal,
+    "maze_move": ask_move,
+    "maze_length": ask_length,
+    "chart_value": ask_value,
+    "chart_largest": ask_largest,
+    "chart_compare": ask_compare,
+    "relation_color": ask_beside,
+    "relation_side": ask_side,
 }
 PRETRAINING = {"describe": describe_scene, "describe_search": describe_large_scene}  # no part of "all"
 ALL = "all"

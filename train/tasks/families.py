@@ -5,6 +5,9 @@ FAMILIES = {
     "shapes": ("color", "digit", "count", "position"),
     "search": ("search_color", "search_count", "search_position", "search_text"),
     "jigsaw": ("jigsaw",),
+    "maze": ("maze_goal", "maze_move", "maze_length"),
+    "chart": ("chart_value", "chart_largest", "chart_compare"),
+    "relation": ("relation_color", "relation_side"),
 }
 SEARCH = ("search", "chart", "relation")  # families: the answer stands in a small part of the picture
 SYNTHESIS = ("jigsaw", "maze")  # families: the answer stands in a picture that has to be made first
