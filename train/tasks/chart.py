@@ -141,7 +141,8 @@ def _frame(request: Request, num_bars: int) -> Frame:
     if unit >= half:
         unit = unit // half * half
     column = (size - PATCH_MULTIPLE) // num_bars // PATCH_MULTIPLE * PATCH_MULTIPLE
-    floor = size - PATCH_MULTIPLE * ((size - values * unit) // (2 * PATCH_MULTIPLE))
+    below = (size - values * unit) // 2
+    floor = size - (below // PATCH_MULTIPLE * PATCH_MULTIPLE or below)
     return Frame(size, unit, min(column, 2 * PATCH_MULTIPLE), floor)
 
 
@@ -176,7 +177,10 @@ def _compose(
     picture = _draw(request, chart, frame)
     columns = {color: frame.whole_column(number) for number, (color, _) in enumerate(chart.bars)}
     looked_at = [step[0] for step in steps if not isinstance(step, Step)]
-    steps = [step if isinstance(step, Step) else crop_step(step[1], picture, columns[step[0]]) for step in steps]
+    steps = [
+        step if isinstance(step, Step) else crop_step(step[1], picture, columns[step[0]], least_width=1)
+        for step in steps
+    ]
     objects = [
         {"color": color, "value": value, "box": list(frame.bar(number, value)), "asked": color in looked_at}
         for number, (color, value) in enumerate(chart.bars)

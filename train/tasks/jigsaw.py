@@ -58,8 +58,10 @@ def ask_jigsaw(request: Request) -> Sample:
         Step("I put the pieces in their places.", solved, (0, 0, *picture.size)),
         Step(f"Piece {answer} belongs at {homes[asked]}."),
     ]
+    whole_name = None if puzzle.shape is None else f"{puzzle.color} {puzzle.shape}"
     objects = [
-        {"box": list(box), "home": home, "asked": number == answer} for number, home, box in zip(numbers, where, boxes)
+        {"box": list(box), "home": home, "part_of": whole_name, "asked": number == answer}
+        for number, home, box in zip(numbers, where, boxes)
     ]
     objects += [
         {**Thing("white", "square", number)._asdict(), "box": list(_label_box(box)), "asked": False}

@@ -7,6 +7,7 @@ split is found in another, whoever stands in it.
 """
 
 from collections import deque
+from itertools import combinations
 from random import Random
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from train.tasks.shapes import Thing, draw_thing
 
 
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+WALLS = tuple(" ".join(some) for count in range(1, 4) for some in combinations(MOVES, count))  # of a cell; or OPEN
+OPEN = "none"
 GOALS = tuple("1234")
 LENGTHS = {"easy": tuple("234567"), "hard": tuple(str(length) for length in range(6, 16))}
 START, GOAL = Thing("red", "circle"), Thing("yellow", "star")
@@ -216,7 +219,7 @@ def _draw(maze: Maze, way: bool) -> Image.Image:
 def _objects(maze: Maze, corner: int) -> list[dict]:
     """Every cell with its walls and whether the way passes it, and the things."""
     objects = [
-        {"box": list(_cell_box(cell, corner)), "walls": " ".join(walls) or "none", "asked": cell in maze.way}
+        {"box": list(_cell_box(cell, corner)), "walls": " ".join(walls) or OPEN, "asked": cell in maze.way}
         for cell, walls in _walls(maze).items()
     ]
     things = {maze.start: START, **maze.goals}

@@ -155,20 +155,22 @@ def zoom_step(text: str, image: Image.Image, box: tuple[int, int, int, int], con
     return Step(text, image.resize((zoomed, zoomed), Image.Resampling.BICUBIC, box=region), region)
 
 
-def crop_step(text: str, image: Image.Image, box: tuple[int, int, int, int]) -> Step:
+def crop_step(text: str, image: Image.Image, box: tuple[int, int, int, int], least_width: int = 2) -> Step:
     """Return a step that looks at the merged patches of which `box` has a part, at least two by two, in their own size.
 
     What a tower has learned about a cell of the picture holds for the crop too, token by token.
+
+    Args:
+        least_width: patches from left to right.
     """
-    left, right = _patches(box[0], box[2], image.width)
-    top, bottom = _patches(box[1], box[3], image.height)
+    left, right = _patches(box[0], box[2], image.width, least_width)
+    top, bottom = _patches(box[1], box[3], image.height, 2)
     region = (left, top, right, bottom)
     return Step(text, image.crop(region), region)
 
 
-def _patches(first: int, last: int, size: int) -> tuple[int, int]:
-    """The pixels from `first` to `last`, grown to the borders of patches and to two of them."""
+def _patches(first: int, last: int, size: int, least: int) -> tuple[int, int]:
+    """The pixels from `first` to `last`, grown to the borders of patches and to `least` of them."""
     first, last = first // PATCH_MULTIPLE * PATCH_MULTIPLE, -(-last // PATCH_MULTIPLE) * PATCH_MULTIPLE
-    if last - first < 2 * PATCH_MULTIPLE:
-        last = min(first + 2 * PATCH_MULTIPLE, size)
-    return min(first, last - 2 * PATCH_MULTIPLE), last
+    last = min(max(last, first + least * PATCH_MULTIPLE), size)
+    return min(first, last - least * PATCH_MULTIPLE), last
