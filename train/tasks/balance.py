@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+from PIL import Image
+
 from train.tasks import FAMILIES, LEVELS, SPLITS, TASKS, family_of, generate_sample, tasks_of
 
 
@@ -39,9 +41,10 @@ def read_rows(path: str | Path) -> list[dict]:
 
 
 def make_rows(tasks: tuple[str, ...], n: int, seed: int, split: str, level: str, image_size: int) -> Iterator[dict]:
-    """Rows of `n` samples of each task. Things are not painted, which costs most of the time and changes no answer."""
+    """Rows of `n` samples of each task. Nothing is painted, which costs most of the time and changes no answer."""
     painters = [f"train.tasks.{module}.draw_thing" for module in ("shapes", "search", "jigsaw", "maze")]
     patches = [mock.patch(painter, return_value=None) for painter in painters]
+    patches.append(mock.patch("train.tasks.photos.load_photo", return_value=Image.new("RGB", (28, 28))))
     for patch in patches:
         patch.start()
     try:
@@ -53,6 +56,16 @@ def make_rows(tasks: tuple[str, ...], n: int, seed: int, split: str, level: str,
     finally:
         for patch in patches:
             patch.stop()
+
+
+def halve(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Deal the rows of each task out in turn: tasks may alternate in a file, so every second row would be one task."""
+    halves: tuple[list[dict], list[dict]] = ([], [])
+    seen: Counter = Counter()
+    for row in rows:
+        halves[seen[row["task"]] % 2].append(row)
+        seen[row["task"]] += 1
+    return halves
 
 
 def measure(train: list[dict], held_out: list[dict]) -> dict[str, dict[str, float | None]]:
@@ -95,7 +108,7 @@ def _score_words(train: list[dict], held_out: list[dict]) -> float | None:
         from sklearn.linear_model import LogisticRegression
     except ImportError:
         return None
-    words = CountVectorizer(token_pattern=r"\w+")
+    words = CountVectorizer(token_pattern=r"\w+|[^\w\s]")
     features = words.fit_transform([row["question"] for row in train])
     model = LogisticRegression(max_iter=300).fit(features, [row["answer"] for row in train])
     given = model.predict(words.transform([row["question"] for row in held_out]))
@@ -114,7 +127,9 @@ def main(arguments: list[str] | None = None) -> None:
         prog="python -m train.tasks.balance", description="What is known about the answers without looking."
     )
     parser.add_argument("--data", help="a data.jsonl to learn from; default: samples made in memory")
-    parser.add_argument("--held-out", help="a data.jsonl to be scored on (default: every second row of --data)")
+    parser.add_argument(
+        "--held-out", help="a data.jsonl to be scored on (default: every second row of each task in --data)"
+    )
     parser.add_argument("--task", default="all", help=f"{', '.join(TASKS)}; {', '.join(FAMILIES)} or all")
     parser.add_argument("--n", type=int, default=600, help="samples of each task, to learn from and again to score")
     parser.add_argument("--seed", type=int, default=0)
@@ -125,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if options.data is not None:
             train = read_rows(options.data)
-            train, held_out = (train, read_rows(options.held_out)) if options.held_out else (train[::2], train[1::2])
+            train, held_out = (train, read_rows(options.held_out)) if options.held_out else halve(train)
         else:
             generate_sample(options.task, 0, 0, options.split, options.image_size, options.level)  # checks the options
             tasks = tasks_of(options.task, options.level)

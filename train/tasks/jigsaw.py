@@ -1,8 +1,8 @@
 """Visual synthesis: a picture in pieces, shuffled and numbered. Which piece belongs where?
 
 On level "easy" there are 2 x 2 pieces of a large shape in the middle of a calm photo: each shows by itself which corner
-it is. On "hard" there are 3 x 3 pieces of a photo. The assistant's picture is the puzzle put together, in half size, with the
-numbers of the pieces on it. The layout (see `layout.py`) is the shape, its color and the order of the pieces; of a hard
+it is. On "hard" there are 3 x 3 pieces of a photo. The assistant's picture is the puzzle put together, in half size where
+that is legible, with the numbers of the pieces on it. The layout (see `layout.py`) is the shape, its color and the order of the pieces; of a hard
 puzzle the order alone.
 """
 
@@ -128,8 +128,8 @@ def _lay_out(request: Request, whole: Image.Image, order: tuple[int, ...], side:
 
 
 def _half_size(request: Request, pieces: int) -> int:
-    """Pixels a side of a piece in the solved picture: whole patches, at least one for the number."""
-    return max(1, round(num_cells(request) / 2 / pieces)) * PATCH_MULTIPLE
+    """Pixels a side of a piece in the solved picture: whole patches, and two, or the number would hide it."""
+    return max(2, round(num_cells(request) / 2 / pieces)) * PATCH_MULTIPLE
 
 
 def _solve(whole: Image.Image, order: tuple[int, ...], side: int) -> Image.Image:
