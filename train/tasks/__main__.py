@@ -5,7 +5,7 @@ python -m train.tasks --task all --n 2000 --split test --output data/test --gall
 """
 
 import argparse
-from time import perf_counter
+from time import process_time
 
 from train.tasks import FAMILIES, LEVELS, MIN_IMAGE_SIZE, SPLITS, TASKS, write_dataset
 from train.tasks.gallery import write_gallery
@@ -30,13 +30,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")
     parser.add_argument("--gallery", action="store_true", help="also write gallery.html, one page to look at")
     options = vars(parser.parse_args(arguments))
-    has_gallery, start = options.pop("gallery"), perf_counter()
+    has_gallery, start = options.pop("gallery"), process_time()
     try:
         data = write_dataset(**options, progress=True)
     except ValueError as error:
         parser.error(str(error))
     n = options["n"]
-    print(f"{n} samples in {data} ({n / (perf_counter() - start):.0f} samples/s)")
+    print(f"{n} samples in {data} ({n / (process_time() - start):.0f} samples/s of one core)")
     if has_gallery:
         print(f"Gallery in {write_gallery(data)}")
 

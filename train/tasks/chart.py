@@ -185,4 +185,5 @@ def _compose(
         {"color": color, "value": value, "box": list(frame.bar(number, value)), "asked": color in looked_at}
         for number, (color, value) in enumerate(chart.bars)
     ]
-    return Sample(request, picture, question, answer, choices, steps, objects, num_cells(request))
+    grid = num_cells(request) if request.level == "easy" else None
+    return Sample(request, picture, question, answer, choices, steps, objects, grid)

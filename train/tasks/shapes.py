@@ -6,7 +6,7 @@ and never cross its middle lines: "top left" is true of all of an object or of n
 
 import math
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, lru_cache
 from random import Random
 from typing import NamedTuple
 
@@ -35,6 +35,7 @@ QUADRANTS = ("top left", "top right", "bottom left", "bottom right")
 GRID = 4  # cells a side; even, so that the middle lines run between cells
 OBJECT_SIZE = (0.15, 0.2)  # fraction of the picture's side
 OUTLINE, HALO = 0.05, 0.06  # fraction of the object's side
+SMALL = 32  # pixels a side; smaller things are kept once drawn
 SMOOTHING = 4  # shapes are drawn this many times larger, then reduced
 
 Point = tuple[float, float]
@@ -92,6 +93,12 @@ def load_font(size: int) -> ImageFont.FreeTypeFont:
 def draw_thing(picture: Image.Image, thing: Thing, box: Box) -> None:
     """Paint `thing` into the square `box`, with a dark outline in a light halo: one of them shows on any photo."""
     side = box[2] - box[0]
+    patch = (_draw_small_patch if side <= SMALL else _draw_patch)(thing, side)
+    picture.paste(patch, box[:2], patch)
+
+
+def _draw_patch(thing: Thing, side: int) -> Image.Image:
+    """Draw `thing` on a transparent square."""
     large = side * SMOOTHING
     middle, radius = large / 2, large * (0.5 - OUTLINE - HALO)
     points, digit_shift = SHAPES[thing.shape]
@@ -113,8 +120,11 @@ def draw_thing(picture: Image.Image, thing: Thing, box: Box) -> None:
             stroke_width=round(0.03 * large),
             stroke_fill=rim,
         )
-    patch = patch.reduce(SMOOTHING)
-    picture.paste(patch, box[:2], patch)
+    return patch.reduce(SMOOTHING)
+
+
+# Scenes hold few kinds of small things many times over; at the size of a merged patch all of them fit.
+_draw_small_patch = lru_cache(maxsize=2048)(_draw_patch)
 
 
 def deal_cells(rng: Random, grid: int, num_asked: int, num_others: int, quadrant: str | None) -> list[tuple[int, int]]:
