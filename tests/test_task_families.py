@@ -20,6 +20,7 @@ from train.tasks.gallery import write_gallery
 from train.tasks.layout import split_of
 from train.tasks.maze import FLOOR, LENGTHS, MOVES, START, WALL, find_ways, moves_of
 from train.tasks.relation import SIDES
+from train.tasks.sample import crop_step
 from train.tasks.shapes import COLORS, QUADRANTS, SHAPES, Thing, draw_thing
 from train.vision_pretraining import NAMES, cell_labels, pretrain, read_scenes
 
@@ -284,6 +285,9 @@ def test_solved_puzzle_is_made_of_the_pieces_at_their_homes(level, image_size):
         inside = (side // 2, side // 2, side - 4, side - 4)
         misfit = [difference(shown.crop(inside), region.crop(inside)) for region in regions]
         assert names[misfit.index(min(misfit))] == o["home"]
+        number = (8, 8, 20, 20)
+        there = regions[names.index(o["home"])].crop(number)
+        assert there.tobytes() == sample.image.crop(o["box"]).crop(number).tobytes()
 
 
 @pytest.mark.parametrize("task", FAMILIES["maze"])
@@ -340,6 +344,18 @@ def test_assistant_pictures_show_their_boxes_in_whole_patches(task, level):
             )
             if family_of(task) in ("chart", "relation") or (family_of(task) == "search" and level == "easy"):
                 assert picture.tobytes() == sample.image.crop(box).tobytes()
+
+
+@pytest.mark.parametrize(
+    "box, region",
+    [
+        ((30, 2, 54, 26), (28, 0, 84, 56)),  # a thing in one patch
+        ((86, 86, 110, 110), (56, 56, 112, 112)),  # in the last corner
+        ((30, 2, 82, 110), (28, 0, 84, 112)),
+    ],
+)
+def test_crops_stay_inside(box, region):
+    assert crop_step("", Image.new("RGB", (112, 112)), box).box == region
 
 
 # Balance
