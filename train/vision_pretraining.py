@@ -3,8 +3,15 @@
     python -m train.tasks --task describe --n 8000 --seed 0 --image-size 112 --output data/describe
     python -m train.vision_pretraining --model out/backbone --data data/describe/data.jsonl
 
+For the large scenes of 224 pixels and more, with a cell per merged patch:
+
+    python -m train.tasks --task describe_search --n 8000 --seed 0 --output data/scenes
+    python -m train.tasks --task jigsaw --n 2000 --seed 1 --output data/puzzles
+    python -m train.vision_pretraining --model out/backbone --data data/scenes/data.jsonl data/puzzles/data.jsonl
+
 Language-model losses alone teach a small tower very slowly: an answer is one word about one of many things. Here linear
-heads on its features name color, shape and digit of each cell; the heads are thrown away. The folder is changed in place:
+heads on its features name color, shape and digit of each cell, and what else the data say about cells: the corner at
+which a jigsaw piece is at home, the walls of a maze, the value of a bar. The heads are thrown away. The folder is changed in place:
 a Qwen2.5-VL backbone (`train.small_backbone`), whose merged patches must be the cells, or a CLIP tower
 (`train.lare.small`), whose patches must lie whole in them; CLIP's last layer but one is trained, as LLaVA reads it.
 """
@@ -19,14 +26,24 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, Qwen2_5_VLForConditionalGeneration
 
-from train.tasks.shapes import COLORS, DIGITS, GRID, SHAPES
+from train.tasks.chart import VALUES
+from train.tasks.maze import OPEN, WALLS
+from train.tasks.shapes import COLORS, DIGITS, GRID, QUADRANTS, SHAPES
 
 
-NAMES = {"color": ("", *COLORS), "shape": ("", *SHAPES), "digit": ("", *DIGITS)}
+NAMES = {
+    "color": ("", *COLORS),
+    "shape": ("", *SHAPES),
+    "digit": ("", *DIGITS),
+    "home": ("", *QUADRANTS),
+    "walls": ("", OPEN, *WALLS),
+    "value": ("", *VALUES["easy"]),
+}
+ALWAYS = 3  # so many of them are learned even where the data have none
 
 
 class CellFeatures(nn.Module):
-    """A tower's features of every cell of a scene: pixels of B scenes to (B, GRID, GRID, D)."""
+    """A tower's features of every cell of a scene: pixels of B scenes to (B, grid, grid, D)."""
 
     def __init__(self, folder: str | Path):
         super().__init__()
@@ -37,7 +54,7 @@ class CellFeatures(nn.Module):
         config = self.model.config if self.is_clip else self.model.config.vision_config
         self.size = config.hidden_size if self.is_clip else config.out_hidden_size
 
-    def forward(self, images: list[Image.Image]) -> Tensor:
+    def forward(self, images: list[Image.Image], grid: int = GRID) -> Tensor:
         inputs = self.processor(images, return_tensors="pt")
         if self.is_clip:
             states = self.model(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
@@ -45,45 +62,88 @@ class CellFeatures(nn.Module):
             states = self.model.model.visual(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
             states = states.view(len(images), -1, self.size)
         side = round(states.shape[1] ** 0.5)
-        if side % GRID:
-            raise ValueError(f"{side} x {side} features of a scene cannot be dealt out to {GRID} x {GRID} cells.")
-        per_cell = side // GRID
-        return states.unflatten(1, (GRID, per_cell, GRID, per_cell)).mean(dim=(2, 4))
+        if side % grid:
+            raise ValueError(f"{side} x {side} features of a scene cannot be dealt out to {grid} x {grid} cells.")
+        per_cell = side // grid
+        return states.unflatten(1, (grid, per_cell, grid, per_cell)).mean(dim=(2, 4))
 
 
-def cell_labels(objects: list[dict], image_size: int) -> Tensor:
-    """(GRID, GRID, 3) color, shape and digit of every cell; 0 for none."""
-    labels, cell = torch.zeros(GRID, GRID, len(NAMES), dtype=torch.long), image_size // GRID
+def cell_labels(objects: list[dict], image_size: int, grid: int = GRID) -> Tensor:
+    """(grid, grid, len(NAMES)) what is said of every cell that an object has a part of, by kind; 0 for nothing."""
+    labels, cell = torch.zeros(grid, grid, len(NAMES), dtype=torch.long), image_size // grid
     for thing in objects:
-        left, top, _, _ = thing["box"]
-        labels[top // cell, left // cell] = torch.tensor([NAMES[kind].index(thing[kind] or "") for kind in NAMES])
+        left, top, right, bottom = thing["box"]
+        covered = labels[top // cell : -(-bottom // cell), left // cell : -(-right // cell)]
+        for number, (kind, names) in enumerate(NAMES.items()):
+            if thing.get(kind) is not None:
+                covered[..., number] = names.index(str(thing[kind]))
     return labels
+
+
+def read_scenes(data: str | Path | list[str | Path]) -> tuple[list[Path], Tensor]:
+    """The pictures of one or more JSONL files, and the labels of their cells, (rows, grid, grid, len(NAMES)).
+
+    Raises:
+        ValueError: no row, things that do not stand in cells, or pictures or grids of several sizes.
+    """
+    paths = [Path(one) for one in (data if isinstance(data, list) else [data])]
+    rows = [(path, json.loads(line)) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    images, labels, sizes = [], [], set()
+    for path, row in rows:
+        if (grid := row.get("grid", GRID)) is None:  # files of the first version do not say
+            raise ValueError(
+                f"{row['id']} of {path} cannot teach about cells: its things stand freely (a hard level)."
+            )
+        images.append(path.parent / row["image"])
+        with Image.open(images[-1]) as image:
+            sizes.add((image.size, grid))
+        labels.append(cell_labels(row["objects"], image.width, grid))
+    if len(sizes) != 1:
+        found = ", ".join(f"{size[0]} x {size[1]} pixels with {grid} x {grid} cells" for size, grid in sorted(sizes))
+        raise ValueError(f"Pictures and their grids must all be of one size, got {found or 'no picture'}.")
+    return images, torch.stack(labels)
+
+
+def load_images(paths: list[Path]) -> list[Image.Image]:
+    images = []
+    for path in paths:
+        with Image.open(path) as image:
+            images.append(image.convert("RGB"))
+    return images
 
 
 def pretrain(
     folder: str | Path,
-    data: str | Path,
+    data: str | Path | list[str | Path],
     epochs: int = 6,
     batch_size: int = 64,
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Train the tower in `folder` in place; return the accuracy per kind over cells with a thing, in the last epoch."""
+    """Train the tower in `folder` in place; return the accuracy per kind in the last epoch.
+
+    Color, shape and digit are scored over cells with a colored thing, other kinds over the cells that have them.
+
+    Raises:
+        ValueError: data that cannot be used, see `read_scenes`.
+    """
     torch.manual_seed(seed)
-    rows = [json.loads(line) for line in Path(data).read_text(encoding="utf-8").splitlines()]
-    images = [Image.open(Path(data).parent / row["image"]).convert("RGB") for row in rows]
-    labels = torch.stack([cell_labels(row["objects"], image.width) for row, image in zip(rows, images)])
+    images, labels = read_scenes(data)
+    grid = labels.shape[1]
+    kinds = [number for number in range(len(NAMES)) if number < ALWAYS or labels[..., number].any()]
+    names = [list(NAMES)[number] for number in kinds]
+    labels = labels[..., kinds]
     tower = CellFeatures(folder)
-    heads = nn.ModuleList([nn.Linear(tower.size, len(names)) for names in NAMES.values()])
+    heads = nn.ModuleList([nn.Linear(tower.size, len(NAMES[name])) for name in names])
     optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], learning_rate, weight_decay=0.01)
-    steps = epochs * (len(rows) // batch_size)
+    steps = epochs * (len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 1))
     for _ in range(epochs):
-        right = torch.zeros(len(NAMES))
-        order, things = torch.randperm(len(rows)), 0
-        batches = order[: len(rows) // batch_size * batch_size].split(batch_size)
+        right, seen = torch.zeros(len(kinds)), torch.zeros(len(kinds))
+        order = torch.randperm(len(images))
+        batches = order[: len(images) // batch_size * batch_size].split(batch_size)
         for batch in (bar := tqdm(batches, desc="vision", leave=False)):
-            features, target = tower([images[number] for number in batch]), labels[batch]
+            features, target = tower(load_images([images[number] for number in batch]), grid), labels[batch]
             logits = [head(features) for head in heads]
             loss = sum(
                 nn.functional.cross_entropy(one.flatten(0, 2), target[..., k].flatten())
@@ -93,12 +153,13 @@ def pretrain(
             loss.backward()
             optimizer.step()
             schedule.step()
-            there = target[..., 0] > 0
-            right += torch.stack([((one.argmax(-1) == target[..., k]) & there).sum() for k, one in enumerate(logits)])
-            things += int(there.sum())
-            bar.set_postfix(loss=f"{float(loss):.3f}")
+            for k, one in enumerate(logits):
+                there = target[..., 0 if k < ALWAYS else k] > 0
+                right[k] += ((one.argmax(-1) == target[..., k]) & there).sum()
+                seen[k] += there.sum()
+            bar.set_postfix(loss=f"{loss.item():.3f}")
     tower.model.save_pretrained(folder)
-    scores = {kind: float(count) / things for kind, count in zip(NAMES, right)}
+    scores = {name: float(count / total) for name, count, total in zip(names, right, seen.clamp(min=1))}
     (Path(folder) / "vision_pretraining.json").write_text(json.dumps(scores))
     return scores
 
@@ -106,7 +167,7 @@ def pretrain(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", dest="folder", required=True, help="folder of a backbone or of a CLIP tower")
-    parser.add_argument("--data", required=True, help="JSONL of `train.tasks`")
+    parser.add_argument("--data", nargs="+", required=True, help="JSONL of `train.tasks`, pictures of one size")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

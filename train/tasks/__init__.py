@@ -3,46 +3,96 @@
     python -m train.tasks --task all --n 1000 --seed 0 --split train --output data/tasks
 
 writes `data.jsonl` and `images/`; `generate_sample` makes one sample in memory. A task is a function from a `Request`
-to a `Sample`. To add one, write the function and name it in `TASKS`: seeds, splits, files and the command line follow.
+to a `Sample`. To add one, write the function and name it in `TASKS` and in `families.py`: seeds, splits, files and the
+command line follow. `python -m train.tasks.balance` measures what is known without looking.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from tqdm import tqdm
 
+from train.tasks.chart import ask_compare, ask_largest, ask_value
+from train.tasks.families import FAMILIES, LEVELS, SEARCH, SYNTHESIS, family_of, tasks_of
+from train.tasks.jigsaw import ask_jigsaw
+from train.tasks.maze import ask_goal, ask_length, ask_move
 from train.tasks.photos import PHOTOS
+from train.tasks.relation import ask_beside, ask_side
 from train.tasks.sample import PATCH_MULTIPLE, Request, Sample, Step
+from train.tasks.search import (
+    ask_search_color,
+    ask_search_count,
+    ask_search_position,
+    ask_search_text,
+    describe_large_scene,
+)
 from train.tasks.shapes import ask_color, ask_count, ask_digit, ask_position, describe_scene
 
 
-__all__ = ["MIN_IMAGE_SIZE", "SPLITS", "TASKS", "Request", "Sample", "Step", "generate_sample", "write_dataset"]
+__all__ = [
+    "FAMILIES",
+    "LEVELS",
+    "MIN_IMAGE_SIZE",
+    "SEARCH",
+    "SPLITS",
+    "SYNTHESIS",
+    "TASKS",
+    "Request",
+    "Sample",
+    "Step",
+    "family_of",
+    "generate_sample",
+    "tasks_of",
+    "write_dataset",
+]
 
-TASKS = {"color": ask_color, "digit": ask_digit, "count": ask_count, "position": ask_position}
-PRETRAINING = {"describe": describe_scene}  # no part of "all"
+TASKS: dict[str, Callable[[Request], Sample]] = {
+    "color": ask_color,
+    "digit": ask_digit,
+    "count": ask_count,
+    "position": ask_position,
+    "search_color": ask_search_color,
+    "search_count": ask_search_count,
+    "search_position": ask_search_position,
+    "search_text": ask_search_text,
+    "jigsaw": ask_jigsaw,
+    "maze_goal": ask_goal,
+    "maze_move": ask_move,
+    "maze_length": ask_length,
+    "chart_value": ask_value,
+    "chart_largest": ask_largest,
+    "chart_compare": ask_compare,
+    "relation_color": ask_beside,
+    "relation_side": ask_side,
+}
+PRETRAINING = {"describe": describe_scene, "describe_search": describe_large_scene}  # no part of "all"
 ALL = "all"
 SPLITS = tuple(PHOTOS)
 MIN_IMAGE_SIZE = 112  # pixels; below it the digits are no longer legible
 
 
-def generate_sample(task: str, seed: int, index: int, split: str = "train", image_size: int = 224) -> Sample:
+def generate_sample(
+    task: str, seed: int, index: int, split: str = "train", image_size: int = 224, level: str = "easy"
+) -> Sample:
     """Return sample `index` of a task. The same arguments give the same sample.
 
-    `"all"` deals the tasks in turn: its sample `index` is sample `index // len(TASKS)` of one of them.
+    "all", or the name of a family, deals n tasks in turn: its sample `index` is sample `index // n` of one of them.
 
     Args:
         image_size: side of the picture in pixels, a multiple of 28.
+        level: "easy", for models of a few million weights, or "hard", which not every family has.
 
     Raises:
-        ValueError: unknown task or split, negative index, image size too small or no multiple of 28.
+        ValueError: unknown task, split or level, a level that the task does not have, negative index, image size too
+            small (for the level, too) or no multiple of 28.
     """
-    _validate(task, split, image_size)
+    _validate(task, split, image_size, level)
     if index < 0:
         raise ValueError(f"`index` must be >= 0, got {index}.")
-    if task == ALL:
-        index, turn = divmod(index, len(TASKS))
-        task = tuple(TASKS)[turn]
-    return (TASKS | PRETRAINING)[task](Request(task, split, seed, index, image_size))
+    dealt = tasks_of(task, level)
+    index, turn = divmod(index, len(dealt))
+    return (TASKS | PRETRAINING)[dealt[turn]](Request(dealt[turn], split, seed, index, image_size, level))
 
 
 def write_dataset(
@@ -52,6 +102,7 @@ def write_dataset(
     output: str | Path,
     split: str = "train",
     image_size: int = 224,
+    level: str = "easy",
     force: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -65,7 +116,7 @@ def write_dataset(
     Raises:
         ValueError: as for `generate_sample`; also when `n < 1`, or `output` is a file or, without `force`, not empty.
     """
-    _validate(task, split, image_size)
+    _validate(task, split, image_size, level)
     if n < 1:
         raise ValueError(f"`n` must be >= 1, got {n}.")
     output = Path(output)
@@ -73,13 +124,18 @@ def write_dataset(
         raise ValueError(f"`output` must be a folder, but {output} is a file.")
     if output.exists() and any(output.iterdir()) and not force:
         raise ValueError(f"`output` must be empty or new, but {output} is not empty. Pass `force` to write into it.")
+    # What a task itself refuses, a size too small for its level, is known before anything is written.
+    for index in range(min(n, len(tasks_of(task, level)))):
+        generate_sample(task, seed, index, split, image_size, level)
     (output / "images").mkdir(parents=True, exist_ok=True)
     data, unfinished = output / "data.jsonl", output / "data.jsonl.unfinished"
     data.unlink(missing_ok=True)  # it would name images that are about to change
     try:
         with unfinished.open("w", encoding="utf-8") as lines:
             for index in tqdm(range(n), desc=f"{task} {split}", unit="sample", disable=not progress):
-                lines.write(json.dumps(_save(generate_sample(task, seed, index, split, image_size), output)) + "\n")
+                lines.write(
+                    json.dumps(_save(generate_sample(task, seed, index, split, image_size, level), output)) + "\n"
+                )
         unfinished.rename(data)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -94,11 +150,17 @@ def _save(sample: Sample, output: Path) -> dict:
     return record
 
 
-def _validate(task: str, split: str, image_size: int) -> None:
-    if task not in (*TASKS, *PRETRAINING, ALL):
-        raise ValueError(f"`task` must be one of {', '.join((*TASKS, *PRETRAINING, ALL))}; got {task!r}.")
+def _validate(task: str, split: str, image_size: int, level: str) -> None:
+    known = (ALL, *FAMILIES, *TASKS, *PRETRAINING)
+    known = tuple(dict.fromkeys(known))  # a family with one task may have its name
+    if task not in known:
+        raise ValueError(f"`task` must be one of {', '.join(known)}; got {task!r}.")
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}; got {split!r}.")
+    if level not in LEVELS:
+        raise ValueError(f"`level` must be one of {', '.join(LEVELS)}; got {level!r}.")
+    if not tasks_of(task, level):
+        raise ValueError(f"`level` must be easy for task {task}, which has no other; got {level!r}.")
     if image_size < MIN_IMAGE_SIZE or image_size % PATCH_MULTIPLE:
         raise ValueError(
             f"`image_size` must be a multiple of {PATCH_MULTIPLE} and at least {MIN_IMAGE_SIZE} pixels, "

@@ -1,32 +1,44 @@
 """Write a set of procedural questions.
 
 python -m train.tasks --task color --n 1000 --seed 0 --output data/color
+python -m train.tasks --task all --n 2000 --split test --output data/test --gallery
 """
 
 import argparse
+from time import process_time
 
-from train.tasks import MIN_IMAGE_SIZE, SPLITS, TASKS, write_dataset
+from train.tasks import FAMILIES, LEVELS, MIN_IMAGE_SIZE, SPLITS, TASKS, write_dataset
+from train.tasks.gallery import write_gallery
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m train.tasks", description="Write procedural questions about pictures: data.jsonl and images/."
     )
-    parser.add_argument("--task", required=True, help=f"{', '.join(TASKS)}, or all for an even mix")
+    families = f"a family ({', '.join(FAMILIES)}) for an even mix of its tasks, or all"
+    parser.add_argument("--task", required=True, help=f"{', '.join(TASKS)}; {families}")
     parser.add_argument("--n", type=int, required=True, help="number of samples")
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same bytes (default: 0)")
     parser.add_argument("--output", required=True, help="new or empty folder")
-    parser.add_argument("--split", default="train", help=f"{', '.join(SPLITS)}: they share no photo (default: train)")
+    parser.add_argument(
+        "--split", default="train", help=f"{', '.join(SPLITS)}: they share no photo and no layout (default: train)"
+    )
     parser.add_argument(
         "--image-size", type=int, default=224, help=f"pixels, a multiple of 28, >= {MIN_IMAGE_SIZE} (default: 224)"
     )
+    parser.add_argument("--level", default="easy", help=f"{' or '.join(LEVELS)}; shapes is easy only (default: easy)")
     parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--gallery", action="store_true", help="also write gallery.html, one page to look at")
+    options = vars(parser.parse_args(arguments))
+    has_gallery, start = options.pop("gallery"), process_time()
     try:
-        data = write_dataset(**vars(options), progress=True)
+        data = write_dataset(**options, progress=True)
     except ValueError as error:
         parser.error(str(error))
-    print(f"{options.n} samples in {data}")
+    n = options["n"]
+    print(f"{n} samples in {data} ({n / (process_time() - start):.0f} samples/s of one core)")
+    if has_gallery:
+        print(f"Gallery in {write_gallery(data)}")
 
 
 if __name__ == "__main__":

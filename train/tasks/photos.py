@@ -16,6 +16,7 @@ PHOTOS = {
     "val": ("grass", "rocket"),
     "test": ("chelsea", "hubble"),
 }
+TEXTURES = ("brick", "gravel", "grass", "hubble")
 
 
 @cache
@@ -34,3 +35,19 @@ def draw_background(request: Request) -> Image.Image:
     if rng.random() < 0.5:
         region = region.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return ImageEnhance.Brightness(region).enhance(rng.uniform(0.7, 1.2))
+
+
+def draw_calm_background(request: Request) -> Image.Image:
+    """Return a region as `draw_background` does, with half of its contrast, for small things to stand out."""
+    region = draw_background(request)
+    return Image.blend(region, region.resize((1, 1), Image.Resampling.BOX).resize(region.size), 0.5)
+
+
+def draw_structured_region(request: Request) -> Image.Image:
+    """Return most of a photo that has parts to tell apart, for puzzles: no texture, whose parts all look alike."""
+    rng = request.rng
+    photo = load_photo(rng.choice([name for name in PHOTOS[request.split] if name not in TEXTURES]))
+    side = rng.uniform(0.8, 1.0) * min(photo.size)
+    left, top = rng.uniform(0, photo.width - side), rng.uniform(0, photo.height - side)
+    size = (request.image_size, request.image_size)
+    return photo.resize(size, Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))

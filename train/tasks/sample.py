@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from train.tasks.families import family_of
+
 
 # A merged patch of Qwen2-VL and Qwen2.5-VL: sides in multiples of it reach the model without another resize.
 PATCH_MULTIPLE = 28
@@ -29,7 +31,7 @@ class Step(NamedTuple):
 class Request:
     """The coordinates of one sample. Everything a task draws follows from them, on any machine.
 
-    `image_size` is no part of the seed: the same sample at another size is the same scene.
+    `image_size` is no part of the seed: where the family's pictures scale, another size shows the same scene.
     """
 
     task: str
@@ -37,6 +39,7 @@ class Request:
     seed: int
     index: int
     image_size: int
+    level: str = "easy"
 
     @cached_property
     def rng(self) -> Random:
@@ -52,13 +55,17 @@ class Request:
 
     def _random(self, purpose: str, number: int) -> Random:
         # Never `hash()`: it is salted per process.
-        name = "|".join(map(str, (self.task, self.split, self.seed, purpose, number)))
+        level = () if self.level == "easy" else (self.level,)
+        name = "|".join(map(str, (self.task, self.split, self.seed, purpose, number, *level)))
         return Random(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big"))
 
 
 @dataclass
 class Sample:
-    """A question about `image`. `objects` says what was drawn where, for tests and for measures of attention."""
+    """A question about `image`. `objects` says what was drawn where, for tests and for measures of attention.
+
+    `grid` is the number of cells a side in which the objects stand, each in cells of its own; None where they stand freely.
+    """
 
     request: Request
     image: Image.Image
@@ -67,10 +74,19 @@ class Sample:
     choices: tuple[str, ...]
     steps: list[Step]
     objects: list[dict[str, Any]] = field(default_factory=list)
+    grid: int | None = None
 
     @property
     def id(self) -> str:
-        return f"{self.request.task}-{self.request.split}-{self.request.seed}-{self.request.index:06d}"
+        level = "" if self.request.level == "easy" else f"-{self.request.level}"
+        return f"{self.request.task}{level}-{self.request.split}-{self.request.seed}-{self.request.index:06d}"
+
+    @property
+    def answer_type(self) -> str:
+        """ "number", "letter" or "word"."""
+        if all(choice.isdigit() for choice in self.choices):
+            return "number"
+        return "letter" if all(len(choice) == 1 for choice in self.choices) else "word"
 
     @property
     def rationale(self) -> list[str]:
@@ -106,15 +122,20 @@ class Sample:
         return {
             "id": self.id,
             "task": self.request.task,
+            "family": family_of(self.request.task),
+            "level": self.request.level,
             "split": self.request.split,
             "question": self.question,
             "answer": self.answer,
+            "answer_type": self.answer_type,
             "choices": list(self.choices),
+            "chance": 1 / len(self.choices),
             "rationale": self.rationale,
             "image": image,
             "assistant_images": assistant_images,
             "boxes": [list(box) for box in self.boxes],
             "objects": self.objects,
+            "grid": self.grid,
             "messages": self.messages(image, assistant_images),
         }
 
@@ -132,3 +153,24 @@ def zoom_step(text: str, image: Image.Image, box: tuple[int, int, int, int], con
     region = (left, top, left + side, top + side)
     zoomed = PATCH_MULTIPLE * math.ceil(image.width / 2 / PATCH_MULTIPLE)
     return Step(text, image.resize((zoomed, zoomed), Image.Resampling.BICUBIC, box=region), region)
+
+
+def crop_step(text: str, image: Image.Image, box: tuple[int, int, int, int], least_width: int = 2) -> Step:
+    """Return a step that looks at the merged patches of which `box` has a part, at least two by two, in their own size.
+
+    What a tower has learned about a cell of the picture holds for the crop too, token by token.
+
+    Args:
+        least_width: patches from left to right.
+    """
+    left, right = _patches(box[0], box[2], image.width, least_width)
+    top, bottom = _patches(box[1], box[3], image.height, 2)
+    region = (left, top, right, bottom)
+    return Step(text, image.crop(region), region)
+
+
+def _patches(first: int, last: int, size: int, least: int) -> tuple[int, int]:
+    """The pixels from `first` to `last`, grown to the borders of patches and to `least` of them."""
+    first, last = first // PATCH_MULTIPLE * PATCH_MULTIPLE, -(-last // PATCH_MULTIPLE) * PATCH_MULTIPLE
+    last = min(max(last, first + least * PATCH_MULTIPLE), size)
+    return min(first, last - least * PATCH_MULTIPLE), last

@@ -1,0 +1,35 @@
+"""The names of all tasks, by family, and how evaluations group the families. Names only: anything may import it."""
+
+# Tasks of one family share how their pictures are made; `train.tasks.TASKS` has the functions.
+FAMILIES = {
+    "shapes": ("color", "digit", "count", "position"),
+    "search": ("search_color", "search_count", "search_position", "search_text"),
+    "jigsaw": ("jigsaw",),
+    "maze": ("maze_goal", "maze_move", "maze_length"),
+    "chart": ("chart_value", "chart_largest", "chart_compare"),
+    "relation": ("relation_color", "relation_side"),
+}
+SEARCH = ("search", "chart", "relation")  # families: the answer stands in a small part of the picture
+SYNTHESIS = ("jigsaw", "maze")  # families: the answer stands in a picture that has to be made first
+PRETRAINING = ("describe", "describe_search")  # tasks that teach a vision tower; no part of "all"
+LEVELS = ("easy", "hard")
+ONE_LEVEL = ("shapes",)  # families that have no hard level
+
+
+def tasks_of(name: str, level: str = "easy") -> tuple[str, ...]:
+    """The tasks that a name given to `--task` deals in turn: all, those of a family, or itself.
+
+    "all" leaves out the families that do not have the level; a name with no such task gives none.
+    """
+    there = {family: tasks for family, tasks in FAMILIES.items() if level == "easy" or family not in ONE_LEVEL}
+    if name == "all":
+        return tuple(task for tasks in there.values() for task in tasks)
+    if name in there:
+        return there[name]
+    known = [task for tasks in there.values() for task in tasks] + list(PRETRAINING if level == "easy" else ())
+    return (name,) if name in known else ()
+
+
+def family_of(task: str) -> str:
+    """The family of a task; "describe" for those that only teach to see."""
+    return next((family for family, tasks in FAMILIES.items() if task in tasks), "describe")
