@@ -87,7 +87,7 @@ class Answer:
 class AnswerPrefix(LogitsProcessor):
     """Makes every row write `prefix` first, behind the latent blocks it opens at once."""
 
-    def __init__(self, prefix: list[int], prompt_length: int, latent_start_token_id: int | None):
+    def __init__(self, prefix: list[int], prompt_length: int, latent_start_token_id: int):
         self.prefix, self.prompt_length, self.latent = prefix, prompt_length, latent_start_token_id
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def answer_batch(
         wanted["max_latent_blocks"] = 0
     if settings.direct:
         prefix = processor.tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
-        start = getattr(model.config, "latent_start_token_id", None)
+        start = getattr(model.config, "latent_start_token_id", -1)  # no token
         wanted["logits_processor"] = LogitsProcessorList([AnswerPrefix(prefix, length, start)])
         wanted["max_new_tokens"] += len(prefix)
     with changed_config(model, settings):

@@ -21,7 +21,8 @@ def split_batches(rows: Sequence[EvaluationRow], settings: AnswerSettings) -> li
     size = settings.batch_size
     batches = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
     if settings.latent_intervention == "swap" and len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2] += batches.pop()
+        alone = batches.pop()
+        batches[-1] += alone
     return batches
 
 

@@ -18,6 +18,7 @@ Rows with `messages` are our tasks': the model is asked as it was trained, and `
 import hashlib
 import io
 import string
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -202,7 +203,7 @@ def find_choice(answer: str | int | float, choices: tuple[str, ...], lettered: b
 
 
 def check_images(rows: list[EvaluationRow], progress: bool = False) -> dict[str, str]:
-    """Open every image once, and return a digest of each file's rows with their images.
+    """Open every image once, and return by file the number of its rows and a digest of them with their images.
 
     Raises:
         ValueError: an image cannot be read; the message names row and file.
@@ -212,4 +213,5 @@ def check_images(rows: list[EvaluationRow], progress: bool = False) -> dict[str,
         found = pool.map(EvaluationRow.digest, rows)
         for row, digest in zip(rows, tqdm(found, "checking images", len(rows), disable=not progress)):
             digests.setdefault(row.data, hashlib.blake2b(digest_size=16)).update(digest)
-    return {path: digest.hexdigest() for path, digest in digests.items()}
+    counts = Counter(row.data for row in rows)
+    return {path: f"{counts[path]} rows, {digest.hexdigest()}" for path, digest in digests.items()}

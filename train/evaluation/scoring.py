@@ -18,7 +18,7 @@ from train.answers import normalize
 from train.deeplatent_rl.rewards import CHOICE, as_number, find_box, is_right, is_same_mathematics
 
 
-MARKED = re.compile(r"\banswer(?:\s+is\s*:?|\s*:)\s*(\S.*)", re.IGNORECASE)
+MARKED = re.compile(r".*\banswer(?:\s+is\s*:?|\s*:)\s*(\S.*)", re.IGNORECASE)  # `.*` first: the last of a line
 
 
 def extract(text: str) -> tuple[str, bool]:
