@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+from train.deeplatent_rl.rewards import find_box
 from train.evaluation.answering import AnswerSettings, answer_batch, check_settings
 from train.evaluation.loading import load_model, load_processor
-from train.evaluation.scoring import extract
 from train.reasoning_data import ReasoningSample
 
 
+PASSED_ON = ("max_new_tokens", "num_beams", "repetition_penalty")
 READER = ReasoningSample([], "", [], "", "A question of the harness")  # reads images, and says what is wrong with them
 
 
@@ -40,11 +41,7 @@ class Answerer:
         answers = answer_batch(
             self.model, self.processor, conversations, self.settings, self.settings.seed + seed, **generate
         )
-        return [answer.text if self.keep_reasoning else boxed_or_all(answer.text) for answer in answers]
-
-
-def boxed_or_all(text: str) -> str:
-    return extract(text)[0] if "\\boxed{" in text else text
+        return [answer.text if self.keep_reasoning else find_box(answer.text) or answer.text for answer in answers]
 
 
 def as_conversation(parts: Sequence[tuple[str, Any]]) -> list[dict]:
@@ -77,16 +74,15 @@ def generation_settings(given: dict[str, Any]) -> tuple[dict[str, Any], list[str
     ends = given.pop("until", None) or []
     ends = [end for end in ([ends] if isinstance(ends, str) else ends) if end.strip()]
     temperature = given.pop("temperature", None)
-    wanted = {name: given.pop(name) for name in ("max_new_tokens", "num_beams") if given.get(name) is not None}
+    wanted: dict[str, Any] = {name: given.pop(name) for name in PASSED_ON if given.get(name) is not None}
     top_p = given.pop("top_p", None)
-    given.pop("do_sample", None)  # as the harness' own models: the temperature decides
+    given.pop("do_sample", None)  # as with the harness' own models, the temperature decides
+    given.pop("image_aspect_ratio", None)  # how LLaVA lays out images; tasks name it for all models
     if temperature:
         wanted |= {"do_sample": True, "temperature": temperature} | ({} if top_p is None else {"top_p": top_p})
     left = {name: value for name, value in given.items() if value is not None}
     if left:
-        raise ValueError(
-            f"`gen_kwargs` may give until, max_new_tokens, num_beams, temperature, top_p, got also {left}."
-        )
+        raise ValueError(f"`gen_kwargs` may give until, temperature, top_p and {PASSED_ON}, got also {left}.")
     return wanted, ends
 
 
