@@ -150,6 +150,23 @@ def test_a_direct_answer_begins_behind_the_latents(loaded, rows, kind):
     assert len({answer.text for answer in answers}) > 1
 
 
+def test_a_direct_answer_ends_with_its_box(loaded, rows, monkeypatch):
+    model, processor = loaded["plain"]
+    conversation, decode = conversation_of(rows[0]), processor.batch_decode
+    settings = AnswerSettings(direct=True, max_new_tokens=8)
+    (open_ended,) = answer_batch(model, processor, [conversation], settings)
+
+    def with_a_brace(tokens, **kwargs):  # as if the third token behind the prefix closed the box
+        texts = decode(tokens, **kwargs)
+        length = len(processor.tokenizer(ANSWER_PREFIX)["input_ids"])
+        return [ANSWER_PREFIX + "red}" if len(row) >= length + 3 else text for row, text in zip(tokens, texts)]
+
+    monkeypatch.setattr(processor, "batch_decode", with_a_brace)
+    (closed,) = answer_batch(model, processor, [conversation], settings)
+    assert closed.text == ANSWER_PREFIX + "red}" and closed.stop_reason == "stopping_criteria"
+    assert closed.num_tokens == open_ended.num_tokens - 5
+
+
 def test_config_fields_hold_for_the_arm_alone(loaded, rows):
     model, processor = loaded["lare"]
     (record,) = evaluate_rows(model, processor, rows[:1], AnswerSettings(set=["num_refocus_steps=5"], **SHORT))

@@ -3,7 +3,8 @@
     latents="off"             the matched arm: the same weights without latent blocks or steps
     latent_intervention=X     latents are replaced before they enter the language model (`interventions.py`). "swap" is done
                               here (`swapping.py`): it needs no blocks that open at the same time, and keeps norms
-    direct=True               no reasoning in words: the answer begins with `ANSWER_PREFIX`, behind any latents
+    direct=True               no reasoning in words: the answer begins with `ANSWER_PREFIX`, behind the latents that come first
+                              anyway (DeepLatent: those of min_latent_blocks), and ends where the box does
 
 A model that was trained to answer directly needs no `direct`: asked the same question, it answers as it was taught.
 """
@@ -15,11 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from conversion.backbone import parse_overrides
 from modeling_latentvlm.interventions import INTERVENTIONS
 from train.answers import encode_conversations
+from train.deeplatent_rl.rewards import find_box
 from train.evaluation.swapping import Swap, find_donors
 
 
@@ -99,6 +101,17 @@ class AnswerPrefix(LogitsProcessor):
         return scores
 
 
+class BoxClosed(StoppingCriteria):
+    """Ends a row whose box is closed: a model that was taught to reason would go on, and give further answers."""
+
+    def __init__(self, processor, prompt_length: int):
+        self.processor, self.prompt_length = processor, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        texts = self.processor.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
+        return torch.tensor([find_box(text) is not None for text in texts], device=input_ids.device)
+
+
 def check_settings(model, settings: AnswerSettings) -> None:
     """Raise where a model cannot be asked so."""
     if model.config.model_type not in LATENT_STEPS and (
@@ -165,6 +178,7 @@ def answer_batch(
         prefix = processor.tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
         start = getattr(model.config, "latent_start_token_id", -1)  # no token
         wanted["logits_processor"] = LogitsProcessorList([AnswerPrefix(prefix, length, start)])
+        wanted["stopping_criteria"] = StoppingCriteriaList([BoxClosed(processor, length)])
         wanted["max_new_tokens"] += len(prefix)
     with changed_config(model, settings):
         if settings.latent_intervention == "swap":
@@ -173,7 +187,7 @@ def answer_batch(
             wanted["latent_intervention"] = settings.latent_intervention
         torch.manual_seed(seed)
         output = model.generate(**inputs, **wanted, return_dict_in_generate=True)
-    return account(model, processor, output, length)
+    return account(model, processor, output, length, settings.direct)
 
 
 def find_swap(model, inputs, wanted: dict, conversations, seed: int, names) -> Swap:
@@ -184,7 +198,7 @@ def find_swap(model, inputs, wanted: dict, conversations, seed: int, names) -> S
     return Swap(trace, find_donors(trace, conversations, names), getattr(model.config, "latent_mode", None))
 
 
-def account(model, processor, output, prompt_length: int) -> list[Answer]:
+def account(model, processor, output, prompt_length: int, is_direct: bool) -> list[Answer]:
     """Texts and counts of what `generate` returned."""
     written = output.sequences[:, prompt_length:].cpu()
     texts = processor.batch_decode(written, skip_special_tokens=True)
@@ -200,13 +214,16 @@ def account(model, processor, output, prompt_length: int) -> list[Answer]:
         if end is None and settings.pad_token_id is not None:
             while kept and kept[-1] == settings.pad_token_id:
                 kept.pop()
+        reason = reasons[row] if reasons is not None else "max_length" if end is None else "eos"
+        if is_direct and find_box(text) is not None:
+            reason = "stopping_criteria"  # the padding behind it may be the end token
         answers.append(
             Answer(
                 text=text.strip(),
                 num_tokens=len(kept),
                 num_latent_blocks=0 if blocks is None else int(blocks[row]),
                 num_latents=0 if latents is None else int(latents[row]),
-                stop_reason=reasons[row] if reasons is not None else "max_length" if end is None else "eos",
+                stop_reason=reason,
             )
         )
     return answers
