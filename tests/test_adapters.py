@@ -53,7 +53,13 @@ def test_parts_become_a_chat_in_their_order(tmp_path):
 
 
 def test_generation_settings_of_lmms_eval():
-    given = {"until": ["\n\n", "END"], "max_new_tokens": 5, "temperature": 0, "top_p": None, "do_sample": False}
+    given = {
+        "until": ["\n\n", "END"],
+        "max_new_tokens": 5,
+        "temperature": 0,
+        "top_p": None,
+        "image_aspect_ratio": "original",
+    }
     assert generation_settings(given) == ({"max_new_tokens": 5}, ["END"])
     sampled, ends = generation_settings({"temperature": 0.5, "top_p": 0.9, "until": "."})
     assert sampled == {"do_sample": True, "temperature": 0.5, "top_p": 0.9} and ends == ["."]

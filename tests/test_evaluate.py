@@ -17,7 +17,8 @@ from train.evaluation import evaluation
 from train.evaluation.answering import ANSWER_PREFIX, AnswerSettings, answer_batch
 from train.evaluation.evaluation import evaluate_rows, split_batches
 from train.evaluation.loading import load_model, load_processor
-from train.evaluation.results import lock_folder
+from train.evaluation.processes import Processes
+from train.evaluation.results import bind, lock_folder
 from train.evaluation.rows import read_evaluation
 from train.evaluation.swapping import Swap, find_donors
 
@@ -270,12 +271,34 @@ def test_two_evaluations_do_not_share_a_folder(folders, data, tmp_path):
         evaluate(arguments(folders, data, tmp_path), AnswerSettings(**SHORT))
 
 
+def test_every_process_takes_its_batches_and_what_is_finished_is_not_written_again(loaded, rows):
+    settings, written = AnswerSettings(**SHORT), []
+    shares = [evaluate_rows(*loaded["plain"], rows, settings, processes=Processes(rank, 2)) for rank in range(2)]
+    assert [[record["id"] for record in share] for share in shares] == [["q0", "q1", "q4", "0"], ["q2", "q3", "1"]]
+    finished = {rows[number].key: {"id": "known"} for number in (0, 2, 3, 6)}
+    records = evaluate_rows(*loaded["plain"], rows, settings, finished, written.append)
+    assert [[record["id"] for record in batch] for batch in written] == [["q1"], ["q4", "0"]]
+    assert [record["id"] for record in records] == ["known", "q1", "known", "known", "q4", "0", "known"]
+
+
+def test_a_run_without_a_finished_row_binds_nothing(tmp_path):
+    bind(tmp_path, {"setting": {"seed": 0}})
+    (tmp_path / "results.jsonl").touch()
+    bind(tmp_path, {"setting": {"seed": 1}})
+    (tmp_path / "results.rank3.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="setting `seed`: 1 then, 2 now"):
+        bind(tmp_path, {"setting": {"seed": 2}})
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match="holds results, but no run.json"):
+        bind(tmp_path, {"setting": {"seed": 1}})
+
+
 def test_two_processes_find_what_one_finds(folders, data, tmp_path):
-    settings = AnswerSettings(latent_intervention="swap", **SHORT)
+    settings = AnswerSettings(latent_intervention="noise", **SHORT)
     evaluate(arguments(folders, data, tmp_path / "one"), settings)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"]
     command += ["train.evaluate", "--model", folders["lare"], "--data", *data, "--output", tmp_path / "two"]
-    command += ["--latent_intervention", "swap", "--max_new_tokens", "8", "--batch_size", "2"]
+    command += ["--latent_intervention", "noise", "--max_new_tokens", "8", "--batch_size", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300

@@ -55,17 +55,17 @@ def lock_folder(folder: Path) -> IO | None:
 
 
 def bind(folder: Path, fingerprint: dict[str, Any]) -> None:
-    """Begin a run in a folder, or make sure that the one begun there is this one.
+    """Begin a run in a folder, or make sure that the one begun there, and that finished any row, is this one.
 
     Raises:
         ValueError: data, model or settings have changed; the message says which.
     """
     run, fingerprint = folder / RUN, json.loads(json.dumps(fingerprint))
-    if not run.is_file():
-        if next(folder.glob("results*.jsonl"), None) is not None:
-            raise ValueError(f"{folder} holds results, but no {RUN} that says of what. Give another `output`.")
+    if not any(part.stat().st_size for part in folder.glob("results*.jsonl")):
         write_whole(run, json.dumps(fingerprint, indent=2) + "\n")
         return
+    if not run.is_file():
+        raise ValueError(f"{folder} holds results, but no {RUN} that says of what. Give another `output`.")
     try:
         begun = json.loads(run.read_text(encoding="utf-8"))
     except ValueError as error:
