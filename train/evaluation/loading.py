@@ -1,6 +1,5 @@
 """A checkpoint to evaluate: ours of any architecture, or a plain model that `AutoModelForImageTextToText` loads."""
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -15,12 +14,12 @@ from transformers import (
 from transformers.utils import is_torchvision_available
 
 from processing_latentvlm.processing_qwen import QwenLatentProcessor
+from train.decontamination.journal import hash_file
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QWEN = ("qwen2_vl", "qwen2_5_vl")
 MODEL_FILES = (".json", ".safetensors", ".py", ".jinja", ".txt")  # what a checkpoint's answers follow from
-HASH_BLOCK = 1 << 20  # bytes
 
 
 class PlainQwenProcessor(QwenLatentProcessor):
@@ -75,11 +74,3 @@ def hash_model(model: str) -> dict[str, str]:
         raise ValueError(f"`model` must be the folder of a checkpoint, but {folder} has no config.json.")
     files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES)
     return {path.name: hash_file(path) for path in files}
-
-
-def hash_file(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
