@@ -1,6 +1,7 @@
 """Ask a model questions with known answers, in batches, and compare."""
 
 import re
+from collections.abc import Sequence
 
 import torch
 from tqdm import tqdm
@@ -23,20 +24,19 @@ def normalize(answer: str) -> str:
 
 def encode_questions(processor, samples: list[ReasoningSample]):
     """Padded model inputs of the questions and their images, up to where the answers begin."""
-    conversations = [
-        [
-            {
-                "role": "user",
-                "content": [
-                    *({"type": "image", "image": image} for image in sample.load_images()),
-                    {"type": "text", "text": sample.question},
-                ],
-            }
-        ]
-        for sample in samples
-    ]
+    return encode_conversations(processor, [conversation_of(sample) for sample in samples])
+
+
+def conversation_of(sample: ReasoningSample) -> list[dict]:
+    """The question as a chat: its images, then its text."""
+    images = [{"type": "image", "image": image} for image in sample.load_images()]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": sample.question}]}]
+
+
+def encode_conversations(processor, conversations: Sequence[list[dict]]):
+    """Padded model inputs of chats, up to where the answers begin."""
     return processor.apply_chat_template(
-        conversations,
+        list(conversations),
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,

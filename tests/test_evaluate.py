@@ -1,0 +1,313 @@
+"""The evaluation: every arm on every architecture, resuming, and several processes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation_material import KINDS, save_checkpoint, write_jsonl, write_tsv
+
+from train.answers import conversation_of
+from train.evaluate import EvaluationArguments, evaluate
+from train.evaluation import evaluation
+from train.evaluation.answering import ANSWER_PREFIX, AnswerSettings, answer_batch
+from train.evaluation.evaluation import evaluate_rows, split_batches
+from train.evaluation.loading import load_model, load_processor
+from train.evaluation.processes import Processes
+from train.evaluation.results import bind, lock_folder
+from train.evaluation.rows import read_evaluation
+from train.evaluation.swapping import Swap, find_donors
+
+
+ROOT = Path(__file__).parent.parent
+OURS = ("deeplatent", "lare", "vedas")
+SHORT = {"max_new_tokens": 8, "batch_size": 2}
+OPENED = ["min_latent_blocks=1"]  # a random model would open few
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("checkpoints")
+    return {kind: save_checkpoint(kind, folder / kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def loaded(folders) -> dict:
+    return {kind: (load_model(str(folder)), load_processor(str(folder))) for kind, folder in folders.items()}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("data")
+    return [str(write_jsonl(folder / "mixed", 5)), str(write_tsv(folder / "demo.tsv", 2))]
+
+
+@pytest.fixture(scope="module")
+def rows(data) -> list:
+    return read_evaluation(data)
+
+
+def opened(kind: str) -> list[str]:
+    return OPENED if kind == "deeplatent" else []
+
+
+def texts(loaded, kind, rows, **settings) -> list[str]:
+    settings = AnswerSettings(**(SHORT | {"generate": opened(kind)} | settings))
+    return [record["text"] for record in evaluate_rows(*loaded[kind], rows, settings)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_answers_as_its_rows_do_alone(loaded, rows, kind):
+    settings = {"max_new_tokens": 8, "generate": opened(kind)}
+    together = evaluate_rows(*loaded[kind], rows, AnswerSettings(batch_size=4, **settings))
+    alone = evaluate_rows(*loaded[kind], rows, AnswerSettings(batch_size=1, **settings))
+    for record in (*together, *alone):
+        assert record.pop("seconds") > 0
+    assert together == alone
+    assert [record["id"] for record in together] == ["q0", "q1", "q2", "q3", "q4", "0", "1"]
+    blocks = {"deeplatent": 1, "lare": 3, "vedas": 2, "plain": 0}[kind]
+    assert all((record["num_latents"] > 0) == (kind != "plain") for record in together)
+    assert all(record["num_latent_blocks"] >= blocks for record in together)
+    assert all(record["num_tokens"] + (kind == "deeplatent") <= 8 for record in together)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_latents_off_is_the_model_without_them(loaded, rows, kind):
+    model, processor = loaded[kind]
+    before = model.config.to_dict()
+    off = texts(loaded, kind, rows, latents="off", generate=[])
+    assert model.config.to_dict() == before
+    assert off != texts(loaded, kind, rows)
+    if kind == "deeplatent":
+        config = model.config  # its tokens, which the backbone knows nothing of, and a random one writes
+        tokens = [config.latent_start_token_id, config.latent_pad_token_id, config.latent_end_token_id]
+        assert off == texts(loaded, "plain", rows, generate=[f"suppress_tokens={tokens}"])
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_replaced_latents_change_answers_and_noise_repeats_itself(loaded, rows, kind):
+    rows = rows[:4]
+    clean = texts(loaded, kind, rows)
+    for intervention in ("zero", "noise", "swap"):
+        changed = texts(loaded, kind, rows, latent_intervention=intervention)
+        assert changed != clean and changed == texts(loaded, kind, rows, latent_intervention=intervention)
+
+
+@pytest.mark.parametrize("kind", [*OURS, "autoregressive"])
+def test_a_swap_gives_the_donors_latents_at_the_norm_of_ones_own(loaded, rows, kind, tmp_path):
+    if kind == "autoregressive":
+        folder = save_checkpoint("deeplatent", tmp_path / "model", latent_mode="autoregressive")
+        model, processor = load_model(str(folder)), load_processor(str(folder))
+    else:
+        model, processor = loaded[kind]
+    conversations = [conversation_of(row) for row in rows[:3]]
+    inputs = processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )
+    wanted = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_latents": True}
+    wanted |= {"min_latent_blocks": 1, "latent_grid": (1, 3)} if hasattr(model.config, "latent_mode") else {}
+    trace = model.generate(**inputs, **wanted).latent_trace
+    donors = find_donors(trace, conversations, "abc")
+    assert donors == {0: 1, 1: 2, 2: 0}
+    swap = Swap(trace, donors, getattr(model.config, "latent_mode", None))
+    swapped = model.generate(**inputs, **wanted, latent_intervention=swap).latent_trace
+    for row, donor in donors.items():
+        got, own, given = swapped.row(row)[0].latents, trace.row(row)[0].latents, trace.row(donor)[0].latents
+        assert len(got) == len(own) == len(given)
+        torch.testing.assert_close(torch.cosine_similarity(got, given), torch.ones(len(got)))
+        # Those behind the first may follow from it, so that only the first one's norm is known.
+        torch.testing.assert_close(got[0].norm(), own[0].norm())
+        assert not torch.allclose(got[0], own[0])
+
+
+def test_a_swap_needs_another_picture(loaded, rows):
+    settings = AnswerSettings(latent_intervention="swap", **SHORT)
+    with pytest.raises(ValueError, match="Line 1 of .*no other row of its batch has another picture"):
+        evaluate_rows(*loaded["lare"], [rows[0], rows[0]], settings)
+
+
+def test_a_last_row_is_not_left_alone_in_a_swap(rows):
+    sizes = [len(batch) for batch in split_batches(rows, AnswerSettings(latent_intervention="swap", batch_size=3))]
+    assert sizes == [3, 4]
+    assert [len(batch) for batch in split_batches(rows, AnswerSettings(batch_size=3))] == [3, 3, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_direct_answer_begins_behind_the_latents(loaded, rows, kind):
+    settings = AnswerSettings(direct=True, **(SHORT | {"generate": opened(kind)}))
+    answers = answer_batch(*loaded[kind], [conversation_of(row) for row in rows[:3]], settings)
+    assert all(answer.text.startswith(ANSWER_PREFIX) for answer in answers)
+    assert all((answer.num_latents > 0) == (kind != "plain") for answer in answers)
+    assert len({answer.text for answer in answers}) > 1
+
+
+def test_a_direct_answer_ends_with_its_box(loaded, rows, monkeypatch):
+    model, processor = loaded["plain"]
+    conversation, decode = conversation_of(rows[0]), processor.batch_decode
+    settings = AnswerSettings(direct=True, max_new_tokens=8)
+    (open_ended,) = answer_batch(model, processor, [conversation], settings)
+
+    def with_a_brace(tokens, **kwargs):  # as if the third token behind the prefix closed the box
+        texts = decode(tokens, **kwargs)
+        length = len(processor.tokenizer(ANSWER_PREFIX)["input_ids"])
+        return [ANSWER_PREFIX + "red}" if len(row) >= length + 3 else text for row, text in zip(tokens, texts)]
+
+    monkeypatch.setattr(processor, "batch_decode", with_a_brace)
+    (closed,) = answer_batch(model, processor, [conversation], settings)
+    assert closed.text == ANSWER_PREFIX + "red}" and closed.stop_reason == "stopping_criteria"
+    assert closed.num_tokens == open_ended.num_tokens - 5
+
+
+def test_config_fields_hold_for_the_arm_alone(loaded, rows):
+    model, processor = loaded["lare"]
+    (record,) = evaluate_rows(model, processor, rows[:1], AnswerSettings(set=["num_refocus_steps=5"], **SHORT))
+    assert record["num_latent_blocks"] == 5 and model.config.num_refocus_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"latents": "no"}, "`latents` must be on or off, got 'no'"),
+        ({"latent_intervention": "blur"}, "`latent_intervention` must be one of .*got 'blur'"),
+        ({"latents": "off", "latent_intervention": "zero"}, "leaves none to change"),
+        ({"latent_intervention": "swap", "batch_size": 1}, "needs a `batch_size` of 2"),
+        ({"batch_size": 0}, "`batch_size` must be >= 1"),
+        ({"generate": ["do_sample=true"]}, r"cannot give \['do_sample'\]"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AnswerSettings(**settings)
+
+
+def test_a_plain_model_has_no_latents_to_change(loaded, rows):
+    for settings in ({"latents": "off"}, {"latent_intervention": "zero"}):
+        with pytest.raises(ValueError, match="need a model with latents.*'qwen2_5_vl'"):
+            evaluate_rows(*loaded["plain"], rows, AnswerSettings(**settings))
+    with pytest.raises(ValueError, match=r"`set` names \['nonsense'\]"):
+        evaluate_rows(*loaded["plain"], rows, AnswerSettings(set=["nonsense=1"]))
+
+
+def arguments(folders, data, output, **changes) -> EvaluationArguments:
+    return EvaluationArguments(**({"model": str(folders["lare"]), "data": data, "output": output} | changes))
+
+
+def results_of(folder: Path) -> list[dict]:
+    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(folders, data, tmp_path, monkeypatch, capsys):
+    settings = AnswerSettings(latent_intervention="noise", **SHORT)
+    whole = evaluate(arguments(folders, data, tmp_path / "whole"), settings)
+    ask, asked = evaluation.ask, []
+
+    def die_at_the_third(*args):
+        asked.append([row.id for row in args[2]])
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return ask(*args)
+
+    monkeypatch.setattr(evaluation, "ask", die_at_the_third)
+    broken = tmp_path / "broken"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(arguments(folders, data, broken), settings)
+    part = broken / "results.rank0.jsonl"
+    assert len(part.read_bytes().splitlines()) == 4
+    part.write_bytes(part.read_bytes()[:-20])  # as if killed while it wrote the last line
+    summary = evaluate(arguments(folders, data, broken), settings)
+    assert "results.rank0.jsonl: the last line was cut off" in capsys.readouterr().out
+    assert asked[3:] == [["q2", "q3"], ["q4", "0"], ["1"]]  # the batch of the row that was lost, and what was left
+    assert results_of(broken) == results_of(tmp_path / "whole")
+    assert summary["all"]["rows"] == whole["all"]["rows"] == 7
+    assert json.loads((broken / "summary.json").read_text()) == summary
+    evaluate(arguments(folders, data, broken), settings)
+    assert len(asked) == 6  # a finished run asks nothing
+
+
+def test_a_resume_against_something_else_is_refused(folders, tmp_path):
+    data = [str(write_jsonl(tmp_path / "mixed", 3)), str(write_tsv(tmp_path / "demo.tsv", 2))]
+    model, output = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(folders["lare"], model)
+    settings = AnswerSettings(**SHORT)
+
+    def run(settings=settings, **changes):
+        return evaluate(arguments(folders, data, output, model=str(model), **changes), settings)
+
+    run()
+    before = (output / "results.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="setting `max_new_tokens`: 8 then, 9 now"):
+        run(AnswerSettings(max_new_tokens=9, batch_size=2))
+    with pytest.raises(ValueError, match="setting `limit`: None then, 1 now"):
+        run(limit=1)
+    weights = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(weights[:-4] + bytes(4))
+    with pytest.raises(ValueError, match="model `model.safetensors`: "):
+        run()
+    (model / "model.safetensors").write_bytes(weights)
+    shutil.copy(tmp_path / "mixed" / "0.png", tmp_path / "mixed" / "2.png")
+    with pytest.raises(ValueError, match="data `.*mixed/data.jsonl`: 3 rows, [0-9a-f]+ then, 3 rows, [0-9a-f]+ now"):
+        run()
+    write_jsonl(tmp_path / "mixed", 3)
+    run()
+    assert (output / "results.jsonl").read_bytes() == before
+    (output / "results.jsonl").write_bytes(b"{}\n" + before)
+    with pytest.raises(ValueError, match="Line 1 of .*results.jsonl is no result"):
+        run()
+
+
+def test_two_evaluations_do_not_share_a_folder(folders, data, tmp_path):
+    with lock_folder(tmp_path), pytest.raises(ValueError, match="Another evaluation writes into"):
+        evaluate(arguments(folders, data, tmp_path), AnswerSettings(**SHORT))
+
+
+def test_every_process_takes_its_batches_and_what_is_finished_is_not_written_again(loaded, rows):
+    settings, written = AnswerSettings(**SHORT), []
+    shares = [evaluate_rows(*loaded["plain"], rows, settings, processes=Processes(rank, 2)) for rank in range(2)]
+    assert [[record["id"] for record in share] for share in shares] == [["q0", "q1", "q4", "0"], ["q2", "q3", "1"]]
+    finished = {rows[number].key: {"id": "known"} for number in (0, 2, 3, 6)}
+    records = evaluate_rows(*loaded["plain"], rows, settings, finished, written.append)
+    assert [[record["id"] for record in batch] for batch in written] == [["q1"], ["q4", "0"]]
+    assert [record["id"] for record in records] == ["known", "q1", "known", "known", "q4", "0", "known"]
+
+
+def test_a_run_without_a_finished_row_binds_nothing(tmp_path):
+    bind(tmp_path, {"setting": {"seed": 0}})
+    (tmp_path / "results.jsonl").touch()
+    bind(tmp_path, {"setting": {"seed": 1}})
+    (tmp_path / "results.rank3.jsonl").write_text("{}")
+    with pytest.raises(ValueError, match="setting `seed`: 1 then, 2 now"):
+        bind(tmp_path, {"setting": {"seed": 2}})
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(ValueError, match="holds results, but no run.json"):
+        bind(tmp_path, {"setting": {"seed": 1}})
+
+
+def test_two_processes_find_what_one_finds(folders, data, tmp_path):
+    settings = AnswerSettings(latent_intervention="noise", **SHORT)
+    evaluate(arguments(folders, data, tmp_path / "one"), settings)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"]
+    command += ["train.evaluate", "--model", folders["lare"], "--data", *data, "--output", tmp_path / "two"]
+    command += ["--latent_intervention", "noise", "--max_new_tokens", "8", "--batch_size", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert results_of(tmp_path / "two") == results_of(tmp_path / "one")
+    assert sorted(path.name for path in (tmp_path / "two").glob("*.json*")) == [
+        "results.jsonl",
+        "run.json",
+        "summary.json",
+    ]
+    assert done.stdout.count("95 % interval") == 1 and "demo/near" in done.stdout

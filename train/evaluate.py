@@ -1,0 +1,128 @@
+"""How often a model is right, and what its answers take: accuracy with intervals, tokens, latents, time.
+
+    python -m train.evaluate --model out/deeplatent --data data/search/data.jsonl data/MMVP.tsv --output out/scores
+    python -m train.evaluate --model out/deeplatent --data data/search/data.jsonl --latents off --output out/scores-off
+    torchrun --nproc_per_node 2 -m train.evaluate --model out/lare --data data/search/data.jsonl --output out/scores
+
+Any of our architectures, or a plain model that `AutoModelForImageTextToText` loads. Data: our tasks' JSONL, a simple JSONL,
+or VLMEvalKit's TSV, all local (`evaluation/rows.py`, `evaluation/tables.py`); how answers are compared: `evaluation/scoring.py`.
+
+OUTPUT gets `results.jsonl`, a line for every row as soon as it is answered, `summary.json`, and `run.json`. A killed run goes
+on where it stopped when the same command is given again, with any number of processes; with other data, another model or
+other settings it is refused.
+"""
+
+import json
+import sys
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import HfArgumentParser
+
+from train.evaluation.answering import AnswerSettings, check_settings
+from train.evaluation.evaluation import evaluate_rows
+from train.evaluation.loading import DTYPES, hash_model, load_model, load_processor
+from train.evaluation.processes import Processes
+from train.evaluation.report import draw_table, summarize
+from train.evaluation.results import ResultsFile, bind, gather, lock_folder, read_finished, write_whole
+from train.evaluation.rows import check_images, read_evaluation
+from train.evaluation.scoring import ANSWER_FORMATS
+
+
+@dataclass
+class EvaluationArguments:
+    """What is evaluated, on what, and where to."""
+
+    model: str = field(metadata={"help": "Checkpoint folder."})
+    data: list[str] = field(metadata={"help": "JSONL or TSV files."})
+    output: Path = field(metadata={"help": "Folder of results.jsonl and summary.json."})
+    answer_format: str | None = field(
+        default=None, metadata={"help": f"Of rows that give none: one of {sorted(ANSWER_FORMATS)}."}
+    )
+    instruction: str | None = field(default=None, metadata={"help": "Stands below every question."})
+    limit: int | None = field(default=None, metadata={"help": "Rows of each file, from its start."})
+    dtype: str = field(default="auto", metadata={"help": f"One of {DTYPES}."})
+    device: str | None = field(default=None, metadata={"help": "By default a GPU where there is one."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "Of the language model."})
+
+
+def fingerprint_of(arguments: EvaluationArguments, settings: AnswerSettings, data: dict, model, device: str) -> dict:
+    """What the answers follow from, and how they are compared."""
+    try:
+        comparison = version("math-verify")
+    except PackageNotFoundError:
+        comparison = "not installed"
+    names = ("answer_format", "instruction", "limit", "dtype", "attn_implementation")
+    return {
+        "data": data,
+        "model": model,
+        "setting": {
+            **{name: getattr(arguments, name) for name in names},
+            **settings.to_dict(),
+            "device": device.partition(":")[0],
+        },
+        "library": {"torch": torch.__version__, "transformers": transformers.__version__, "math-verify": comparison},
+    }
+
+
+def evaluate(arguments: EvaluationArguments, settings: AnswerSettings) -> dict | None:
+    """Write results and summary; return the summary on the main process.
+
+    Raises:
+        ValueError: data, model, settings, or what an earlier run left, are not what they must be; the message says which.
+    """
+    processes = Processes.join()
+    output, lock = Path(arguments.output), None
+    rows = read_evaluation(arguments.data, arguments.answer_format, arguments.instruction, arguments.limit)
+    device = arguments.device or processes.device()
+    model = load_model(arguments.model, arguments.dtype, device, arguments.attn_implementation)
+    processor = load_processor(arguments.model)
+    check_settings(model, settings)
+    try:
+        if processes.is_main:
+            lock = lock_folder(output)
+            data = check_images(rows, progress=True)
+            bind(output, fingerprint_of(arguments, settings, data, hash_model(arguments.model), str(model.device)))
+            gather(output, rows)
+        processes.wait()
+        finished = read_finished(output)
+        processes.wait()
+        if finished and processes.is_main:
+            print(f"{len(finished)} of {len(rows)} rows were finished before.", flush=True)
+        append = ResultsFile(output, processes.rank).append
+        evaluate_rows(model, processor, rows, settings, finished, append, processes, progress=processes.is_main)
+        processes.wait()
+        if not processes.is_main:
+            return None
+        records = list(gather(output, rows).values())
+        summary = {"model": arguments.model, "settings": settings.to_dict(), **summarize(records)}
+        write_whole(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+        return summary
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def main() -> None:
+    parser = HfArgumentParser(
+        (EvaluationArguments, AnswerSettings), description=__doc__, formatter_class=RawDescriptionHelpFormatter
+    )
+    try:
+        arguments, settings = parser.parse_args_into_dataclasses()
+        summary = evaluate(arguments, settings)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    if summary is not None:
+        print(draw_table(summary))
+        print(arguments.output / "summary.json")
+    Processes.join().leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Ask a batch of questions in one of the arms of a comparison, and account for every answer.
+
+    latents="off"             the matched arm: the same weights without latent blocks or steps
+    latent_intervention=X     latents are replaced before they enter the language model (`interventions.py`). "swap" is done
+                              here (`swapping.py`): it needs no blocks that open at the same time, and keeps norms
+    direct=True               no reasoning in words: the answer begins with `ANSWER_PREFIX`, behind the latents that come first
+                              anyway (DeepLatent: those of min_latent_blocks), and ends where the box does
+
+A model that was trained to answer directly needs no `direct`: asked the same question, it answers as it was taught.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from conversion.backbone import parse_overrides
+from modeling_latentvlm.interventions import INTERVENTIONS
+from train.answers import encode_conversations
+from train.deeplatent_rl.rewards import find_box
+from train.evaluation.swapping import Swap, find_donors
+
+
+ANSWER_PREFIX = "The answer is \\boxed{"
+LATENT_STEPS = {"deeplatent": None, "lare": "num_refocus_steps", "vedas": "num_latent_steps"}  # 0: no latents
+OURS = ("do_sample", "max_new_tokens", "latent_intervention", "return_dict_in_generate", "output_latents")
+
+
+@dataclass
+class AnswerSettings:
+    """How the model is asked."""
+
+    latents: str = field(default="on", metadata={"help": "on, or off: the same weights without latents."})
+    latent_intervention: str | None = field(
+        default=None, metadata={"help": f"Replace the latents: one of {sorted(INTERVENTIONS)}."}
+    )
+    direct: bool = field(
+        default=False, metadata={"help": f"The answer begins with {ANSWER_PREFIX!r}: no reasoning in words."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Questions asked at once."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Most tokens of an answer."})
+    generate: list[str] = field(
+        default_factory=list, metadata={"help": "More of `generate`: name=value, such as min_latent_blocks=1."}
+    )
+    set: list[str] = field(
+        default_factory=list, metadata={"help": "Config fields: name=value, such as num_refocus_steps=8."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of the noise, batch by batch."})
+
+    def __post_init__(self):
+        if self.latents not in ("on", "off"):
+            raise ValueError(f"`latents` must be on or off, got {self.latents!r}.")
+        if self.latent_intervention is not None and self.latent_intervention not in INTERVENTIONS:
+            raise ValueError(
+                f"`latent_intervention` must be one of {sorted(INTERVENTIONS)}, got {self.latent_intervention!r}."
+            )
+        if self.latents == "off" and self.latent_intervention is not None:
+            raise ValueError(
+                f"`latents=off` leaves none to change, but `latent_intervention` is {self.latent_intervention!r}."
+            )
+        for name in ("batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}.")
+        if self.latent_intervention == "swap" and self.batch_size < 2:
+            raise ValueError("`latent_intervention=swap` needs a `batch_size` of 2 or more, got 1.")
+        taken = [name for name in parse_overrides(self.generate) if name in OURS]
+        if taken:
+            raise ValueError(f"`generate` cannot give {taken}: the evaluation sets them, or has options for them.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+
+@dataclass
+class Answer:
+    """What was written, and at what cost."""
+
+    text: str
+    num_tokens: int  # without latents and the end token
+    num_latent_blocks: int
+    num_latents: int
+    stop_reason: str
+
+
+class AnswerPrefix(LogitsProcessor):
+    """Makes every row write `prefix` first, behind the latent blocks it opens at once."""
+
+    def __init__(self, prefix: list[int], prompt_length: int, latent_start_token_id: int):
+        self.prefix, self.prompt_length, self.latent = prefix, prompt_length, latent_start_token_id
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        written = (input_ids[:, self.prompt_length :] != self.latent).sum(dim=1).tolist()
+        for row, count in enumerate(written):
+            if count < len(self.prefix):
+                scores[row] = -float("inf")
+                scores[row, self.prefix[count]] = 0
+        return scores
+
+
+class BoxClosed(StoppingCriteria):
+    """Ends a row whose box is closed: a model that was taught to reason would go on, and give further answers."""
+
+    def __init__(self, processor, prompt_length: int):
+        self.processor, self.prompt_length = processor, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        texts = self.processor.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
+        return torch.tensor([find_box(text) is not None for text in texts], device=input_ids.device)
+
+
+def check_settings(model, settings: AnswerSettings) -> None:
+    """Raise where a model cannot be asked so."""
+    if model.config.model_type not in LATENT_STEPS and (
+        settings.latents == "off" or settings.latent_intervention is not None
+    ):
+        raise ValueError(
+            f"`latents=off` and `latent_intervention` need a model with latents, one of {sorted(LATENT_STEPS)}; this is "
+            f"{model.config.model_type!r}."
+        )
+    unknown = [name for name in parse_overrides(settings.set) if not hasattr(model.config, name)]
+    if unknown:
+        raise ValueError(f"`set` names {unknown}, which the config of {model.config.model_type!r} has not.")
+
+
+@contextmanager
+def changed_config(model, settings: AnswerSettings) -> Iterator[None]:
+    """The config as the arm wants it; afterwards it is as before."""
+    wanted = parse_overrides(settings.set)
+    steps = LATENT_STEPS.get(model.config.model_type)
+    if settings.latents == "off" and steps is not None:
+        wanted[steps] = 0
+    before = {name: getattr(model.config, name) for name in wanted}
+    try:
+        for name, value in wanted.items():
+            setattr(model.config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(model.config, name, value)
+
+
+@torch.no_grad()
+def answer_batch(
+    model,
+    processor,
+    conversations: Sequence[list[dict]],
+    settings: AnswerSettings | None = None,
+    seed: int = 0,
+    names: Sequence[str] | None = None,
+    **generate,
+) -> list[Answer]:
+    """Answer conversations greedily, each as it would be alone up to rounding.
+
+    Args:
+        seed: of what the batch draws.
+        names: of the conversations, for messages.
+        generate: more arguments of the model's `generate`.
+
+    Raises:
+        ValueError: the model cannot be asked so.
+    """
+    settings = settings or AnswerSettings()
+    check_settings(model, settings)
+    inputs = encode_conversations(processor, conversations).to(model.device)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    length, kind = inputs["input_ids"].shape[1], model.config.model_type
+    wanted = (
+        {"do_sample": False, "max_new_tokens": settings.max_new_tokens} | parse_overrides(settings.generate) | generate
+    )
+    if settings.latents == "off" and kind == "deeplatent":
+        wanted["max_latent_blocks"] = 0
+    if settings.direct:
+        prefix = processor.tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
+        start = getattr(model.config, "latent_start_token_id", -1)  # no token
+        wanted["logits_processor"] = LogitsProcessorList([AnswerPrefix(prefix, length, start)])
+        wanted["stopping_criteria"] = StoppingCriteriaList([BoxClosed(processor, length)])
+        wanted["max_new_tokens"] += len(prefix)
+    with changed_config(model, settings):
+        if settings.latent_intervention == "swap":
+            wanted["latent_intervention"] = find_swap(model, inputs, wanted, conversations, seed, names)
+        elif settings.latent_intervention is not None:
+            wanted["latent_intervention"] = settings.latent_intervention
+        torch.manual_seed(seed)
+        output = model.generate(**inputs, **wanted, return_dict_in_generate=True)
+    return account(model, processor, output, length, settings.direct)
+
+
+def find_swap(model, inputs, wanted: dict, conversations, seed: int, names) -> Swap:
+    """Ask once without a change for the latents that the rows are going to exchange."""
+    torch.manual_seed(seed)
+    trace = model.generate(**inputs, **wanted, return_dict_in_generate=True, output_latents=True).latent_trace
+    names = names or [f"Row {row} of the batch" for row in range(len(conversations))]
+    return Swap(trace, find_donors(trace, conversations, names), getattr(model.config, "latent_mode", None))
+
+
+def account(model, processor, output, prompt_length: int, is_direct: bool) -> list[Answer]:
+    """Texts and counts of what `generate` returned."""
+    written = output.sequences[:, prompt_length:].cpu()
+    texts = processor.batch_decode(written, skip_special_tokens=True)
+    settings = model.generation_config
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    start = getattr(model.config, "latent_start_token_id", None)
+    blocks, latents = getattr(output, "num_latent_blocks", None), getattr(output, "num_latents", None)
+    reasons = getattr(output, "stop_reason", None)
+    answers = []
+    for row, (tokens, text) in enumerate(zip(written.tolist(), texts)):
+        end = next((at for at, token in enumerate(tokens) if token in ends), None)
+        kept = [token for token in tokens[:end] if token != start]
+        if end is None and settings.pad_token_id is not None:
+            while kept and kept[-1] == settings.pad_token_id:
+                kept.pop()
+        reason = reasons[row] if reasons is not None else "max_length" if end is None else "eos"
+        if is_direct and find_box(text) is not None:
+            reason = "stopping_criteria"  # the padding behind it may be the end token
+        answers.append(
+            Answer(
+                text=text.strip(),
+                num_tokens=len(kept),
+                num_latent_blocks=0 if blocks is None else int(blocks[row]),
+                num_latents=0 if latents is None else int(latents[row]),
+                stop_reason=reason,
+            )
+        )
+    return answers
