@@ -153,8 +153,8 @@ def _save(sample: Sample, output: Path) -> dict:
 def _validate(task: str, split: str, image_size: int, level: str) -> None:
     known = (ALL, *FAMILIES, *TASKS, *PRETRAINING)
     known = tuple(dict.fromkeys(known))  # a family with one task may have its name
-    if task not in known:
-        raise ValueError(f"`task` must be one of {', '.join(known)}; got {task!r}.")
+    if any(one.strip() not in known for one in task.split(",")):
+        raise ValueError(f"`task` must be one of {', '.join(known)}, or several with commas; got {task!r}.")
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}; got {split!r}.")
     if level not in LEVELS:

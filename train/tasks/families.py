@@ -17,10 +17,12 @@ ONE_LEVEL = ("shapes",)  # families that have no hard level
 
 
 def tasks_of(name: str, level: str = "easy") -> tuple[str, ...]:
-    """The tasks that a name given to `--task` deals in turn: all, those of a family, or itself.
+    """The tasks that a name given to `--task` deals in turn: all, those of a family, or itself; several names with commas.
 
     "all" leaves out the families that do not have the level; a name with no such task gives none.
     """
+    if "," in name:
+        return tuple(task for one in name.split(",") for task in tasks_of(one.strip(), level))
     there = {family: tasks for family, tasks in FAMILIES.items() if level == "easy" or family not in ONE_LEVEL}
     if name == "all":
         return tuple(task for tasks in there.values() for task in tasks)
