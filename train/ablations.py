@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    sft = "--num_train_epochs 2 --learning_rate 5e-4 --per_device_train_batch_size 16 --gradient_accumulation_steps 2"
+    sft = "--num_train_epochs 2 --learning_rate 5e-4 --per_device_train_batch_size 32 --gradient_accumulation_steps 1"
     parser.add_argument("--sft", default=sft, help="further flags of SFT")
     parser.add_argument("--rl", default=f"--max_steps {RL_STEPS}", help="further flags of reinforcement learning")
     args = parser.parse_args(arguments)

@@ -37,7 +37,7 @@ SMALL_RL = (
     "--micro_batch_size 64 --temperature 1.5 --learning_rate 1e-4 --lr_scheduler_type constant_with_warmup --warmup_steps 6 "
     "--adam_beta2 0.98 --max_grad_norm 0.3 --weight_decay 0 --kl_weight 0 --continuous_logprob mean"
 )
-RL_STEPS = 80
+RL_STEPS = 64
 
 
 def make_data(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
@@ -126,7 +126,7 @@ def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
 
 def deeplatent(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
     epochs = 5 if scale >= 1 else 1
-    training = f"--per_device_train_batch_size 16 --gradient_accumulation_steps 2 {SHARED}"
+    training = f"--per_device_train_batch_size 32 --gradient_accumulation_steps 1 {SHARED}"
     data = f"--data_path {output}/train/data.jsonl"
     return [
         *make_backbone(output, task, scale),
