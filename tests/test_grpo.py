@@ -31,6 +31,7 @@ from train.deeplatent_rl.actions import (
 from train.deeplatent_rl.grpo_trainer import GRPOTrainer, GRPOTrainingArguments, RepeatedChunks
 from train.deeplatent_rl.objective import GRPOObjective, ObjectiveArguments
 from train.deeplatent_rl.policy import AdapterArguments, check_policy, prepare_policy
+from train.deeplatent_rl.progress import describe_progress
 from train.deeplatent_rl.replay import Words, replay, score_words
 from train.deeplatent_rl.rewards import RewardArguments, WeightedRewards
 from train.deeplatent_rl.rollouts import QuestionCollator, RolloutArguments, roll_out
@@ -696,6 +697,7 @@ def test_the_command_trains_what_auto_model_loads(folder, data, tmp_path, policy
     earned = [entry["reward_test_grpo:early_words"] for entry in trainer.state.log_history if "reward" in entry]
     assert len(earned) == 24
     assert sum(earned[-5:]) / 5 > sum(earned[:5]) / 5 + 0.2
+    assert describe_progress(tmp_path / "out", ("reward", "reward_judge"))[0].startswith("reward ")
     loaded = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
     trained = trainer.policy.state_dict()
     assert all(torch.equal(weight, trained[name]) for name, weight in loaded.state_dict().items())

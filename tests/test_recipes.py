@@ -9,6 +9,7 @@ from transformers import HfArgumentParser
 
 from train import ablations, recipes, train_deeplatent_rl, train_lare, train_vedas
 from train.deeplatent import sft
+from train.deeplatent_rl.progress import first_and_last_quarter
 from train.lare.objective import LatentLossArguments
 from train.replay import ReplayArguments
 
@@ -64,9 +65,7 @@ def test_ablations_run_what_they_need_and_tabulate(tmp_path, monkeypatch):
         Path(todo[0][0]).parent.mkdir(parents=True, exist_ok=True)
 
     monkeypatch.setattr(ablations, "run", train)
-    monkeypatch.setattr(
-        ablations, "score", lambda folder, data, field: {"latents": len(trained) / 10, "no latents": 0.1}
-    )
+    monkeypatch.setattr(ablations, "score", lambda *arguments: {"latents": len(trained) / 10, "no latents": 0.1})
     ablations.main(
         ["--base", str(tmp_path), "--output", str(tmp_path / "out"), "--seeds", "0", "1", "--variants", "joint GRPO"]
     )
@@ -93,4 +92,15 @@ def test_a_recipe_runs_from_nothing(name, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["recipes", name, "--output", str(tmp_path), "--scale", "0.004"])
     recipes.main()
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert set(scores) == {"latents", "noise", "swap", "no latents", "constant"}
+    further = {"before RL"} if name == "deeplatent" else set()
+    assert set(scores) == {"latents", "noise", "swap", "no latents", "constant"} | further
+
+
+def test_progress_compares_quarters_of_the_steps_that_sampled():
+    earned = [0.1, 0.3, 0.9, 0.9, 0.9, 0.9, 0.5, 0.7]
+    history = [entry for value in earned for entry in ({"reward": value}, {"loss": 0.0})]
+    first, last = first_and_last_quarter(history)
+    assert first == pytest.approx((0.2, 0.1)) and last == pytest.approx((0.6, 0.1))
+    assert str(first) == "0.200 ± 0.100"
+    with pytest.raises(ValueError, match="At least 8 steps with 'reward' are needed, got 7"):
+        first_and_last_quarter(history[2:])

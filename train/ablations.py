@@ -13,14 +13,11 @@ import json
 import statistics
 from pathlib import Path
 
-from train.recipes import run, score
+from train.recipes import RL_STEPS, SMALL_RL, run, score
 
 
 SFT2 = "--stage sft2 --teacher_path {base}/sft1"
-RL = (
-    "--stage rl --max_new_tokens 48 --num_generations 4 --per_device_train_batch_size 8 --gradient_accumulation_steps 1 "
-    "--micro_batch_size 32 --temperature 1.0 --learning_rate 2e-5"
-)
+RL = f"--stage rl {SMALL_RL}"
 FULL = "full"
 # What is ablated, and how: the model it starts from ({base}: the recipe's folder, {seed}: that of the seed) and its flags.
 VARIANTS: dict[str, tuple[str, str]] = {
@@ -82,9 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    sft = "--num_train_epochs 2 --learning_rate 5e-4 --per_device_train_batch_size 16 --gradient_accumulation_steps 2"
+    sft = "--num_train_epochs 2 --learning_rate 5e-4 --per_device_train_batch_size 32 --gradient_accumulation_steps 1"
     parser.add_argument("--sft", default=sft, help="further flags of SFT")
-    parser.add_argument("--rl", default="--max_steps 20", help="further flags of reinforcement learning")
+    parser.add_argument("--rl", default=f"--max_steps {RL_STEPS}", help="further flags of reinforcement learning")
     args = parser.parse_args(arguments)
     for needed in ("sft1/config.json", "train/data.jsonl", "test/data.jsonl"):
         if not (args.base / needed).is_file():
@@ -100,7 +97,9 @@ def main(arguments: list[str] | None = None) -> None:
             run(todo)
             kept = folder / "scores.json"
             if not kept.is_file():
-                kept.write_text(json.dumps(score(folder, args.base / "test" / "data.jsonl", None)))
+                kept.write_text(
+                    json.dumps(score(folder, args.base / "test" / "data.jsonl", None, ("latents", "no latents")))
+                )
             results[name].append(json.loads(kept.read_text()))
     lines = tabulate(results)
     (args.output / "ablations.md").write_text("\n".join(lines) + "\n")

@@ -78,6 +78,7 @@ def main(
     resume = training_args.resume_from_checkpoint
     trainer.train(last_complete_checkpoint(training_args.output_dir) if resume == "last" else resume)
     save_trained(trainer)
+    trainer.save_state()  # the curve of the rewards, for `train.deeplatent_rl.progress`
     return trainer
 
 
