@@ -1,12 +1,14 @@
 """From nothing to a trained small model and its scores, one command: data, backbone, conversion, every stage, evaluation.
 
-    python -m train.recipes deeplatent --output out/deeplatent-small
-    python -m train.recipes lare --output out/lare-small
-    python -m train.recipes vedas --output out/vedas-small
+    python -m train.recipes deeplatent --output out/small
+    python -m train.recipes lare --output out/small
+    python -m train.recipes vedas --output out/small
+    python -m train.recipes deeplatent --task color --output out/color     # smaller pictures, within minutes on a CPU
 
 A recipe is a list of the commands that the README documents; they are printed as they run. What is there already is not
-made again, so a recipe that was killed goes on: stages from their last checkpoint. The last table says how often the model is
-right on pictures it has not seen: as it is, with its latents replaced by noise or by those of other rows, and without steps.
+made again, so a recipe that was killed goes on, stages from their last checkpoint, and recipes of one task that write into one
+folder share data and backbone. The last table says how often the model is right on pictures it has not seen: as it is, with
+its latents replaced by noise or by those of other rows, and without steps. `train.checkpoints` makes of it what is shipped.
 """
 
 import argparse
@@ -21,9 +23,9 @@ from transformers import AutoModel, AutoProcessor
 from train.answers import accuracy, answer_questions
 from train.deeplatent_rl.progress import describe_progress
 from train.reasoning_data import read_reasoning
+from train.tasks.families import family_of, tasks_of
 
 
-IMAGE_SIZE = 112
 SHARED = (
     "--report_to none --save_strategy epoch --save_total_limit 1 --logging_steps 25 --weight_decay 0.01 "
     "--resume_from_checkpoint last --seed 0"
@@ -40,39 +42,52 @@ SMALL_RL = (
 RL_STEPS = 64
 
 
-def make_data(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
-    """(what it makes, command): scenes to learn to see, questions to learn from, and unseen ones."""
-    sets = {"scenes": ("describe", "train", 6000), "train": (task, "train", 4000), "test": (task, "test", 400)}
-    return [
+def make_data(output: Path, task: str, scale: float) -> tuple[list[tuple[str, str]], str, str]:
+    """(what it makes, command) for scenes to learn to see, questions to learn from, and unseen ones; and the files that
+    teach tokenizer and tower."""
+    names = tasks_of(task)
+    is_small = all(family_of(name) == "shapes" for name in names)
+    scenes = {"scenes": ("describe", 6000)} if is_small else {"scenes": ("describe_search", 5000)}
+    if "jigsaw" in names:
+        scenes["puzzles"] = ("jigsaw", 3000)
+    sets = {name: (kind, "train", count) for name, (kind, count) in scenes.items()}
+    sets |= {"train": (task, "train", 4000), "test": (task, "test", 400)}
+    commands = [
         (
             f"{output}/{name}/data.jsonl",
-            f"train.tasks --task {kind} --n {max(16, int(count * scale))} --seed 0 --split {split} --image-size {IMAGE_SIZE} "
-            f"--output {output}/{name} --force",
+            f"train.tasks --task {kind} --n {max(16, int(count * scale))} --seed 0 --split {split} "
+            f"--image-size {image_size_of(task)} --output {output}/{name} --force",
         )
         for name, (kind, split, count) in sets.items()
     ]
+    seen = " ".join(f"{output}/{name}/data.jsonl" for name in scenes)
+    return commands, f"{output}/train/data.jsonl {seen}", seen
+
+
+def image_size_of(task: str) -> int:
+    """Small scenes of 4 x 4 cells, or large ones of 8 x 8: a cell is always a merged patch."""
+    return 112 if all(family_of(name) == "shapes" for name in tasks_of(task)) else 224
 
 
 def make_backbone(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
     """Data, and a small Qwen2.5-VL that sees."""
+    data, texts, scenes = make_data(output, task, scale)
     return [
-        *make_data(output, task, scale),
+        *data,
         (
             f"{output}/backbone/config.json",
-            f"train.small_backbone --data {output}/train/data.jsonl {output}/scenes/data.jsonl --output {output}/backbone "
-            "--num-layers 4",
+            f"train.small_backbone --data {texts} --output {output}/backbone --num-layers 4",
         ),
         (
             f"{output}/backbone/vision_pretraining.json",
-            f"train.vision_pretraining --model {output}/backbone --data {output}/scenes/data.jsonl "
-            f"--epochs {5 if scale >= 1 else 1}",
+            f"train.vision_pretraining --model {output}/backbone --data {scenes} --epochs {5 if scale >= 1 else 1}",
         ),
     ]
 
 
 def vedas(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
     # The language model starts from nothing, so that it stays longer in the stage that teaches it to speak and to look.
-    plan = "--stages 0 0 0 1 2 3 3 --epochs_per_stage 2" if scale >= 1 else "--epochs_per_stage 1"
+    plan = "--stages 0 0 0 0 0 1 2 3 3 --epochs_per_stage 1" if scale >= 1 else "--epochs_per_stage 1"
     return [
         *make_backbone(output, task, scale),
         (
@@ -81,46 +96,53 @@ def vedas(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
             "--set num_latent_steps=3 num_replay_tokens=4 alpha=8 step_alpha=2",
         ),
         (
-            f"{output}/trained/config.json",
+            f"{output}/vedas-trained/config.json",
             f"train.train_vedas --model_path {output}/vedas --data_path {output}/train/data.jsonl "
-            f"--output_dir {output}/trained {plan} --learning_rate 1e-3 "
+            f"--output_dir {output}/vedas-trained {plan} --learning_rate 1e-3 "
             f"--per_device_train_batch_size 32 --freeze_vision --replay_crop_size 56 {SHARED}",
         ),
     ]
 
 
+# Epochs and learning rate of LaRe's stages. Its language model starts from nothing where the paper's only adapts: stage 0 makes
+# the plain model, which knows how to look and to speak, that the paper starts from.
+LARE_STAGES = {0: (6, "1e-3"), 1: (0.25, "1e-3"), 2: (1, "1e-3"), 3: (3, "1e-3"), 4: (1, "3e-4")}
+
+
 def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
     size = 32 if scale >= 1 else 8
+    data, texts, scenes = make_data(output, task, scale)
     commands = [
-        *make_data(output, task, scale),
+        *data,
         (
-            f"{output}/small/vae/config.json",
-            f"train.lare.small --data {output}/train/data.jsonl {output}/scenes/data.jsonl --output {output}/small",
+            f"{output}/clip/vae/config.json",
+            f"train.lare.small --data {texts} --output {output}/clip --image-size {image_size_of(task)} --patch-size 28",
         ),
         (
-            f"{output}/small/vision/vision_pretraining.json",
-            f"train.vision_pretraining --model {output}/small/vision --data {output}/scenes/data.jsonl "
-            f"--epochs {5 if scale >= 1 else 1}",
+            f"{output}/clip/vision/vision_pretraining.json",
+            f"train.vision_pretraining --model {output}/clip/vision --data {scenes} --epochs {8 if scale >= 1 else 1}",
         ),
         (
-            f"{output}/stage0/config.json",
-            f"conversion.convert_lare --vision-tower {output}/small/vision --language-model {output}/small/language "
-            f"--output {output}/stage0 --set num_refocus_steps=2 window_size=4 extractor_hidden_size=128 "
-            "extractor_num_heads=4",
+            f"{output}/lare/config.json",
+            f"conversion.convert_lare --vision-tower {output}/clip/vision --language-model {output}/clip/language "
+            f"--output {output}/lare --set num_refocus_steps=2 window_size=3 extractor_hidden_size=128 "
+            "extractor_num_heads=4 answer_sees_image=false",
         ),
     ]
-    # The language model starts from nothing too, so it has to learn to speak where the paper's only adapts: stage 3 is long.
-    for stage, (epochs, rate) in enumerate([(1, "1e-3"), (1, "1e-3"), (12, "1e-3"), (4, "3e-4")], 1):
+    before = f"{output}/lare"
+    for stage, (epochs, rate) in LARE_STAGES.items():
+        after = f"{output}/lare-stage{stage}"
         commands.append(
             (
-                f"{output}/stage{stage}/config.json",
-                f"train.train_lare --stage {stage} --model_path {output}/stage{stage - 1} --data_format steps "
-                f"--data_path {output}/train/data.jsonl --output_dir {output}/stage{stage} --vae_path {output}/small/vae "
+                f"{after}/config.json",
+                f"train.train_lare --stage {stage} --model_path {before} --data_format steps "
+                f"--data_path {output}/train/data.jsonl --output_dir {after} --vae_path {output}/clip/vae "
                 f"--crop_size 32 --unet_channels 8 8 16 16 --learning_rate {rate} "
                 f"--num_train_epochs {epochs if scale >= 1 else 1} --per_device_train_batch_size {size} "
                 f"--global_batch_size {size} {SHARED}",
             )
         )
+        before = after
     return commands
 
 
@@ -161,8 +183,8 @@ def deeplatent(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
 # What builds the commands, the folder with the trained model, and the config field with its number of steps.
 RECIPES = {
     "deeplatent": (deeplatent, "rl", None),
-    "lare": (lare, "stage4", "num_refocus_steps"),
-    "vedas": (vedas, "trained", "num_latent_steps"),
+    "lare": (lare, "lare-stage4", "num_refocus_steps"),
+    "vedas": (vedas, "vedas-trained", "num_latent_steps"),
 }
 
 
@@ -214,7 +236,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", choices=sorted(RECIPES))
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--task", default="color", help="of `train.tasks`")
+    parser.add_argument("--task", default="search_color,jigsaw", help="of `train.tasks`; several with commas")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of the data; below 1 also fewer epochs, to try it out"
     )
