@@ -16,6 +16,7 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from transformers import AutoModel, AutoProcessor
@@ -188,8 +189,11 @@ RECIPES = {
 }
 
 
-def run(commands: list[tuple[str, str]]) -> None:
+def run(commands: list[tuple[str, str]], times: Path | None = None) -> None:
     """Run what is not there yet.
+
+    Args:
+        times: JSONL that gets a line for every command that ran: what it made, the command, its seconds.
 
     Raises:
         subprocess.CalledProcessError: a command failed; what it wrote is left for the next try.
@@ -198,7 +202,12 @@ def run(commands: list[tuple[str, str]]) -> None:
         if Path(made).is_file():
             continue
         print(f"$ python -m {command}", flush=True)
+        start = time.perf_counter()
         subprocess.run([sys.executable, "-m", *shlex.split(command)], check=True)
+        if times is not None:
+            line = {"made": made, "command": command, "seconds": round(time.perf_counter() - start, 1)}
+            with times.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(line) + "\n")
 
 
 ARMS: dict[str, dict] = {
@@ -242,13 +251,14 @@ def main() -> None:
     )
     args = parser.parse_args()
     build, trained, steps_field = RECIPES[args.recipe]
-    run(build(args.output, args.task, args.scale))
+    args.output.mkdir(parents=True, exist_ok=True)
+    run(build(args.output, args.task, args.scale), args.output / "times.jsonl")
     test = args.output / "test" / "data.jsonl"
     scores = score(args.output / trained, test, steps_field)
     if args.recipe == "deeplatent":
         print("\n".join(describe_progress(args.output / trained)))
         scores["before RL"] = score(args.output / "sft2", test, None, ("latents",))["latents"]
-    (args.output / "scores.json").write_text(json.dumps(scores, indent=2))
+    (args.output / f"{args.recipe}-scores.json").write_text(json.dumps(scores, indent=2))
     for name, value in scores.items():
         print(f"{name:10s} {100 * value:5.1f} %")
 
