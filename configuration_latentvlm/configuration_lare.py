@@ -67,6 +67,9 @@ class LaReConfig(HubCodeMixin, LlavaConfig):
             default the one they start with.
         backprop_through_latents (`bool`, *optional*, defaults to `True`):
             Whether gradients flow from a step into the forward that its hidden states came from.
+        answer_sees_image (`bool`, *optional*, defaults to `True`):
+            Whether the answer attends to the images that stand before the latents. Without, it starts on a cache of its own that
+            holds the prompt's text and the latents, so that the latents are all it knows of those images. Not in the paper.
         base_model (`str`, *optional*), base_model_license (`str`, *optional*), base_vision_tower (`str`, *optional*),
         latentvlm_version (`str`, *optional*):
             For the model card and the record.
@@ -97,6 +100,7 @@ class LaReConfig(HubCodeMixin, LlavaConfig):
     latent_tokens_per_step: int | None = None
     latent_rms: float | None = None
     backprop_through_latents: bool = True
+    answer_sees_image: bool = True
     base_model: str | None = None
     base_model_license: str | None = None
     base_vision_tower: str | None = None

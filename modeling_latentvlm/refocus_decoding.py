@@ -4,6 +4,9 @@
     [Z_i]                H_i+1, a_i+1; in a row whose last step this is, [Z_i ; <eot>]
     answer
 
+With `answer_sees_image=False` the answer starts on an empty cache, `[X without its images ; <bot> ; Z_1 .. Z_N ; <eot>]`: what it
+knows of the images came through the latents and no other way.
+
 Rows take their own number of steps. A segment is as wide as its widest row and aligned to the right, so that the position
 to read is always the last; what a row does not fill is masked and consumes no position.
 
@@ -171,6 +174,8 @@ class RefocusDecoder(SegmentDecoder):
         attended = torch.cat([(mask & in_prompt)[:, :width], torch.ones_like(mask[:, :1])], dim=1)
         thought = self.observe(torch.cat([prompt, bot], dim=1), attended, True)
         end = self.refocus(thought, eot)
+        if not self.config.answer_sees_image:
+            end = self.read_latents(prompt, bot, eot, (mask & in_prompt & ~is_image)[:, :width])
 
         stops = torch.full_like(places.starts, length)
         answer = cut(embeds, places.starts, stops)
@@ -179,6 +184,23 @@ class RefocusDecoder(SegmentDecoder):
             in_answer = columns[: answer.shape[1]] < (stops - places.starts)[:, None]
             hidden = torch.cat([hidden, self.extend(answer, cut(mask, places.starts, stops) & in_answer)], dim=1)
         return hidden[torch.arange(rows, device=mask.device)[:, None], self.sources(columns, places, width)]
+
+    def read_latents(self, prompt: Tensor, bot: Tensor, eot: Tensor, is_text: Tensor) -> Tensor:
+        """Start the answer on the prompt's text and the latents alone: (B, D), the hidden state of `<eot>`.
+
+        The keys of latents in the cache of the steps have seen the images, so masking the images out would not be enough.
+        """
+        rows = torch.arange(len(prompt), device=prompt.device)[:, None]
+        width = int(is_text.sum(dim=1).max())
+        columns = is_text.int().argsort(dim=1, stable=True)[
+            :, is_text.shape[1] - width :
+        ]  # a row's text, to the right
+        latents = torch.cat(self.context.latents, dim=1)
+        taken = torch.stack(self.context.is_taken, dim=1).repeat_interleave(self.context.latents[0].shape[1], dim=1)
+        one = torch.ones_like(taken[:, :1])
+        self.start_afresh()
+        embeds = torch.cat([prompt[rows, columns], bot, latents, eot], dim=1)
+        return self.extend(embeds, torch.cat([is_text[rows, columns], one, taken, one], dim=1))[:, -1]
 
     def sources(self, columns: Tensor, places: Places, width: int) -> Tensor:
         """(B, S) which of the hidden states [prompt ; <bot> ; <eot> ; answer] each column of `input_ids` has."""
@@ -209,6 +231,8 @@ class RefocusDecoder(SegmentDecoder):
             # In training all take as many forwards: processes that share a model must not wait for each other.
             may_stop = measure is not None and not self.model.training
             is_last = step == limit - 1 or (may_stop and not bool(going.any()))
+            if is_last and not self.config.answer_sees_image:
+                break  # nothing reads this cache any more
             thought = self.observe(*self.segment(latents, eot, active, ending, is_last), is_followed=not is_last)
             end = torch.where(ending[:, None], thought.hidden[:, -1], end)
             active, earlier = going, latents

@@ -87,6 +87,14 @@ class SegmentDecoder:
                 f"`past_key_values` holds {self.state.attention_mask.shape[0]} rows, but {rows} rows were given."
             )
 
+    def start_afresh(self) -> None:
+        """Drop keys and values of everything so far; what comes next starts at position 0."""
+        if self.is_segmented:
+            self.cache = first_segment_cache(self.text_model.config.num_hidden_layers)
+        else:
+            self.cache.crop(-int(self.cache.get_seq_length()))  # a negative number removes as many, in every version
+        self.state.clear()
+
     def is_checkpointing(self) -> bool:
         layers = self.text_model.layers
         return (

@@ -91,6 +91,11 @@ class LatentState:
         self.is_token = torch.cat([self.is_token, ones if is_token is None else is_token], dim=1)
         return self.attention_mask.long() if self.has_holes else None
 
+    def clear(self) -> None:
+        """Forget all slots; what was read stays read (`tokens`, `images`)."""
+        self.attention_mask, self.is_token = self.attention_mask[:, :0], self.is_token[:, :0]
+        self.next_position, self.has_holes = torch.zeros_like(self.next_position), False
+
     def reorder(self, rows: Tensor) -> None:
         """Follow the cache through beam search. Beams move within their prompt, so `images` stay where they are."""
         self.attention_mask, self.is_token = self.attention_mask[rows], self.is_token[rows]

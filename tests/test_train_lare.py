@@ -260,7 +260,7 @@ def test_defaults_of_the_stages(stage, rate, batch, tmp_path):
 
 
 def test_stages_that_do_not_exist():
-    with pytest.raises(ValueError, match=r"`stage` must be one of \[1, 2, 3, 4\], got 5"):
+    with pytest.raises(ValueError, match=r"`stage` must be one of \[0, 1, 2, 3, 4\], got 5"):
         ScriptArguments(5, "m", "d")
 
 

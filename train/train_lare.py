@@ -7,10 +7,14 @@
 
 | stage | trains                                                       | data        | learning rate | batch |
 |-------|--------------------------------------------------------------|-------------|---------------|-------|
+| 0     | everything but the vision tower, without latents             | LLaVA JSON  | 2e-5          | 128   |
 | 1     | the projector, without latents                               | LLaVA JSON  | 1e-3          | 256   |
 | 2     | Extractor, `<bot>` and `<eot>`, heads, U-Net                 | reasoning   | 1e-4          | 128   |
 | 3     | everything but the vision tower                              | LLaVA JSON  | 2e-5          | 128   |
 | 4     | everything but the vision tower                              | reasoning   | 2e-5          | 128   |
+
+Stage 0 is not the paper's: it makes the plain model that the others start from, where none is at hand, or the twin without
+latents that a trained model is compared with.
 
 Every argument of `transformers.TrainingArguments` works; a run that was killed goes on with `--resume_from_checkpoint last`.
 The loss terms are in `train/lare/objective.py`; heads and U-Net lie in `training/` beside a checkpoint, never in it.
@@ -39,6 +43,7 @@ class Stage:
 
 
 STAGES = {
+    0: Stage(2e-5, 128, None, "llava", has_latents=False),
     1: Stage(1e-3, 256, ("model.multi_modal_projector.",), "llava", has_latents=False),
     2: Stage(1e-4, 128, ("refocus.",), "steps"),
     3: Stage(2e-5, 128, None, "llava"),
@@ -48,7 +53,7 @@ STAGES = {
 
 @dataclass
 class ScriptArguments:
-    stage: int = field(metadata={"help": "1, 2, 3 or 4."})
+    stage: int = field(metadata={"help": "0 to 4."})
     model_path: str = field(metadata={"help": "Folder or hub id of a LaRe checkpoint (`conversion.convert_lare`)."})
     data_path: str = field(metadata={"help": "LLaVA JSON, or questions with reasoning (`train/reasoning_data.py`)."})
     data_format: str | None = field(default=None, metadata={"help": "llava, steps, m3cot or scienceqa; by the stage."})
@@ -131,7 +136,7 @@ def find_objective(objective: LaReObjective, args: ScriptArguments) -> None:
     Raises:
         ValueError: stage 3 or 4 finds none.
     """
-    if args.stage == 1 or args.fresh_objective or load_objective(objective, args.model_path):
+    if not STAGES[args.stage].has_latents or args.fresh_objective or load_objective(objective, args.model_path):
         return
     if args.stage > 2 and (objective.alignment is not None or objective.image_reconstruction is not None):
         raise ValueError(

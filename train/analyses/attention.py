@@ -73,11 +73,15 @@ def measure_shares(study: Study) -> pandas.DataFrame:
     """The shares of every question, a column per arm.
 
     Raises:
-        ValueError: a model without latent steps.
+        ValueError: a model without latent steps, or whose answers do not attend to the image.
     """
     config = study.model.config
     step_field(config)
     check_steps(config)
+    if not getattr(config, "answer_sees_image", True):
+        raise ValueError(
+            "With `answer_sees_image=False` no generated token attends to the image: there is nothing to measure."
+        )
     shares: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for arm, num_steps in ARMS.items():
         with changed_steps(config, num_steps):
