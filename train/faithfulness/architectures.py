@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from modeling_latentvlm.trace import LatentStep
@@ -78,24 +77,27 @@ class Architecture:
         return list(range(len(tokens)))
 
     def teacher_forced(self, inputs: dict, answers: list[list[int]], steps: list[list[LatentStep]]) -> dict:
-        """Arguments of `forward`; the last T + 1 columns predict the T answer tokens (column j: token j)."""
-        return self.joined(inputs, answers, 0)
+        """Arguments of `forward`; of its last T + 1 columns, column j predicts token j of the answer."""
+        return self.joined(inputs, answers, [])
 
-    def joined(self, inputs: dict, answers: list[list[int]], num_slots: int, slot: int = 0) -> dict:
+    def joined(self, inputs: dict, answers: list[list[int]], slots: list[int], has_labels: bool = False) -> dict:
+        """Prompt (padded on the left), what stands for latents, and answer (padded on the right)."""
         prompt, mask = inputs["input_ids"], inputs["attention_mask"]
         device = prompt.device
         rows = [torch.tensor(tokens, dtype=torch.long, device=device) for tokens in answers]
         padded = pad_sequence(rows, batch_first=True, padding_value=IGNORED)
         is_real = padded != IGNORED
-        slots = prompt.new_full((len(prompt), num_slots), slot)
+        places = torch.tensor(slots, dtype=prompt.dtype, device=device).expand(len(prompt), -1)
         arguments = {name: value for name, value in inputs.items() if name.startswith(("pixel", "image_grid"))}
         pad = self.config.get_text_config().pad_token_id or 0
-        return arguments | {
-            "input_ids": torch.cat([prompt, slots, padded.masked_fill(~is_real, pad)], dim=1),
-            "attention_mask": torch.cat([mask, torch.ones_like(slots), is_real.to(mask)], dim=1),
-            "labels": torch.cat([torch.full_like(prompt, IGNORED), torch.full_like(slots, IGNORED), padded], dim=1),
-            "logits_to_keep": padded.shape[1] + 1,
-        }
+        arguments["input_ids"] = torch.cat([prompt, places, padded.masked_fill(~is_real, pad)], dim=1)
+        arguments["attention_mask"] = torch.cat([mask, torch.ones_like(places), is_real.to(mask)], dim=1)
+        if has_labels:
+            nothing = torch.full_like(torch.cat([prompt, places], dim=1), IGNORED)
+            arguments["labels"] = torch.cat([nothing, padded], dim=1)
+        else:
+            arguments["logits_to_keep"] = padded.shape[1] + 1
+        return arguments
 
     def markers_only(self, inputs: dict, answer_tokens: list[list[int]]):
         """A context in which `generate` gets the markers of latents and no latents; it gives (inputs, settings, answer
@@ -118,6 +120,9 @@ class LaReArchitecture(Architecture):
         with changed_fields(self.config, max_refocus_steps=most), super().with_latents(count) as settings:
             yield settings
 
+    def teacher_forced(self, inputs: dict, answers: list[list[int]], steps: list[list[LatentStep]]) -> dict:
+        return self.joined(inputs, answers, self.markers)  # side by side they say where latents go, with K = 0 too
+
     @contextmanager
     def markers_only(self, inputs: dict, answer_tokens: list[list[int]]):
         prompt, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -134,7 +139,10 @@ class LaReArchitecture(Architecture):
 
 class VedasArchitecture(Architecture):
     def teacher_forced(self, inputs: dict, answers: list[list[int]], steps: list[list[LatentStep]]) -> dict:
-        return self.joined(inputs, answers, self.config.num_latent_steps, self.config.latent_token_id)
+        slots = [self.config.latent_token_id] * self.config.num_latent_steps
+        return self.joined(
+            inputs, answers, slots, has_labels=not slots
+        )  # without slots labels tell where an answer begins
 
     def markers_only(self, inputs: dict, answer_tokens: list[list[int]]):
         raise NotApplicable("Vedas puts no markers around its latents: a step is replayed image tokens and z alone")
@@ -147,7 +155,9 @@ class DeepLatentArchitecture(Architecture):
 
     def check(self) -> None:
         if self.config.max_latent_blocks < 1:
-            raise ValueError(f"The model opens no latent blocks: `max_latent_blocks` is {self.config.max_latent_blocks}.")
+            raise ValueError(
+                f"The model opens no latent blocks: `max_latent_blocks` is {self.config.max_latent_blocks}."
+            )
 
     def settings(self) -> dict:
         return {"min_latent_blocks": self.min_latent_blocks} if self.min_latent_blocks else {}
@@ -176,7 +186,7 @@ class DeepLatentArchitecture(Architecture):
         return [place for place, token in enumerate(tokens) if place > first and token != start]
 
     def teacher_forced(self, inputs: dict, answers: list[list[int]], steps: list[list[LatentStep]]) -> dict:
-        arguments = self.joined(inputs, answers, 0)
+        arguments = self.joined(inputs, answers, [])
         start, grids = self.config.latent_start_token_id, []
         for tokens, row in zip(answers, steps):
             if start in tokens:

@@ -97,7 +97,9 @@ def choose_donors(subject: Subject) -> dict[int, int]:
         own = digests.get(number) or subject.items[number].image_digest()
         others = [other for other, digest in digests.items() if digest != own]
         if not others:
-            raise NotApplicable("all questions with latents are about one picture, so that no other can lend its latents")
+            raise NotApplicable(
+                "all questions with latents are about one picture, so that no other can lend its latents"
+            )
         donors[number] = int(rng.choice(others))
     return donors
 
@@ -177,16 +179,21 @@ def pad_embedding(subject: Subject) -> Tensor:  # (D,)
     return subject.model.get_input_embeddings().weight[0 if token is None else token].detach().float()
 
 
+def constant(value: Tensor | float) -> Change:
+    def change(latents: Tensor, step: LatentStep, number: int) -> Tensor:
+        return torch.as_tensor(value, dtype=latents.dtype, device=latents.device).expand_as(latents)
+
+    return change
+
+
+def dummy_arm(subject: Subject) -> Arm:
+    title = "the padding token's embedding, as often as there are latents"
+    return Arm("dummy", title, constant(pad_embedding(subject)))
+
+
 def build_arms(subject: Subject, calibration: Calibration) -> dict[str, Arm | str]:
     """All arms by name; in the place of one that makes no sense here the reason."""
     seed = subject.seed
-
-    def constant(value: Tensor | float) -> Change:
-        def change(latents: Tensor, step: LatentStep, number: int) -> Tensor:
-            filled = torch.as_tensor(value, dtype=latents.dtype, device=latents.device)
-            return filled.expand_as(latents)
-
-        return change
 
     def noisy(name: str, sigma: float) -> Change:
         return lambda latents, step, number: (
@@ -204,7 +211,9 @@ def build_arms(subject: Subject, calibration: Calibration) -> dict[str, Arm | st
     arms: dict[str, Arm | str] = {
         "zero": Arm("zero", "zeros", constant(0.0)),
         "constant": Arm("constant", f"every element {SMALL_CONSTANT}", constant(SMALL_CONSTANT)),
-        "shared": Arm("shared", "one latent, of the first item, for all items and places", constant(calibration.first)),
+        "shared": Arm(
+            "shared", "one latent, of the first item, for all items and places", constant(calibration.first)
+        ),
     }
     for sigma in SIGMAS:
         name = f"noise_{sigma}"
@@ -222,8 +231,7 @@ def build_arms(subject: Subject, calibration: Calibration) -> dict[str, Arm | st
     arms["region"] = Arm("region", "features of a random window of the item's own picture", region_table(subject))
     arms["oracle"] = attempt(lambda: oracle(subject))
     arms["skip"] = without_latents(subject.architecture)
-    dummy = constant(pad_embedding(subject))
-    arms["dummy"] = Arm("dummy", "the padding token's embedding, as often as there are latents", dummy)
+    arms["dummy"] = dummy_arm(subject)
     return arms
 
 

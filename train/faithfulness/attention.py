@@ -97,8 +97,13 @@ def measure_attention(subject: Subject, observed: dict[int, Observed]) -> Result
         curves=[Curve("where attention goes", "layer", "share of attention", masses)],
     )
     if rho:
-        result.curves.append(Curve("attention to the region that the question is about", "layer", "enrichment (1: none)", rho))
-        result.tables["tests"] = [enrichment_tests(observed, regions, kind, name, layers) for kind, name in ((LATENT, "latent"), (ANSWER, "answer"))]
+        result.curves.append(
+            Curve("attention to the region that the question is about", "layer", "enrichment (1: none)", rho)
+        )
+        result.tables["tests"] = [
+            enrichment_tests(observed, regions, kind, name, layers)
+            for kind, name in ((LATENT, "latent"), (ANSWER, "answer"))
+        ]
     else:
         result.not_applicable["region enrichment"] = "the data bring no regions (`boxes`), or they fill the picture"
     return result

@@ -26,7 +26,10 @@ def audit(answers: list[Answer]) -> dict:
         "answer tokens an item": float(np.mean(words)),
         "share of latents": sum(latents) / max(1, sum(latents) + sum(words)),
     }
-    return row | {f"stopped by {reason}": count / len(answers) for reason, count in sorted(Counter(answer.stop_reason for answer in answers).items())}
+    return row | {
+        f"stopped by {reason}": count / len(answers)
+        for reason, count in sorted(Counter(answer.stop_reason for answer in answers).items())
+    }
 
 
 def measure_invocation(subject: Subject) -> Result:
@@ -36,12 +39,24 @@ def measure_invocation(subject: Subject) -> Result:
         "D12: is latent mode entered?",
         "Share of items with latents, how many, their share of all positions of the answers, and why answers end.",
         tables={"audit": [audit(subject.clean)]},
-        curves=[Curve("blocks or steps an item", "blocks or steps", "items", {"items": [(str(count), counts[count]) for count in sorted(counts)]}, "bar")],
+        curves=[
+            Curve(
+                "blocks or steps an item",
+                "blocks or steps",
+                "items",
+                {"items": [(str(count), counts[count]) for count in sorted(counts)]},
+                "bar",
+            )
+        ],
     )
     if subject.architecture.min_latent_blocks:
-        result.notes.append(f"`--min-latent-blocks {subject.architecture.min_latent_blocks}`: blocks were forced open, so the share in latent mode says little.")
+        result.notes.append(
+            f"`--min-latent-blocks {subject.architecture.min_latent_blocks}`: blocks were forced open, so the share in latent mode says little."
+        )
     if subject.model.config.model_type != "deeplatent":
-        result.notes.append("This architecture takes its steps behind every prompt, so the share in latent mode is 1 by construction.")
+        result.notes.append(
+            "This architecture takes its steps behind every prompt, so the share in latent mode is 1 by construction."
+        )
     unfinished = sum(answer.stop_reason == "max_length" for answer in subject.clean)
     if unfinished:
         result.notes.append(f"{unfinished} answers were cut off by the token budget ({subject.max_new_tokens}).")

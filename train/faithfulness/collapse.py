@@ -41,7 +41,9 @@ def stack(answers: list[Answer]) -> Tensor:
     columns = []
     for index in range(count):
         grid, _ = Counter(answer.steps[index].grid for answer in answers).most_common(1)[0]
-        same = [resize_latents(answer.steps[index].latents.float(), answer.steps[index].grid, grid) for answer in answers]
+        same = [
+            resize_latents(answer.steps[index].latents.float(), answer.steps[index].grid, grid) for answer in answers
+        ]
         columns.append(torch.stack(same))
     values = torch.cat(columns, dim=1)
     if values.shape[1] > MOST_PLACES:
@@ -115,16 +117,22 @@ def measure_collapse(subject: Subject, observed: dict[int, Observed]) -> Result:
         "latents": latents,
         "text tokens": baseline(observed, TEXT, latents.shape[1]),
         "image tokens": baseline(observed, IMAGE, latents.shape[1]),
-        "dummy tokens": torch.ones(2, 2, latents.shape[2]).expand(len(numbers), latents.shape[1], -1),
+        "dummy tokens": torch.ones(1, 1, latents.shape[2]).expand(len(numbers), latents.shape[1], -1),
     }
     rows, series = [], {}
     for name, values in groups.items():
         if values is None:
             continue
         variances = spectrum(values.flatten(0, 1)) if name != "dummy tokens" else np.zeros(1)
-        rows.append({"vectors": name, "items": len(values), "places": values.shape[1]} | cosines_of(name, values) | ranks(variances))
+        rows.append(
+            {"vectors": name, "items": len(values), "places": values.shape[1]}
+            | cosines_of(name, values)
+            | ranks(variances)
+        )
         if variances.sum() > 1e-20:
-            series[name] = [(place, float(share)) for place, share in enumerate(variances.cumsum() / variances.sum(), 1)]
+            series[name] = [
+                (place, float(share)) for place, share in enumerate(variances.cumsum() / variances.sum(), 1)
+            ]
     result = Result(
         "D4",
         "D4: collapse, and sensitivity to the picture",

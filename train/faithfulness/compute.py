@@ -1,9 +1,9 @@
 """D13: what the same weights do with the same compute and no latents, and with more or fewer of them.
 
-    as trained, latents disabled (K = 0), dummy tokens with the same budget of positions, and the sweep K = 0 .. 20
+as trained, latents disabled (K = 0), dummy tokens with the same budget of positions, and the sweep K = 0 .. 20
 """
 
-from train.faithfulness.arms import build_arms, calibrate
+from train.faithfulness.arms import dummy_arm
 from train.faithfulness.items import NotApplicable
 from train.faithfulness.result import Curve, Result
 from train.faithfulness.statistics import mean_interval
@@ -21,7 +21,7 @@ def measure_compute(subject: Subject) -> Result:
         "latents disabled": subject.ask(without_latents(subject.architecture)),
     }
     try:
-        answers["dummy tokens, same budget"] = subject.ask(build_arms(subject, calibrate(subject))["dummy"])
+        answers["dummy tokens, same budget"] = subject.ask(dummy_arm(subject))
     except NotApplicable as reason:
         result.not_applicable["dummy tokens"] = str(reason)
     result.tables["arms"] = [describe(subject, name, found) for name, found in answers.items()]

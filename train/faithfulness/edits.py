@@ -15,7 +15,9 @@ Edit = Callable[[Image.Image, Item], Image.Image]
 def turn_hues(picture: Image.Image, item: Item) -> Image.Image:
     """Turn every hue by half the circle: red becomes cyan."""
     hue, saturation, value = picture.convert("HSV").split()
-    return Image.merge("HSV", (hue.point([(level + 128) % 256 for level in range(256)]), saturation, value)).convert("RGB")
+    return Image.merge("HSV", (hue.point([(level + 128) % 256 for level in range(256)]), saturation, value)).convert(
+        "RGB"
+    )
 
 
 def flip(picture: Image.Image, item: Item) -> Image.Image:
@@ -47,7 +49,9 @@ def brighten(picture: Image.Image, item: Item) -> Image.Image:
 # What may change the answer, and what may not.
 EDITS: dict[str, Edit] = {"colour": turn_hues, "removal": remove, "spatial: mirrored": flip, "crop to 60 %": crop(0.6)}
 AUGMENTATIONS: dict[str, Edit] = {"10 % brighter": brighten, "crop to 95 %": crop(0.95)}
-UNAVAILABLE = {"shape": "a picture does not say which pixels to redraw as another shape; the tasks' own scenes would have to"}
+UNAVAILABLE = {
+    "shape": "a picture does not say which pixels to redraw as another shape; the tasks' own scenes would have to"
+}
 
 
 def check_edit(name: str, items: list[Item]) -> None:

@@ -51,7 +51,13 @@ def measure_interventions(subject: Subject, names: tuple[str, ...] = ARMS) -> Re
     changes = [(row["arm"], row["change of accuracy"], row["low"], row["high"]) for row in rows[1:]]
     result.curves = [
         Curve("change of accuracy against the clean run", "arm", "points", {"change": changes}, "bar"),
-        Curve("flip rate", "arm", "share of items", {"flips": [(row["arm"], row["flip rate"]) for row in rows[1:]]}, "bar"),
+        Curve(
+            "flip rate",
+            "arm",
+            "share of items",
+            {"flips": [(row["arm"], row["flip rate"]) for row in rows[1:]]},
+            "bar",
+        ),
     ]
     if "swap" in answers:
         result.tables["swap"] = [follow(subject, answers["swap"])]
@@ -64,9 +70,13 @@ def score_arms(subject: Subject, arms: list[Arm]) -> dict[str, list[Score]]:
     scores = subject.score([CLEAN, *everywhere], "reading the clean answers")
     for arm in arms:
         if arm.only is not None:
-            own = Arm(arm.name, arm.title, lambda latents, step, number, arm=arm: (
-                arm.change(latents, step, number) if number in arm.only else latents
-            ))
+            own = Arm(
+                arm.name,
+                arm.title,
+                lambda latents, step, number, arm=arm: (
+                    arm.change(latents, step, number) if number in arm.only else latents
+                ),
+            )
             scores[arm.name] = subject.score([CLEAN, own])[arm.name]
     return scores
 
@@ -100,9 +110,7 @@ def describe(subject: Subject, arm: Arm, answers: dict[str, list[Answer]], score
 def follow(subject: Subject, swapped: list[Answer]) -> dict:
     """Does the answer become the donor's? Over items whose donor answered otherwise."""
     donors = choose_donors(subject)
-    differing = [
-        number for number, donor in donors.items() if subject.clean[donor].text != subject.clean[number].text
-    ]
+    differing = [number for number, donor in donors.items() if subject.clean[donor].text != subject.clean[number].text]
     followed = [swapped[number].text == subject.clean[donors[number]].text for number in differing]
     kept = [swapped[number].text == subject.clean[number].text for number in differing]
     return {
@@ -143,5 +151,3 @@ def chance_note(subject: Subject) -> str:
     answers = Counter(normalize(item.answer) for item in subject.items)
     answer, count = answers.most_common(1)[0]
     return f"The best constant answer ({answer!r}) has {100 * count / len(subject.items):.1f} %."
-
-

@@ -14,7 +14,9 @@ def measure_norms(observed: dict[int, Observed]) -> Result:
     means: dict[tuple[int, int], float] = {}
     places = {place for seen in observed.values() for place in seen.norms}
     for place in places:
-        means[place] = float(np.mean(np.concatenate([seen.norms[place] for seen in observed.values() if seen.norms[place]])))
+        means[place] = float(
+            np.mean(np.concatenate([seen.norms[place] for seen in observed.values() if seen.norms[place]]))
+        )
     last = max(layer for _, layer in places)
     rows, series = [], {}
     for kind, name in enumerate(KINDS):
@@ -35,7 +37,9 @@ def measure_norms(observed: dict[int, Observed]) -> Result:
         "Mean Euclidean norm of states by kind of column and layer, and the ratio of latents to what stands at the input.",
         tables={"ratios": ratios, "norms by layer": rows},
         curves=[Curve("mean norm by layer", "layer (0: input)", "norm", series)],
-        notes=["Ratios far from 1 at the input mean that latents lie outside of what the language model was trained to read."],
+        notes=[
+            "Ratios far from 1 at the input mean that latents lie outside of what the language model was trained to read."
+        ],
     )
 
 

@@ -50,8 +50,12 @@ class Attention:
 class Observed:
     """What was seen of one item."""
 
-    attention: dict[tuple[int, int], Attention] = field(default_factory=lambda: defaultdict(Attention))  # (kind, layer)
-    norms: dict[tuple[int, int], list[float]] = field(default_factory=lambda: defaultdict(list))  # (kind, layer; 0: input)
+    attention: dict[tuple[int, int], Attention] = field(
+        default_factory=lambda: defaultdict(Attention)
+    )  # (kind, layer)
+    norms: dict[tuple[int, int], list[float]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # (kind, layer; 0: input)
     emitting: Tensor | None = None  # (D,) the last hidden state that predicts the first token of the answer
     question: Tensor | None = None  # (D,) mean text embedding of the prompt
     visual: Tensor | None = None  # (D,) mean image embedding of the prompt
@@ -83,59 +87,61 @@ class Watcher:
             input_ids == subject.architecture.image_token_id, IMAGE
         )
         self.latents = [
-            torch.cat([step.latents for step in subject.clean[number].steps]).to(input_ids.device) for number in numbers
+            torch.cat([step.latents for step in subject.clean[number].steps]).to(input_ids.device)
+            for number in numbers
         ]
         self.cached = torch.zeros(len(numbers), 0, dtype=torch.long, device=input_ids.device)
         self.order = torch.zeros_like(self.cached)  # which latent of its row a column is
         self.kinds = self.keys = self.cached
+        self.has_started = False
         self.key_order = self.order
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict):
         """Tell the new columns apart and have their attention recorded."""
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        is_cached = kwargs.get("past_key_values") is not None
-        earlier = self.cached if is_cached else self.cached[:, :0]
-        self.kinds, order = self.classify(embeds, mask, earlier)
+        cache = kwargs.get("past_key_values")
+        is_cached = cache is not None
+        seen = int(cache.get_seq_length()) if is_cached else 0  # less than before where an answer starts afresh (LaRe)
+        earlier = self.cached[:, :seen]
+        is_vedas = self.subject.model.config.model_type == "vedas"
+        has_prompt = seen == 0 and (is_vedas or not self.has_started)
+        self.has_started = True
+        self.kinds, order = self.classify(embeds, mask, earlier, has_prompt, is_vedas)
         self.keys = torch.cat([earlier, self.kinds], dim=1)
         self.key_order = torch.cat([self.order[:, : earlier.shape[1]], order], dim=1)
         if is_cached:
             self.cached, self.order = self.keys, self.key_order
-        if not earlier.shape[1]:
+        if has_prompt:
             self.take_embeddings(embeds)
         self.take_norms(0, embeds)
         return args, kwargs | {"saliency": RowRecorder(self, kwargs.get("saliency"))}
 
-    def classify(self, embeds: Tensor, mask: Tensor | None, earlier: Tensor) -> tuple[Tensor, Tensor]:
+    def classify(
+        self, embeds: Tensor, mask: Tensor | None, earlier: Tensor, has_prompt: bool, is_vedas: bool
+    ) -> tuple[Tensor, Tensor]:
         """(B, T) kinds of the new columns, and which latent of its row each is (0 for others)."""
         rows, length = embeds.shape[:2]
         kinds = torch.full((rows, length), TEXT, device=embeds.device)
         order = torch.zeros_like(kinds)
-        width = self.prompt_kinds.shape[1]
-        if not earlier.shape[1]:
-            first = min(width, length)
-            kinds[:, :first] = self.prompt_kinds[:, :first]
-        columns = earlier.shape[1] + torch.arange(length, device=embeds.device)
-        is_vedas = self.subject.model.config.model_type == "vedas"
+        width = min(self.prompt_kinds.shape[1], length) if has_prompt else 0
+        kinds[:, :width] = self.prompt_kinds[:, :width]
+        columns = torch.arange(length, device=embeds.device)
         for row in range(rows):
             known = self.latents[row]
-            same = (embeds[row][:, None, :COMPARED] == known.to(embeds)[None, :, :COMPARED]).all(dim=-1)  # (T, latents)
-            is_latent = same.any(dim=1) & (columns >= 0) & (kinds[row] == TEXT)
-            if not earlier.shape[1]:
-                is_latent &= columns >= min(width, length)
+            same = (embeds[row][:, None, :COMPARED] == known.to(embeds)[None, :, :COMPARED]).all(
+                dim=-1
+            )  # (T, latents)
+            is_latent = same.any(dim=1) & (columns >= width)
+            before = int((earlier[row] == LATENT).sum())
             order[row] = same.int().argmax(dim=1)
-            repeated = same.sum(dim=1) > 1  # equal latents: in the order in which they come
-            if bool((is_latent & repeated).any()):
-                before = int((earlier[row] == LATENT).sum())
+            if bool((same[is_latent].sum(dim=1) > 1).any()):  # equal latents: in the order in which they come
                 order[row] = (before + is_latent.long().cumsum(0) - 1).clamp(0, len(known) - 1)
             kinds[row][is_latent] = LATENT
-            has_latent = bool((earlier[row] == LATENT).any())
+            behind = (columns >= width) & ~is_latent
             if is_vedas and bool(is_latent.any()):
-                last = int(is_latent.nonzero()[-1])
-                inside = (columns >= width) & (torch.arange(length, device=embeds.device) < last) & ~is_latent
-                kinds[row][inside] = REPLAY
-            elif has_latent or bool(is_latent.any()):
-                begun = has_latent | (is_latent.long().cumsum(0) > 0)
-                kinds[row][begun & (kinds[row] == TEXT)] = ANSWER
+                kinds[row][behind & (columns < int(is_latent.nonzero()[-1]))] = REPLAY
+            else:
+                kinds[row][behind & ((is_latent.long().cumsum(0) > 0) | (before > 0))] = ANSWER
         if mask is not None:
             kinds = kinds.masked_fill(mask[:, -length:] == 0, PADDING)
         return kinds, order
@@ -148,7 +154,9 @@ class Watcher:
             for kind in (TEXT, IMAGE):
                 values = embeds[row][self.kinds[row] == kind].float().cpu()
                 if len(values):
-                    seen.samples[kind] = values[torch.randperm(len(values), generator=generator)[: len(self.latents[row])]]
+                    seen.samples[kind] = values[
+                        torch.randperm(len(values), generator=generator)[: len(self.latents[row])]
+                    ]
                 mean = values.mean(dim=0) if len(values) else torch.zeros(embeds.shape[-1])
                 setattr(seen, "question" if kind == TEXT else "visual", mean)
 
@@ -170,10 +178,13 @@ class Watcher:
                 chosen = torch.full((len(query),), column, device=query.device)
                 attention = attention_row(query, key, mask, scaling, chosen).mean(dim=1)  # (B, S)
                 for row in (self.kinds[:, column] == kind).nonzero().flatten().tolist():
-                    self.add_row(self.rows[row].attention[kind, layer], row, attention[row])
+                    self.add_row(kind, layer, row, attention[row])
 
-    def add_row(self, total: Attention, row: int, attention: Tensor) -> None:
+    def add_row(self, kind: int, layer: int, row: int, attention: Tensor) -> None:
         keys = self.keys[row]
+        if kind == LATENT and not bool((keys == IMAGE).any()):
+            return  # read once more without the image, for an answer that is not to see it
+        total = self.rows[row].attention[kind, layer]
         mass = torch.stack([attention[keys == kind].sum() for kind in range(len(KINDS))])
         total.mass += mass.cpu()
         total.entropy += entropy(attention)
@@ -207,9 +218,11 @@ def watched(watcher: Watcher) -> Iterator[None]:
 
     for number, layer in enumerate(text_model.layers, 1):
         hooks.append(layer.register_forward_hook(keep(number)))
-    hooks.append(text_model.register_forward_hook(
-        lambda module, args, output: watcher.take_norms(len(text_model.layers) + 1, output.last_hidden_state)
-    ))
+    hooks.append(
+        text_model.register_forward_hook(
+            lambda module, args, output: watcher.take_norms(len(text_model.layers) + 1, output.last_hidden_state)
+        )
+    )
     try:
         yield
     finally:
@@ -241,11 +254,11 @@ def observe(subject: Subject) -> dict[int, Observed]:
         hook = subject.model.lm_head.register_forward_pre_hook(lambda module, args: emitted.append(args[0]))  # noqa: B023
         try:
             with watched(watcher):
-                subject.read(batch, replay)
+                width = subject.read(batch, replay)[0].shape[1]
         finally:
             hook.remove()
         for row, number in enumerate(batch):
             place = answer_place(subject, number)
-            watcher.rows[row].emitting = emitted[-1][row, place].float().cpu()
+            watcher.rows[row].emitting = emitted[-1][row, -width:][place].float().cpu()
             observed[number] = watcher.rows[row]
     return observed

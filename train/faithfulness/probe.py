@@ -93,8 +93,19 @@ def measure_probe(subject: Subject, observed: dict[int, Observed]) -> Result:
         "D5",
         "D5: linear probe of the answer",
         "StandardScaler and logistic regression (l2, C = 1), stratified folds, held out; MI_LB = max(0, H(Y) - CE); G = Acc(a) - Acc(b).",
-        tables={"probes": rows, "gap": [{"G": found[EMITTING] - found[LAST], "items": len(kept), "answers": len(set(target))}]},
-        curves=[Curve("accuracy of the probe", "feature", "accuracy", {"probe": [(row["feature"], row["accuracy"], row["low"], row["high"]) for row in rows]}, "bar")],
+        tables={
+            "probes": rows,
+            "gap": [{"G": found[EMITTING] - found[LAST], "items": len(kept), "answers": len(set(target))}],
+        },
+        curves=[
+            Curve(
+                "accuracy of the probe",
+                "feature",
+                "accuracy",
+                {"probe": [(row["feature"], row["accuracy"], row["low"], row["high"]) for row in rows]},
+                "bar",
+            )
+        ],
         notes=["A large G: the model knows the answer where it says it, and its last latent does not hold it."],
     )
     if len(kept) < len(observed):

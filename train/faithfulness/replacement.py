@@ -97,17 +97,26 @@ def summarize(subject: Subject, scores: dict, units: dict, most: int, shares, co
         curves[f"the {order} attended"] = points
     notes = ["u_t > 0: the answer leans on that latent. A flat curve: on none of them, in this context."]
     if subject.model.config.model_type == "vedas":
-        notes.append("Image tokens that later steps replay are picked anew, and may change with the latents before them.")
+        notes.append(
+            "Image tokens that later steps replay are picked anew, and may change with the latents before them."
+        )
     if any(len(units[number]) < counts[number] for number in numbers):
         notes.append(f"More than {MOST_UNITS} latents: neighbours are replaced together.")
-    notes.append(f"Reading with the recorded latents served again differs from reading without by at most {np.nanmax(drift):.2g} nats.")
+    notes.append(
+        f"Reading with the recorded latents served again differs from reading without by at most {np.nanmax(drift):.2g} nats."
+    )
     return Result(
         "D2",
         "D2: what each latent does for the answer that was given",
         "u_t = ln pi(o*|x, z) - ln pi(o*|x, z with z_t replaced by the mean latent), o* the clean answer, nats; other latents as recorded.",
         tables={"u_t": rows},
         curves=[
-            Curve("replacing latents in the order of the answer's attention", "latents replaced, %", "change of ln pi(o*), nats", curves)
+            Curve(
+                "replacing latents in the order of the answer's attention",
+                "latents replaced, %",
+                "change of ln pi(o*), nats",
+                curves,
+            )
         ],
         notes=notes,
     )

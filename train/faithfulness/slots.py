@@ -1,23 +1,23 @@
 """D3: is it the latents, their slots, their markers, or the form of the answer that helps? (2606.01287)
 
-    with latents   the model as it is
-    slots only     markers and the padding token's embedding in the place of every latent
-    markers only   the tokens around latents, and none between
-    format only    neither; but the answer begins with the words that all answers to these questions lead up to theirs with
-    nothing        K = 0
+with latents   the model as it is
+slots only     markers and the padding token's embedding in the place of every latent
+markers only   the tokens around latents, and none between
+format only    neither; but the answer begins with the words that all answers to these questions lead up to theirs with
+nothing        K = 0
 
-    share of the gain kept = (Acc(arm) - Acc(nothing)) / (Acc(with latents) - Acc(nothing))
+share of the gain kept = (Acc(arm) - Acc(nothing)) / (Acc(with latents) - Acc(nothing))
 """
 
 import math
 import os
 
 from train.faithfulness.architectures import put_before
-from train.faithfulness.arms import build_arms, calibrate
+from train.faithfulness.arms import dummy_arm
 from train.faithfulness.items import NotApplicable
 from train.faithfulness.result import Curve, Result
 from train.faithfulness.statistics import mean_interval, paired
-from train.faithfulness.subject import CLEAN, Answer, Arm, Subject, without_latents
+from train.faithfulness.subject import Answer, Arm, Subject, without_latents
 
 
 def measure_slots(subject: Subject) -> Result:
@@ -68,7 +68,7 @@ def compare(subject: Subject, answers: dict[str, list[Answer]]) -> list[dict]:
 
 
 def slots_only(subject: Subject) -> list[Answer]:
-    return subject.ask(build_arms(subject, calibrate(subject))["dummy"])
+    return subject.ask(dummy_arm(subject))
 
 
 def markers_only(subject: Subject) -> list[Answer]:
@@ -105,7 +105,9 @@ def shared_lead(texts: list[str]) -> str:
         return ends.lstrip() + "\\boxed{"
     begins = os.path.commonprefix(texts)
     if not begins.strip():
-        raise NotApplicable("the answers to these questions share no words that could be given without giving one away")
+        raise NotApplicable(
+            "the answers to these questions share no words that could be given without giving one away"
+        )
     return begins
 
 
@@ -116,7 +118,9 @@ def format_only(subject: Subject) -> list[Answer]:
     answers = []
     with subject.architecture.with_latents(0) as settings:
         for batch in subject.batches("answering, format only"):
-            inputs = put_before(subject.encode([subject.items[number].sample for number in batch]), [tokens] * len(batch), pad)
+            inputs = put_before(
+                subject.encode([subject.items[number].sample for number in batch]), [tokens] * len(batch), pad
+            )
             for answer in subject.generate(inputs, CLEAN_OFF, batch, **settings):
                 answer.written = lead + answer.written
                 answers.append(answer)

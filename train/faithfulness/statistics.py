@@ -20,7 +20,9 @@ def mean_interval(values, seed: int = 0) -> tuple[float, float, float]:
     mean = float(values.mean())
     if len(values) < 2 or (values == values[0]).all():
         return mean, mean, mean
-    found = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed))
+    found = stats.bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(seed)
+    )
     return mean, float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 

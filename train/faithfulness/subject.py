@@ -88,6 +88,7 @@ class Subject:
         self.architecture: Architecture = architecture_of(model, min_latent_blocks)
         self.batch_size, self.max_new_tokens, self.seed = batch_size, max_new_tokens, seed
         self.asked: dict[str, list[Answer]] = {}
+        self.encoded: tuple[list[int], dict] = ([], {})  # of the last batch: many arms read one after the other
 
     @property
     def tokenizer(self):
@@ -140,7 +141,11 @@ class Subject:
 
     @torch.no_grad()
     def answer(
-        self, arm: Arm, numbers: list[int] | None = None, edit: Callable[[Item], ReasoningSample] | None = None, **settings
+        self,
+        arm: Arm,
+        numbers: list[int] | None = None,
+        edit: Callable[[Item], ReasoningSample] | None = None,
+        **settings,
     ) -> list[Answer]:
         """Answer greedily.
 
@@ -188,7 +193,9 @@ class Subject:
             tokens = tokens[:-1]
         return tokens
 
-    def given(self, numbers: list[int], is_without_latents: bool = False) -> tuple[list[list[int]], list[list[LatentStep]]]:
+    def given(
+        self, numbers: list[int], is_without_latents: bool = False
+    ) -> tuple[list[list[int]], list[list[LatentStep]]]:
         """Tokens and steps of clean answers, fit to be read again."""
         answers, steps = [], []
         for number in numbers:
@@ -206,11 +213,14 @@ class Subject:
 
     def read(self, numbers: list[int], arm: Arm, **settings):
         """One forward over questions and their clean answers: (logits (B, T + 1, V), answers' tokens)."""
-        inputs = self.encode([self.items[number].sample for number in numbers])
+        if self.encoded[0] != numbers:
+            self.encoded = (list(numbers), self.encode([self.items[number].sample for number in numbers]))
+        inputs = self.encoded[1]
         answers, steps = self.given(numbers, arm.is_without_latents)
         arguments = self.architecture.teacher_forced(inputs, answers, steps) | settings
         change = None if arm.is_without_latents else bind(arm.change, numbers)
-        return self.model(**arguments, latent_intervention=change).logits, answers
+        width = max(map(len, answers)) + 1
+        return self.model(**arguments, latent_intervention=change).logits[:, -width:], answers
 
     @torch.no_grad()
     def logprobs(self, numbers: list[int], arm: Arm) -> list[Tensor]:
@@ -277,5 +287,3 @@ def compare(clean: Tensor, other: Tensor, tokens: list[int]) -> Score:
 def without_latents(architecture: Architecture) -> Arm:
     """K = 0."""
     return Arm("skip", "no latents (K = 0)", inside=lambda: architecture.with_latents(0), is_without_latents=True)
-
-
