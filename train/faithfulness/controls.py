@@ -30,6 +30,7 @@ from processing_latentvlm import LaReProcessor
 from processing_latentvlm.processing_lare import REFOCUS_TOKENS
 from train.answers import encode_questions
 from train.faithfulness.architectures import LaReArchitecture
+from train.faithfulness.arms import ARMS
 from train.faithfulness.items import read_items
 from train.faithfulness.report import write_report
 from train.faithfulness.result import Result
@@ -52,7 +53,7 @@ QUESTION = "what colour is the square?"
 SIZE, PATCH, SQUARE = 56, 14, 28  # pixels
 CHANCE = 1 / len(COLORS)
 MUST_MOVE = ("zero", "shared", "gaussian", "matched", "swap", "dummy")
-CONTROLS = ("positive", "negative")
+CONTROLS = {"positive": 500, "negative": 150}  # training steps
 
 
 def write_questions(folder: Path, count: int, seed: int) -> Path:
@@ -173,20 +174,20 @@ def train(kind: str, model: LaReForCausalLM, processor: LaReProcessor, data: Pat
     return float(np.mean(losses[-20:]))
 
 
-def make_control(kind: str, folder: Path, seed: int = 0, num_steps: int = 500, count: int = 480) -> Path:
+def make_control(kind: str, folder: Path, seed: int = 0, count: int = 480) -> Path:
     """Train a control, unless the folder holds it already; returns the folder with its checkpoint.
 
     Raises:
         ValueError: neither `"positive"` nor `"negative"`.
     """
     if kind not in CONTROLS:
-        raise ValueError(f"A control is one of {CONTROLS}, got {kind!r}.")
+        raise ValueError(f"A control is one of {list(CONTROLS)}, got {kind!r}.")
     checkpoint = folder / kind
     if not (checkpoint / "config.json").is_file():
         data = write_questions(folder / "train", count, seed + 1)
         set_seed(seed)
         model, processor = build(kind)
-        train(kind, model, processor, data, num_steps)
+        train(kind, model, processor, data, CONTROLS[kind])
         processor.save_pretrained(checkpoint)
         model.save_pretrained(checkpoint)
     return checkpoint
@@ -198,8 +199,6 @@ def report_control(kind: str, folder: Path, seed: int = 0, count: int = 96) -> l
     data = write_questions(folder / "test", count, seed + 2)
     model, processor = LaReForCausalLM.from_pretrained(checkpoint), LaReProcessor.from_pretrained(checkpoint)
     subject = Subject(model, processor, read_items(data, "steps", "train", None), 32, 4, seed=seed)
-    from train.faithfulness.arms import ARMS
-
     results = take_all(subject, ARMS)
     write_report(results, {"model": f"{kind} control", "questions": count, "seed": seed}, folder)
     for name in ("faithfulness.html", "faithfulness.json"):
