@@ -10,8 +10,9 @@ Each file here is one diagnostic or one thing that several need:
     slots.py                                 D3   latents, markers alone, format alone, nothing
     collapse.py, edits.py                    D4   do latents differ between pictures, and follow them
     probe.py                                 D5   can the answer be read off them
-    norms.py, attention.py, observation.py   D8, D9   how large they are, who looks at them
+    norms.py, attention.py                   D8, D9   how large they are, who looks at them
     audit.py, compute.py                     D12, D13   are they made at all; what the same compute does without them
-    statistics.py, report.py, plots.py       intervals; the page
+    observation.py                           hooks on one reading of the answers: kinds of columns, attention rows, norms
+    statistics.py, result.py, report.py, plots.py, run.py   intervals; what is found; the page; what is done already
     controls.py                              a model that must react, and one that must not
 """

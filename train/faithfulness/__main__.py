@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor, set_seed
 
 from train.analyses.collection import prepare_output
 from train.faithfulness.arms import ARMS
-from train.faithfulness.items import read_items
+from train.faithfulness.items import Item, read_items
 from train.faithfulness.report import write_report
 from train.faithfulness.run import digest, file_digest, take_all
 from train.faithfulness.subject import Subject
@@ -42,13 +42,17 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def key_of(options: argparse.Namespace) -> str:
-    """What finished diagnostics depend on: the code's own version aside, everything."""
+def key_of(options: argparse.Namespace, items: list[Item]) -> str:
+    """What finished diagnostics depend on: checkpoint, data with their pictures, settings, and the code here."""
     folder, data = Path(options.model), Path(options.data)
     weights = file_digest(*(path for path in folder.iterdir() if path.is_file())) if folder.is_dir() else options.model
-    asked = file_digest(*(path for path in ([data] if data.is_file() else data.rglob("*")) if path.is_file()))
+    pictures = {Path(image) for item in items for image in item.sample.images if isinstance(image, str)}
+    asked = file_digest(
+        *pictures, *(path for path in ([data] if data.is_file() else data.rglob("*")) if path.is_file())
+    )
+    code = file_digest(*Path(__file__).parent.glob("*.py"))
     names = ("data_format", "split", "limit", "max_new_tokens", "min_latent_blocks", "dtype", "seed")
-    return digest(weights, asked, *(getattr(options, name) for name in names))
+    return digest(weights, asked, code, *(getattr(options, name) for name in names))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -74,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.min_latent_blocks,
         options.seed,
     )
-    results = take_all(subject, tuple(options.arms), output / "finished", key_of(options))
+    results = take_all(subject, tuple(options.arms), output / "finished", key_of(options, items))
     if options.controls:
         from train.faithfulness.controls import controls_result
 

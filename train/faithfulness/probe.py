@@ -15,6 +15,7 @@ Chance-corrected accuracy is (Acc - largest class) / (1 - largest class); gap G 
 left out: no fold could have learned them.
 """
 
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -26,7 +27,6 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from sklearn.utils._testing import ignore_warnings
 
 from train.answers import normalize
 from train.faithfulness.items import NotApplicable
@@ -40,13 +40,14 @@ FOLDS = 5
 EMITTING, LAST = "(a) hidden that emits the answer", "(b) last latent"
 
 
-@ignore_warnings(category=ConvergenceWarning)
 def probe(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict:
     """Accuracy, held-out cross-entropy and MI_LB of features (N, F) for labels (N,), each of which occurs twice or more."""
     counts = Counter(labels.tolist())
     folds = StratifiedKFold(min(FOLDS, min(counts.values())), shuffle=True, random_state=seed)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, solver="lbfgs", max_iter=1000))
-    probabilities = cross_val_predict(model, features, labels, cv=folds, method="predict_proba")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the definition stops at 1000 iterations
+        probabilities = cross_val_predict(model, features, labels, cv=folds, method="predict_proba")
     names = np.unique(labels)
     right = names[probabilities.argmax(axis=1)] == labels
     accuracy, low, high = mean_interval(right, seed)
