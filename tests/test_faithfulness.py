@@ -429,13 +429,12 @@ def test_the_whole_report(kind, makers, data, tmp_path, capsys, monkeypatch):
     arguments = command(*makers[kind](), data, tmp_path, *extra)
     main(arguments)
     page = (tmp_path / "report" / "faithfulness.html").read_text()
-    length = len(page)
     record = json.loads((tmp_path / "report" / "faithfulness.json").read_text())
     found = record["diagnostics"]
     assert set(found) == {"D1", "D2", "D3", "D4", "D5", "D8", "D9", "D12", "D13"}
-    page = page.replace('xmlns:xlink="http://', "").replace('xmlns="http://', "")  # names, not places
+    text = page.replace('xmlns:xlink="http://', "").replace('xmlns="http://', "")  # names, not places
     assert "<svg" in page and not any(
-        mark in page for mark in ("<script", "<link", "<img", "src=", '="http', "@import")
+        mark in text for mark in ("<script", "<link", "<img", "src=", '="http', "@import")
     )
     named = {row["arm"] for row in found["D1"]["tables"]["arms"]} | set(found["D1"]["not_applicable"])
     assert named == {"clean", *ARMS}  # none is silently absent
@@ -453,7 +452,7 @@ def test_the_whole_report(kind, makers, data, tmp_path, capsys, monkeypatch):
     )
     main(arguments)  # all of it lies there
     assert json.loads((tmp_path / "report" / "faithfulness.json").read_text()) == record
-    assert len((tmp_path / "report" / "faithfulness.html").read_text()) == length
+    assert (tmp_path / "report" / "faithfulness.html").read_text() == page
     with pytest.raises(AssertionError, match="measured again"):
         main([*arguments, "--seed", "1"])
 
@@ -544,6 +543,9 @@ def test_verdicts():
     good = [row("clean", 100, 0), row("shared", 12, -80), row("swap", 12, -80), row("matched", 12, -80)]
     assert "is used" in verdict(good) and controls.judge("positive", good) == []
     assert "Mixed: shared, matched" in verdict([*good[:2], row("swap", 99, 0.5), good[3]])
+    still = [good[0], row("swap", 100, 0)]
+    assert "No loss was measured" in verdict(still) and "50.0 % of the answers change" in verdict(still)
+    assert "hardly" in verdict([good[0], still[1] | {"flip rate": 0.01}])
     assert controls.judge("positive", [good[0], row("swap", 40, -50)]) == ["swap leaves 40.0 %"]
     assert controls.judge("negative", good[:2]) == ["shared changes -88.0 points"]
     assert controls.judge("negative", [good[2]]) == ["only 12.0 % right as it is"]

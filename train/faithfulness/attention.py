@@ -95,6 +95,9 @@ def measure_attention(subject: Subject, observed: dict[int, Observed]) -> Result
         "queries, no maps. Enrichment: mass on the region of the data's boxes over the mean mass of windows of its size apart from it.",
         tables={"by layer": rows},
         curves=[Curve("where attention goes", "layer", "share of attention", masses)],
+        notes=[
+            "`python -m train.analyses.attention` tests the first answer token's share on the image with and without steps."
+        ],
     )
     if rho:
         result.curves.append(

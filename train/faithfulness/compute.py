@@ -28,7 +28,12 @@ def measure_compute(subject: Subject) -> Result:
     sweep = []
     for label, count in subject.architecture.sweep():
         arm = Arm(f"sweep {count}", label, inside=lambda count=count: subject.architecture.with_latents(count))
-        sweep.append(describe(subject, label, subject.ask(arm) if count else answers["latents disabled"]))
+        try:
+            found = subject.ask(arm) if count else answers["latents disabled"]
+        except ValueError as error:  # more latents than the context holds
+            result.not_applicable[label] = str(error)
+            continue
+        sweep.append(describe(subject, label, found))
     result.tables["sweep"] = sweep
     points = [(row["mean latents"], row["accuracy"], row["low"], row["high"]) for row in sweep]
     result.curves = [Curve("accuracy by number of latents", "latents an item", "%", {"accuracy": points})]

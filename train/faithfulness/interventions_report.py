@@ -62,6 +62,10 @@ def measure_interventions(subject: Subject, names: tuple[str, ...] = ARMS) -> Re
     if "swap" in answers:
         result.tables["swap"] = [follow(subject, answers["swap"])]
     result.notes = [verdict(rows), chance_note(subject)]
+    if getattr(subject.model.config, "routing_scope", None) == "reference":
+        result.notes.append(
+            'With `routing_scope="reference"` later tokens change earlier ones, so KL is not that of the decoding loop.'
+        )
     return result
 
 
@@ -140,9 +144,14 @@ def verdict(rows: list[dict]) -> str:
         return "The content of the latents is used: every arm that keeps their size or distribution and not their content loses."
     if not lost:
         moved = max(row["flip rate"] for row in content)
+        change = (
+            "hardly an answer changes"
+            if moved < 0.05
+            else f"up to {100 * moved:.1f} % of the answers change, not for the worse"
+        )
         return (
-            "No loss was measured where latents keep size and distribution and lose their content "
-            f"({', '.join(row['arm'] for row in content)}; at most {100 * moved:.1f} % of answers change)."
+            f"No loss was measured where latents keep size or distribution and lose their content "
+            f"({', '.join(row['arm'] for row in content)}): {change}."
         )
     return f"Mixed: {', '.join(row['arm'] for row in lost)} lose(s), the other arms that keep the distribution do not."
 

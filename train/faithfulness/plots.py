@@ -1,6 +1,7 @@
 """Curves to SVG text that stands in a page by itself."""
 
 import io
+import json
 import math
 import re
 import zlib
@@ -47,4 +48,4 @@ def draw(curve: Curve) -> str:
 
 def hash_of(curve: Curve) -> int:
     """Keeps the ids of several plots in one page apart."""
-    return zlib.crc32(repr((curve.title, curve.series)).encode())
+    return zlib.crc32(json.dumps([curve.title, curve.series]).encode())

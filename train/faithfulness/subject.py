@@ -5,7 +5,7 @@ Shapes: B rows of a batch, T answer tokens, N latents of a step, D hidden size, 
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -20,6 +20,10 @@ from train.reasoning_data import ReasoningSample
 
 
 Change = Callable[[Tensor, LatentStep, int], Tensor]  # (latents (N, D), step, number of the item) -> (N, D)
+
+
+# Maps of a trace that nothing here reads, and that would be kept for every item.
+UNUSED = dict.fromkeys(("image_attention", "saliency", "picked_tokens", "windows", "routed_tokens"))
 
 
 @dataclass
@@ -175,7 +179,7 @@ class Subject:
         answers = []
         for row, tokens in enumerate(written.tolist()):
             tokens = self.trimmed(tokens)
-            steps = [step for step in trace.row(row) if step.latents is not None and len(step.latents)]
+            steps = [replace(step, **UNUSED) for step in trace.row(row) if len(step.latents)]
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             answers.append(Answer(tokens, text, steps, output.stop_reason[row]))
         return answers
