@@ -147,7 +147,7 @@ def verdict(rows: list[dict]) -> str:
         change = (
             "hardly an answer changes"
             if moved < 0.05
-            else f"up to {100 * moved:.1f} % of the answers change, not for the worse"
+            else f"up to {100 * moved:.1f} % of the answers change"
         )
         return (
             f"No loss was measured where latents keep size or distribution and lose their content "
