@@ -85,9 +85,13 @@ def test_generate_equals_training_and_batch_equals_alone(model, adaptive):
 
 def test_beams(model):
     batch = encode(PROMPTS[:2])
-    together = model.generate(**batch, **(GREEDY | {"num_beams": 3, "max_new_tokens": 5, "eos_token_id": EOS}))
+    together = model.generate(
+        **batch, **(GREEDY | {"num_beams": 3, "max_new_tokens": 5, "eos_token_id": EOS, "output_scores": True})
+    )
     first = encode(PROMPTS[:1]) | {"pixel_values": batch["pixel_values"][:1]}
-    alone = model.generate(**first, **(GREEDY | {"num_beams": 3, "max_new_tokens": 5, "eos_token_id": EOS}))
+    alone = model.generate(
+        **first, **(GREEDY | {"num_beams": 3, "max_new_tokens": 5, "eos_token_id": EOS, "output_scores": True})
+    )
     assert_near(together.sequences_scores[:1], alone.sequences_scores)
 
 

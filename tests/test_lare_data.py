@@ -286,6 +286,7 @@ def test_a_template_that_rewrites_what_it_rendered_is_refused(folder):
 
 def test_reasoning_samples_answer_with_their_steps(qwen):
     sample = ReasoningSample([picture(seed=1), picture(seed=2)], "which?", ["First look.", "Then think."], "B", "here")
+    assert from_reasoning(sample, is_direct=True).messages[1]["content"] == answer_text(sample.answer)
     conversation = from_reasoning(sample)
     assert conversation.messages == [
         {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "which?"}]},

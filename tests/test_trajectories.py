@@ -168,6 +168,7 @@ def test_ablated_chains_of_thought(write):
     path = write(full)
     assert content_of(Trajectories(path, chain_of_thought="text")[0])[1] == ["look", "closer", "red"]
     assert content_of(Trajectories(path, chain_of_thought="visual")[0])[1] == [(84, 56), (84, 56), "red"]
+    assert content_of(Trajectories(path, chain_of_thought="none")[0])[1] == ["red"]
     with pytest.raises(ValueError, match="Line 1 of .*no text around"):
         Trajectories(write(line(shown("a.png"))), chain_of_thought="visual")
     asked = full["messages"][0]

@@ -57,6 +57,9 @@ class ScriptArguments:
     model_path: str = field(metadata={"help": "Folder or hub id of a LaRe checkpoint (`conversion.convert_lare`)."})
     data_path: str = field(metadata={"help": "LLaVA JSON, or questions with reasoning (`train/reasoning_data.py`)."})
     data_format: str | None = field(default=None, metadata={"help": "llava, steps, m3cot or scienceqa; by the stage."})
+    direct_answers: bool = field(
+        default=False, metadata={"help": "Learn to answer without writing the reasoning; not of LLaVA data."}
+    )
     split: str = field(default="train", metadata={"help": "Of a `datasets` folder with several."})
     drop_incomplete: bool = field(default=False, metadata={"help": "Leave out rows without steps or answer."})
     eval_data_path: str | None = field(default=None, metadata={"help": "For `--eval_strategy`."})
@@ -110,8 +113,13 @@ def complete_arguments(args: ScriptArguments, training_args: TrainingArguments) 
 def read_data(path: str, args: ScriptArguments, drop_incomplete: bool = False):
     data_format = args.data_format or STAGES[args.stage].data_format
     if data_format == "llava":
+        if args.direct_answers:
+            raise ValueError(
+                "`direct_answers` needs data that tell reasoning and answer apart; LLaVA's format does not."
+            )
         return read_llava(path, drop_incomplete)
-    return [from_reasoning(sample) for sample in read_reasoning(path, data_format, args.split, drop_incomplete)]
+    samples = read_reasoning(path, data_format, args.split, drop_incomplete)
+    return [from_reasoning(sample, args.direct_answers) for sample in samples]
 
 
 def freeze(model: nn.Module, stage: Stage) -> None:

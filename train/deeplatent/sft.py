@@ -12,7 +12,7 @@ from modeling_latentvlm.modeling_deeplatent import NEW_WEIGHTS
 from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.distillation import SftObjective
 from train.deeplatent.teacher_states import TeacherCache, choose_layers, make_fingerprint
-from train.deeplatent.trajectories import CHAINS_OF_THOUGHT, Trajectories
+from train.deeplatent.trajectories import CHAINS_OF_THOUGHT, WITHOUT_PICTURES, Trajectories
 from train.training_model import LatentTrainer, TrainingModel, last_complete_checkpoint, save_trained
 
 
@@ -206,7 +206,9 @@ def train_sft(args: SftArguments, data_args: DataArguments, training_args: Train
     processor = load_processor(folder, config)
     data = data_args.read(config, processor)
     eval_data = data_args.read(config, processor, args.eval_data_path) if args.eval_data_path else None
-    is_aligned = args.stage == "sft2" and args.align_loss_weight > 0 and data_args.chain_of_thought != "text"
+    is_aligned = (
+        args.stage == "sft2" and args.align_loss_weight > 0 and data_args.chain_of_thought not in WITHOUT_PICTURES
+    )
     if eval_data is not None and is_aligned and args.teacher_states:
         raise ValueError("`--teacher_states` are those of the training data: evaluate with `--teacher_path` alone.")
     layers = choose_layers(config.get_text_config().num_hidden_layers, args.align_layers)

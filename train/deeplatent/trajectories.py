@@ -37,7 +37,8 @@ from train.reasoning_data import UNREADABLE, DatasetRows, read_rows
 
 
 ROLES = ("system", "user", "assistant")
-CHAINS_OF_THOUGHT = ("interleaved", "text", "visual")
+CHAINS_OF_THOUGHT = ("interleaved", "text", "visual", "none")
+WITHOUT_PICTURES = ("text", "none")
 ZEBRA_IMAGE = re.compile(r"(?:<image_start>)?\[((?:problem|reasoning)_image_\d+)\](?:<image_end>)?")
 ZEBRA_STEP = re.compile(r"^\s*THOUGHT[ _]?\d+:[ \t]*", re.MULTILINE)
 MONET_MARKS = re.compile(r"<abs_vis_token></abs_vis_token>|</?observation>")
@@ -191,13 +192,15 @@ def normalize_message(message: Any, folder: Path) -> dict:
 
 
 def shorten(message: dict, chain_of_thought: str) -> dict:
-    """Leave an assistant's pictures out ("text"), or all of its texts but the last ("visual"): ablations of the paper."""
+    """Leave out an assistant's pictures ("text"), all of its texts but the last ("visual"), or both ("none")."""
     content = message["content"]
     if message["role"] != "assistant" or chain_of_thought == "interleaved" or isinstance(content, str):
         return message
     if chain_of_thought == "text":
         return message | {"content": [item for item in content if item["type"] == "text"]}
     last = [item for item in content if item["type"] == "text"][-1:]
+    if chain_of_thought == "none":
+        return message | {"content": last}
     return message | {
         "content": [item for item in content if item["type"] == "image" or any(item is text for text in last)]
     }
@@ -284,7 +287,7 @@ class Trajectories(Dataset):
     """A checked data set. Every image is decoded once, and again when its sample is asked for.
 
     Args:
-        chain_of_thought: "interleaved", "text" or "visual", see `shorten`.
+        chain_of_thought: "interleaved", "text", "visual" or "none", see `shorten`.
         max_blocks, reserved: see `check_messages`.
         drop_invalid: leave out what does not pass, and say how many; else it is an error.
 
@@ -327,7 +330,7 @@ class Trajectories(Dataset):
         self.digests = [found[number][0] for number in self.kept]
         if not self.kept:
             raise ValueError(f"{path} holds no trajectory.")
-        if chain_of_thought != "text" and not any(found[number][1] for number in self.kept):
+        if chain_of_thought not in WITHOUT_PICTURES and not any(found[number][1] for number in self.kept):
             raise ValueError(
                 f"No answer in {path} holds an image, so no latent block could be learned. "
                 "Text alone is trained with `--chain_of_thought text`."

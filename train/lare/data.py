@@ -44,10 +44,10 @@ class Conversation:
         return ReasoningSample(self.images, "", [], "", self.origin).load_images()
 
 
-def from_reasoning(sample: ReasoningSample) -> Conversation:
-    """A question whose answer is the reasoning and the boxed result."""
+def from_reasoning(sample: ReasoningSample, is_direct: bool = False) -> Conversation:
+    """A question whose answer is the reasoning and the boxed result, or the result alone."""
     question = [*({"type": "image"} for _ in sample.images), {"type": "text", "text": sample.question}]
-    answer = "\n".join([*sample.steps, answer_text(sample.answer)])
+    answer = "\n".join([*([] if is_direct else sample.steps), answer_text(sample.answer)])
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return Conversation(messages, sample.images, "\n".join(sample.steps), sample.origin)
 
