@@ -14,6 +14,7 @@ from transformers import AutoModel, AutoProcessor, set_seed
 
 from train.analyses.collection import prepare_output
 from train.faithfulness.arms import ARMS
+from train.faithfulness.controls import controls_result
 from train.faithfulness.items import Item, read_items
 from train.faithfulness.report import write_report
 from train.faithfulness.run import digest, file_digest, take_all
@@ -80,8 +81,6 @@ def main(arguments: list[str] | None = None) -> None:
     )
     results = take_all(subject, tuple(options.arms), output / "finished", key_of(options, items))
     if options.controls:
-        from train.faithfulness.controls import controls_result
-
         results.append(controls_result(output / "controls", options.seed))
     about = {
         "model": options.model,
@@ -103,7 +102,8 @@ def summary(results) -> str:
         for row in result.tables.get("arms", []) if result.name == "D1" else []:
             change = f"{row['change of accuracy']:+6.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
             lines.append(
-                f"{row['arm']:16s} {row['accuracy']:5.1f} % {change:24s} flips {row['flip rate']:.3f}  KL {row['KL']:.4f}"
+                f"{row['arm']:16s} {row['accuracy']:5.1f} % {change:24s} flips {row['flip rate']:.3f}  KL "
+                f"{row['KL']:.4f}"
             )
         lines += [f"{result.name} {note}" for note in result.notes if result.name == "D1"]
         lines += [f"{result.name} {part}: not applicable: {reason}" for part, reason in result.not_applicable.items()]

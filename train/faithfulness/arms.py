@@ -146,7 +146,8 @@ def oracle_table(subject: Subject) -> Table:
     """
     if not subject.architecture.names_oracle:
         raise NotApplicable(
-            f"{subject.model.config.model_type} learns its latents from no picture of the assistant, so there is no teacher "
+            f"{subject.model.config.model_type} learns its latents from no picture of the assistant, so "
+            "there is no teacher "
             "feature to put in their place"
         )
     if subject.architecture.config.latent_mode != "parallel":

@@ -91,12 +91,15 @@ def measure_attention(subject: Subject, observed: dict[int, Observed]) -> Result
     result = Result(
         "D9",
         "D9: attention",
-        "Share of attention by layer, mean over heads and items, of latents and of the answer's tokens (teacher-forced); rows of single "
-        "queries, no maps. Enrichment: mass on the region of the data's boxes over the mean mass of windows of its size apart from it.",
+        "Share of attention by layer, mean over heads and items, of latents and of the answer's "
+        "tokens (teacher-forced); rows of single "
+        "queries, no maps. Enrichment: mass on the region of the data's boxes over the mean mass "
+        "of windows of its size apart from it.",
         tables={"by layer": rows},
         curves=[Curve("where attention goes", "layer", "share of attention", masses)],
         notes=[
-            "`python -m train.analyses.attention` tests the first answer token's share on the image with and without steps."
+            "`python -m train.analyses.attention` tests the first answer token's share on the image "
+            "with and without steps."
         ],
     )
     if rho:

@@ -1,7 +1,7 @@
 """D12: does the model enter latent mode at all?
 
-Share of items that do, blocks (or steps) an item, latents a block, share of latents among all positions that the answer takes, and
-why answers end.
+Share of items that do, blocks (or steps) an item, latents a block, share of latents among all positions that the answer
+takes, and why answers end.
 """
 
 from collections import Counter
@@ -51,7 +51,8 @@ def measure_invocation(subject: Subject) -> Result:
     )
     if subject.architecture.min_latent_blocks:
         result.notes.append(
-            f"`--min-latent-blocks {subject.architecture.min_latent_blocks}`: blocks were forced open, so the share in latent mode says little."
+            f"`--min-latent-blocks {subject.architecture.min_latent_blocks}`: blocks were forced open, "
+            "so the share in latent mode says little."
         )
     if subject.model.config.model_type != "deeplatent":
         result.notes.append(

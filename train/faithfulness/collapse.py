@@ -136,8 +136,10 @@ def measure_collapse(subject: Subject, observed: dict[int, Observed]) -> Result:
     result = Result(
         "D4",
         "D4: collapse, and sensitivity to the picture",
-        "Mean cosines between items at one place and between places of one item, and the rank of the latents, beside text and image "
-        "tokens. Then: how far the mean latent moves (1 - cos) when the picture is edited, and how many answers change.",
+        "Mean cosines between items at one place and between places of one item, and the rank of "
+        "the latents, beside text and image "
+        "tokens. Then: how far the mean latent moves (1 - cos) when the picture is edited, and how "
+        "many answers change.",
         tables={"collapse": rows},
         curves=[Curve("share of variance held by the first components", "components", "share", series)],
         notes=["An inter-instance cosine near 1: the same latents whatever the picture."],

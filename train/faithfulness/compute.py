@@ -14,7 +14,8 @@ def measure_compute(subject: Subject) -> Result:
     result = Result(
         "D13",
         "D13: matched compute",
-        "The same weights with their latents, without, with dummies in as many positions, and with other numbers of latents.",
+        "The same weights with their latents, without, with dummies in as many positions, and with "
+        "other numbers of latents.",
     )
     answers: dict[str, list[Answer]] = {
         "as trained": subject.clean,

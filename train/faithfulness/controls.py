@@ -2,10 +2,10 @@
 
     python -m train.faithfulness.controls --output out/controls
 
-positive   a LaRe whose answer starts on the prompt's text and the latents alone (`answer_sees_image=False`): the colour that it is
-           asked for can reach the answer through the latents and no other way. Other latents must drop it to chance.
-negative   a LaRe that sees its image, whose latents are one constant vector (the Extractor's last map is zero but for its bias), and
-           which learned with all kinds of values in their place. No replacement may move it.
+positive   a LaRe whose answer starts on the prompt's text and the latents alone (`answer_sees_image=False`): the colour that
+           it is asked for can reach the answer through the latents and no other way. Other latents must drop it to chance.
+negative   a LaRe that sees its image, whose latents are one constant vector (the Extractor's last map is zero but for its
+           bias), and which learned with all kinds of values in their place. No replacement may move it.
 
 Both learn, in about a minute on one CPU thread, to name the colour of a square on a noisy picture; the same seed gives the same
 models. Their checkpoints, pages and the pictures stay in the folder.
@@ -53,7 +53,7 @@ QUESTION = "what colour is the square?"
 SIZE, PATCH, SQUARE = 56, 14, 28  # pixels
 CHANCE = 1 / len(COLORS)
 MUST_MOVE = ("zero", "shared", "gaussian", "matched", "swap", "dummy")
-CONTROLS = {"positive": 500, "negative": 150}  # training steps
+CONTROLS = {"positive": 200, "negative": 150}  # training steps
 
 
 def write_questions(folder: Path, count: int, seed: int) -> Path:
@@ -227,7 +227,8 @@ def controls_result(folder: Path, seed: int = 0) -> Result:
     result = Result(
         "controls",
         "Controls",
-        "Two small models trained for this page: one whose answer can come through its latents alone, and one whose latents are "
+        "Two small models trained for this page: one whose answer can come through its latents "
+        "alone, and one whose latents are "
         f"constant. The same code asked both; chance is {100 * CHANCE:.1f} %.",
     )
     for kind in CONTROLS:

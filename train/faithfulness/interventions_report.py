@@ -43,8 +43,10 @@ def measure_interventions(subject: Subject, names: tuple[str, ...] = ARMS) -> Re
     result = Result(
         "D1",
         TITLE,
-        "Other values take the place of all latents before the language model reads them; question, picture, budget and greedy "
-        "decoding stay. KL is teacher-forced on the clean answer, over its tokens behind the first latent, in nats per token.",
+        "Other values take the place of all latents before the language model reads them; "
+        "question, picture, budget and greedy "
+        "decoding stay. KL is teacher-forced on the clean answer, over its tokens behind the first "
+        "latent, in nats per token.",
         tables={"arms": rows, "latents": [latent_statistics(subject, calibration)]},
         not_applicable={name: arm for name, arm in built.items() if isinstance(arm, str)},
     )
@@ -144,11 +146,7 @@ def verdict(rows: list[dict]) -> str:
         return "The content of the latents is used: every arm that keeps their size or distribution and not their content loses."
     if not lost:
         moved = max(row["flip rate"] for row in content)
-        change = (
-            "hardly an answer changes"
-            if moved < 0.05
-            else f"up to {100 * moved:.1f} % of the answers change"
-        )
+        change = "hardly an answer changes" if moved < 0.05 else f"up to {100 * moved:.1f} % of the answers change"
         return (
             f"No loss was measured where latents keep size or distribution and lose their content "
             f"({', '.join(row['arm'] for row in content)}): {change}."

@@ -34,11 +34,13 @@ def measure_norms(observed: dict[int, Observed]) -> Result:
     return Result(
         "D8",
         "D8: norms",
-        "Mean Euclidean norm of states by kind of column and layer, and the ratio of latents to what stands at the input.",
+        "Mean Euclidean norm of states by kind of column and layer, and the ratio of latents to "
+        "what stands at the input.",
         tables={"ratios": ratios, "norms by layer": rows},
         curves=[Curve("mean norm by layer", "layer (0: input)", "norm", series)],
         notes=[
-            "Ratios far from 1 at the input mean that latents lie outside of what the language model was trained to read."
+            "Ratios far from 1 at the input mean that latents lie outside of what the language model "
+            "was trained to read."
         ],
     )
 

@@ -93,7 +93,8 @@ def measure_probe(subject: Subject, observed: dict[int, Observed]) -> Result:
     result = Result(
         "D5",
         "D5: linear probe of the answer",
-        "StandardScaler and logistic regression (l2, C = 1), stratified folds, held out; MI_LB = max(0, H(Y) - CE); G = Acc(a) - Acc(b).",
+        "StandardScaler and logistic regression (l2, C = 1), stratified folds, held out; MI_LB = "
+        "max(0, H(Y) - CE); G = Acc(a) - Acc(b).",
         tables={
             "probes": rows,
             "gap": [{"G": found[EMITTING] - found[LAST], "items": len(kept), "answers": len(set(target))}],

@@ -2,9 +2,9 @@
 
     u_t = ln pi(o* | x, z) - ln pi(o* | x, z with z_t -> z_mean)
 
-o* is the clean answer, scored over its tokens behind the first latent; all other latents are served as they were in the clean
-run, so nothing is generated again (ReaLVR). z_mean is the mean latent of the calibration set. The curve replaces the k latents that
-the answer attends most (and, to compare, least), k = 0..K.
+o* is the clean answer, scored over its tokens behind the first latent; all other latents are served as they were in the
+clean run, so nothing is generated again (ReaLVR). z_mean is the mean latent of the calibration set. The curve replaces the
+k latents that the answer attends most (and, to compare, least), k = 0..K.
 """
 
 import numpy as np
@@ -103,12 +103,14 @@ def summarize(subject: Subject, scores: dict, units: dict, most: int, shares, co
     if any(len(units[number]) < counts[number] for number in numbers):
         notes.append(f"More than {MOST_UNITS} latents: neighbours are replaced together.")
     notes.append(
-        f"Reading with the recorded latents served again differs from reading without by at most {np.nanmax(drift):.2g} nats."
+        "Reading with the recorded latents served again differs from reading without by at most "
+        f"{np.nanmax(drift):.2g} nats."
     )
     return Result(
         "D2",
         "D2: what each latent does for the answer that was given",
-        "u_t = ln pi(o*|x, z) - ln pi(o*|x, z with z_t replaced by the mean latent), o* the clean answer, nats; other latents as recorded.",
+        "u_t = ln pi(o*|x, z) - ln pi(o*|x, z with z_t replaced by the mean latent), o* the clean "
+        "answer, nats; other latents as recorded.",
         tables={"u_t": rows},
         curves=[
             Curve(

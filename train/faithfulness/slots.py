@@ -26,7 +26,8 @@ def measure_slots(subject: Subject) -> Result:
     result = Result(
         "D3",
         "D3: latents, slots, markers, format",
-        "The same questions with latents; with slots of dummies; with the markers alone; with the form of the answer alone; with nothing. "
+        "The same questions with latents; with slots of dummies; with the markers alone; with the "
+        "form of the answer alone; with nothing. "
         "Share of gain kept = (Acc - Acc(nothing)) / (Acc(with latents) - Acc(nothing)).",
     )
     attempts = {"slots only": slots_only, "markers only": markers_only, "format only": format_only}
