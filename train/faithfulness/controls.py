@@ -53,7 +53,7 @@ QUESTION = "what colour is the square?"
 SIZE, PATCH, SQUARE = 56, 14, 28  # pixels
 CHANCE = 1 / len(COLORS)
 MUST_MOVE = ("zero", "shared", "gaussian", "matched", "swap", "dummy")
-CONTROLS = {"positive": 200, "negative": 150}  # training steps
+CONTROLS = {"positive": 500, "negative": 150}  # training steps
 
 
 def write_questions(folder: Path, count: int, seed: int) -> Path:
