@@ -282,7 +282,10 @@ class BlockDecoder(SegmentDecoder):
         for index in range(longest):
             active = [row for row in opened if index < grids[row][1]]
             steps = [
-                self.step(row, opened[row], (1, 1), latents[row], self.images_of(row, opened[row])) for row in active
+                replace(
+                    self.step(row, opened[row], (1, 1), latents[row], self.images_of(row, opened[row])), offset=index
+                )
+                for row in active
             ]
             for row, changed in zip(active, self.context.intervene(steps, len(self.state.attention_mask))):
                 collected[row].append(changed)

@@ -7,7 +7,8 @@
     "mean"     every latent becomes the mean of its block
     "shuffle"  the latents of a block change places
     "swap"     a row gets the latents of the next row, of another prompt, that opens a block at the same time, resized
-    callable   `f(latents, step) -> latents`, (N, D) in and out; `step` is the `LatentStep` before the change
+    callable   `f(latents, step) -> latents`, (N, D) in and out; `step` is the `LatentStep` before the change. Autoregressive
+               latents come one at a time: `step.offset` says which of its block
 
 The changed latents are what the cache, the trace and the rest of the answer see.
 """

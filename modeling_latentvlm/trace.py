@@ -31,6 +31,7 @@ class LatentStep:
         None  # layer -> columns that ran deeper in the forward of the step (Vedas)
     )
     decode_step: int = 0  # which generated token opened it, from 0
+    offset: int = 0  # of `latents` in the block, where they come to an intervention one at a time (autoregressive)
 
     def to(self, device: torch.device | str) -> "LatentStep":
         moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}

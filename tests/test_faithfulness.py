@@ -1,0 +1,558 @@
+"""The faithfulness report: every diagnostic against a value worked out by hand, the whole on every architecture, and controls."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CHAT_TEMPLATE, build_model, build_tokenizer
+from helpers import assert_near
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold
+from sklearn.preprocessing import StandardScaler
+from test_analyses import lare_model, lare_processor, write_questions
+from test_vedas import build as build_vedas
+from transformers import AutoModel
+
+from modeling_latentvlm.trace import LatentStep
+from processing_latentvlm import DeepLatentProcessor, VedasProcessor
+from processing_latentvlm.processing_vedas import LATENT_TOKEN
+from train.faithfulness import architectures, controls
+from train.faithfulness import run as running
+from train.faithfulness.__main__ import main
+from train.faithfulness.architectures import architecture_of
+from train.faithfulness.arms import ARMS, Table, build_arms, calibrate, choose_donors, random_window
+from train.faithfulness.attention import enrichment, grid_box
+from train.faithfulness.audit import audit
+from train.faithfulness.collapse import cosines, mean_cosine, ranks, spectrum
+from train.faithfulness.edits import crop, flip, remove, turn_hues
+from train.faithfulness.interventions_report import measure_interventions, verdict
+from train.faithfulness.items import Item, NotApplicable, read_items
+from train.faithfulness.norms import measure_norms
+from train.faithfulness.observation import ANSWER, IMAGE, LATENT, REPLAY, TEXT, Observed, observe
+from train.faithfulness.probe import probe
+from train.faithfulness.replacement import measure_replacement, ranking, replaced, split_units
+from train.faithfulness.result import Result
+from train.faithfulness.slots import measure_slots, shared_lead
+from train.faithfulness.statistics import mean_interval, paired
+from train.faithfulness.subject import CLEAN, Answer, Arm, Subject, compare, without_latents
+
+
+KINDS = ("lare", "vedas", "deeplatent", "autoregressive")
+LETTERS = ("red", "green")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Eight questions about four pictures, with regions, assistant images and two answers."""
+    path = write_questions(tmp_path_factory.mktemp("data"), 4)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row |= {"answer": LETTERS[number // 2 % 2], "boxes": [[0, 0, 28, 28]], "assistant_images": [row["image"]]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def makers(tokenizer, image_processor) -> dict:
+    deeplatent = DeepLatentProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE)
+    bare = DeepLatentProcessor(image_processor, tokenizer, chat_template=CHAT_TEMPLATE, num_control_tokens=0)
+    lare = lare_processor()
+    vedas = VedasProcessor(image_processor, build_tokenizer((LATENT_TOKEN,)), chat_template=CHAT_TEMPLATE)
+    return {
+        "lare": lambda: (lare_model(lare), lare),
+        "vedas": lambda: (build_vedas(vedas.tokenizer), vedas),
+        "deeplatent": lambda: (build_model(tokenizer), deeplatent),
+        "autoregressive": lambda: (build_model(tokenizer, latent_mode="autoregressive"), bare),
+    }
+
+
+def make(makers, kind: str, data: Path, count: int = 4, **settings) -> Subject:
+    model, processor = makers[kind]()
+    forced = {"min_latent_blocks": 1} if kind in ("deeplatent", "autoregressive") else {}
+    settings = {"batch_size": 3, "max_new_tokens": 4} | forced | settings
+    return Subject(model, processor, read_items(data, "steps", "train", None)[::2][:count], **settings)
+
+
+@pytest.fixture(params=KINDS)
+def subject(request, makers, data) -> Subject:
+    return make(makers, request.param, data)
+
+
+# Statistics and small formulas
+
+
+def test_intervals():
+    assert mean_interval([1, 1, 1]) == (1, 1, 1)
+    mean, low, high = mean_interval([0, 1] * 50)
+    assert mean == 0.5 and low == pytest.approx(0.4, abs=0.02) and high == pytest.approx(0.6, abs=0.02)
+    mean, low, high = paired([1, 0, 1, 0] * 20, [1, 1, 1, 1] * 20)
+    assert mean == -0.5 and low < -0.4 and high < -0.38
+    assert paired([1, 0], [0, 1])[0] == 0
+    assert all(math.isnan(value) for value in mean_interval([]))
+
+
+def test_kl_and_likelihood_by_hand():
+    clean = torch.tensor([[0.5, 0.5], [0.9, 0.1]]).log()
+    other = torch.tensor([[0.25, 0.75], [0.9, 0.1]]).log()
+    score = compare(clean, other, [1, 0])
+    assert score.kl == pytest.approx((0.5 * math.log(2) + 0.5 * math.log(2 / 3)) / 2)
+    assert score.logprob == pytest.approx(math.log(0.75) + math.log(0.9)) and score.num_tokens == 2
+    assert math.isnan(compare(clean[:0], other[:0], []).kl)
+
+
+def test_ranks_by_hand():
+    assert ranks(np.ones(4)) == {"Rank90": 4, "Rank95": 4, "Rank99": 4, "participation ratio": 4}
+    found = ranks(np.array([8.0, 1.0, 1.0]))
+    assert (found["Rank90"], found["Rank95"]) == (2, 3) and found["participation ratio"] == pytest.approx(100 / 66)
+    values = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]]) + 5
+    assert spectrum(values) == pytest.approx([18 / 3, 2 / 3])
+    assert ranks(spectrum(torch.ones(5, 3)))["participation ratio"] == 0
+
+
+def test_cosines_are_those_of_all_pairs():
+    values = torch.randn(5, 3, 7, dtype=torch.float64)
+    unit = torch.nn.functional.normalize(values, dim=-1)
+    pairs = [(one, other) for one in range(5) for other in range(5) if one != other]
+    inter = np.mean([float(unit[one, t] @ unit[other, t]) for t in range(3) for one, other in pairs])
+    intra = np.mean([float(unit[n, s] @ unit[n, t]) for n in range(5) for s in range(3) for t in range(3) if s != t])
+    found = cosines(values)
+    assert found["inter, raw"] == pytest.approx(inter) and found["intra, raw"] == pytest.approx(intra)
+    centred = cosines(values + 100)
+    assert centred["inter, centred"] == pytest.approx(found["inter, centred"])
+    assert centred["inter, raw"] > 0.99 and abs(found["inter, whitened"]) < 0.3
+    constant = cosines(torch.ones(4, 3, 2))
+    assert constant["inter, raw"] == pytest.approx(1) and "inter, whitened" not in constant
+    assert mean_cosine(torch.zeros(2, 3)) == 1
+
+
+def test_probe_is_the_named_one():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(["a", "b", "c"], [12, 9, 4])
+    features = rng.standard_normal((25, 6))
+    found = probe(features, labels)
+    right, losses = [], []
+    for train, test in StratifiedKFold(4, shuffle=True, random_state=0).split(features, labels):
+        scaler = StandardScaler().fit(features[train])
+        model = LogisticRegression(C=1.0, max_iter=1000).fit(scaler.transform(features[train]), labels[train])
+        chances = model.predict_proba(scaler.transform(features[test]))
+        right += (model.classes_[chances.argmax(axis=1)] == labels[test]).tolist()
+        losses += (-np.log(chances[np.arange(len(test)), np.searchsorted(model.classes_, labels[test])])).tolist()
+    assert found["accuracy"] == pytest.approx(np.mean(right)) and found["CE, nats"] == pytest.approx(np.mean(losses))
+    shares = np.array([12, 9, 4]) / 25
+    assert found["H(Y), nats"] == pytest.approx(-(shares * np.log(shares)).sum()) and found["chance"] == 0.48
+    assert found["MI_LB, nats"] == pytest.approx(max(0, found["H(Y), nats"] - found["CE, nats"]))
+    planted = probe(np.eye(3)[np.searchsorted(["a", "b", "c"], labels)], labels)
+    assert planted["accuracy"] == 1 and planted["above chance"] == 1 and planted["MI_LB, nats"] > 0.5
+
+
+def test_enrichment_by_hand():
+    flat = torch.full((16,), 1 / 16)
+    assert enrichment(flat, (4, 4), (1, 1, 2, 2)) != enrichment(flat, (4, 4), (0, 0, 2, 2))  # nothing lies apart: nan
+    assert enrichment(flat, (4, 4), (0, 0, 2, 2)) == pytest.approx(1)
+    doubled = flat.clone()
+    doubled[[0, 1, 4, 5]] *= 3
+    # Windows apart from the region: those from row 2 or column 2 on, which hold a quarter each where they miss it all.
+    assert enrichment(doubled, (4, 4), (0, 0, 2, 2)) == pytest.approx(3)
+    assert math.isnan(enrichment(flat, (4, 4), (0, 0, 4, 4)))
+    assert grid_box((0, 0, 28, 28), (56, 56), (4, 4)) == (0, 0, 2, 2)
+    assert grid_box((30, 10, 41, 15), (56, 56), (4, 4)) == (0, 2, 2, 1)
+
+
+def test_norms_by_hand():
+    one, other = Observed(), Observed()
+    for seen, scale in ((one, 1.0), (other, 3.0)):
+        for kind, size in ((TEXT, 1.0), (IMAGE, 2.0), (LATENT, 10.0)):
+            for layer in range(3):
+                seen.norms[kind, layer] += [size * scale * (layer + 1)]
+    result = measure_norms({0: one, 1: other})
+    fed, last = result.tables["ratios"]
+    assert fed["mean"] == 20 and fed["over text embeddings"] == 10 and fed["over image embeddings"] == 5
+    assert last["over text embeddings"] == 30
+    assert result.tables["norms by layer"][0] == {"columns": "text", "input": 2, "1": 4, "final norm": 6}
+
+
+def test_audit_by_hand():
+    step = LatentStep(0, 0, 0, (1, 3), torch.zeros(3, 2), [])
+    answers = [Answer([1, 2], "", [step, step], "eos"), Answer([1, 2, 3, 4], "", [], "max_length")]
+    found = audit(answers)
+    assert found["in latent mode"] == 0.5 and found["blocks or steps an item"] == 1
+    assert found["latents a block or step"] == 3 and found["share of latents"] == 0.5
+    assert found["stopped by eos"] == found["stopped by max_length"] == 0.5
+
+
+def test_shared_words_give_no_answer_away():
+    assert shared_lead(["I see. It is \\boxed{red}.", "Look. It is \\boxed{blue}."]) == ". It is \\boxed{"
+    assert shared_lead(["It is red", "It is blue"]) == "It is "
+    with pytest.raises(NotApplicable, match="share no words"):
+        shared_lead(["red", "blue"])
+
+
+def test_edits(data):
+    item = read_items(data, "steps", "train", None)[0]
+    picture = item.sample.load_images()[0]
+    pixels = np.asarray(picture)
+    assert (np.asarray(flip(picture, item)) == pixels[:, ::-1]).all()
+    gone = np.asarray(remove(picture, item))
+    assert (gone[:28, :28] == gone[0, 0]).all() and (gone[28:] == pixels[28:]).all()
+    assert crop(0.6)(picture, item).size == turn_hues(picture, item).size == picture.size
+    assert not (np.asarray(turn_hues(picture, item)) == pixels).all()
+
+
+# Arms
+
+
+def test_arms_are_what_they_are_called(makers, data):
+    subject = make(makers, "lare", data)
+    calibration = calibrate(subject)
+    every = torch.cat([answer.latents() for answer in subject.clean])
+    assert_near(calibration.mean, every.mean(dim=0))
+    assert calibration.rms == pytest.approx(float(every.square().mean().sqrt()))
+    arms = build_arms(subject, calibration)
+    assert set(arms) == set(ARMS) and "no picture of the assistant" in arms["oracle"]
+    steps = subject.clean[1].steps
+    latents = torch.randn(400, 64)
+    step = LatentStep(0, 1, 0, (1, 400), latents, steps[1].image_grids)
+
+    def change(name):
+        return arms[name].change(latents, step, 1)
+
+    assert not change("zero").any() and (change("constant") == 0.01).all()
+    assert (change("shared") == every[0]).all()
+    assert float((change("noise_0.3") - latents).std()) == pytest.approx(0.3, rel=0.02)
+    assert float((change("noise_0.3_rms") - latents).std()) == pytest.approx(0.3 * calibration.rms, rel=0.02)
+    assert float(change("gaussian").std()) == pytest.approx(1, rel=0.02)
+    assert_near(change("matched").mean(dim=0), calibration.mean, 6 * float(calibration.std.max()) / 20)
+    assert float((change("matched").std(dim=0) / calibration.std).mean()) == pytest.approx(1, rel=0.05)
+    assert torch.equal(change("gaussian"), change("gaussian"))  # drawn by place, not by call
+    assert not torch.equal(change("gaussian"), arms["gaussian"].change(latents, step, 2))
+    first = arms["first_repeat"].change
+    assert torch.equal(first(steps[0].latents, steps[0], 1), steps[0].latents[:1].expand(3, -1))
+    assert torch.equal(first(steps[1].latents, steps[1], 1), steps[0].latents[:1].expand(3, -1))
+    donors = choose_donors(subject)
+    assert all(number != donor for number, donor in donors.items())
+    swapped = arms["swap"].change(steps[1].latents, steps[1], 1)
+    assert torch.equal(swapped, subject.clean[donors[1]].steps[1].latents)
+    dummy = subject.model.get_input_embeddings().weight[subject.tokenizer.pad_token_id]
+    assert (change("dummy") == dummy).all()
+
+
+def test_a_region_is_a_window_of_the_picture():
+    features = torch.arange(20.0)[:, None]
+    step = LatentStep(0, 0, 0, (2, 3), torch.zeros(6, 1), [(4, 5)])
+    window = random_window(features, step, np.random.default_rng(0)).flatten()
+    assert torch.equal(window - window[0], torch.tensor([0.0, 1, 2, 5, 6, 7]))
+
+
+def test_tables_serve_autoregressive_latents_one_at_a_time():
+    table = Table({7: [((1, 3), torch.arange(3.0)[:, None])]})
+    for offset, expected in ((0, 0.0), (2, 2.0), (5, 2.0)):
+        step = LatentStep(0, 0, 0, (1, 1), torch.zeros(1, 1), [], offset=offset)
+        assert table(torch.zeros(1, 1), step, 7).item() == expected
+
+
+def test_autoregressive_latents_say_which_of_their_block_they_are(makers, data):
+    subject, seen = make(makers, "autoregressive", data, batch_size=4), []
+    spy = Arm("spy", "spy", lambda latents, step, number: (seen.append((number, step.offset)), latents)[1])
+    subject.answer(spy, [0, 1])
+    assert [place for place in seen if place[0] == 1][:3] == [(1, 0), (1, 1), (1, 2)]
+
+
+# Reading given answers
+
+
+def test_reading_is_generating(subject):
+    """Teacher-forced log-probabilities are those of the decoding loop, as it is, changed, and without latents."""
+    noisy = build_arms(subject, calibrate(subject))["noise_1.0"]
+    for arm in (CLEAN, noisy, without_latents(subject.architecture)):
+        subject.__dict__["clean"] = subject.answer(arm)  # its own answers, so that tokens agree
+        if arm.is_without_latents:
+            subject.__dict__["with_latents"] = [0, 1, 2]
+            subject.architecture.scored = lambda tokens: list(range(len(tokens)))
+        with arm.inside() as settings:
+            inputs = subject.encode([subject.items[number].sample for number in (0, 1, 2)])
+            output = subject.model.generate(
+                **inputs,
+                **subject.architecture.settings() | (settings or {}),
+                do_sample=False,
+                max_new_tokens=4,
+                return_dict_in_generate=True,
+                output_logits=True,
+                latent_intervention=arm.change
+                and (lambda latents, step, arm=arm: arm.change(latents, step, step.row)),
+            )
+        expected = torch.stack(output.logits, dim=1).log_softmax(dim=-1)
+        for number, found in enumerate(subject.logprobs([0, 1, 2], arm)):
+            places = subject.architecture.scored(subject.given([number])[0][0])
+            assert len(found) == len(places) > 0
+            assert_near(found, expected[number, places], 2e-4)
+
+
+def test_arms_act_on_reading(subject):
+    """Every arm moves KL off zero on a model whose weights matter; serving the recorded latents does not."""
+    arms = build_arms(subject, calibrate(subject))
+    scores = subject.score([CLEAN, *(arm for arm in arms.values() if isinstance(arm, Arm) and arm.only is None)])
+    assert max(abs(score.kl) for score in scores["clean"]) == 0
+    for name in ("zero", "shared", "gaussian", "swap", "skip", "dummy", "region"):
+        assert max(score.kl for score in scores[name]) > 1e-7, name
+
+
+def test_single_replacements_against_forwards_by_hand(makers, data):
+    subject = make(makers, "lare", data, count=2, batch_size=2)
+    observed = observe(subject)
+    result = measure_replacement(subject, observed)
+    mean = calibrate(subject).mean
+    clean, at, expected = subject.clean, 4, []
+    for number in range(2):
+        answer = clean[number]
+        inputs = subject.encode([subject.items[number].sample])
+        arguments = subject.architecture.teacher_forced(inputs, [answer.tokens], [answer.steps])
+        values = []
+        for place in (None, at):
+            latents = answer.latents()
+            if place is not None:
+                latents[place] = mean
+            served = iter(latents.split(3))
+            with torch.no_grad():
+                logits = subject.model(
+                    **arguments, latent_intervention=lambda own, step, served=served: next(served)
+                ).logits
+            chosen = logits[0, : len(answer.tokens)].log_softmax(dim=-1)
+            values.append(sum(float(chosen[row, token]) for row, token in enumerate(answer.tokens)))
+        expected.append(values[0] - values[1])
+    row = result.tables["u_t"][at]
+    assert row["latents"] == str(at + 1) and row["u_t"] == pytest.approx(np.mean(expected), abs=1e-4)
+    most = result.curves[0].series["the most attended"]
+    assert most[0][1] == 0 and most[-1][1] == pytest.approx(result.curves[0].series["the least attended"][-1][1])
+
+
+def test_places_to_replace():
+    assert split_units(3) == [[0], [1], [2]] and [len(part) for part in split_units(40)] == [3] * 8 + [2] * 8
+    table = Table({0: [((1, 2), torch.ones(2, 1)), ((1, 2), torch.ones(2, 1))]})
+    changed = replaced(table, {0: {1, 2}}, torch.zeros(1)).steps[0]
+    assert [values.flatten().tolist() for _, values in changed] == [[1, 0], [0, 1]]
+    assert table.steps[0][0][1].all()
+
+
+# Looking inside
+
+
+def test_attention_is_that_of_eager_maps(makers, data):
+    """Masses by kind, against the maps of one eager forward over the whole sequence."""
+    subject = make(makers, "lare", data, batch_size=4)
+    observed = observe(subject)
+    config, answer = subject.model.config, subject.clean[2]
+    seen = observed[2]
+    text = subject.model.model.language_model
+    inputs = subject.encode([subject.items[2].sample])
+    embed = subject.model.get_input_embeddings()
+    with torch.no_grad():
+        prompt = embed(inputs["input_ids"])
+        is_image = inputs["input_ids"][0] == config.image_token_id
+        prompt[0, is_image] = subject.image_features([2])[0]
+        ends = embed(torch.tensor([[config.bot_token_id], [config.eot_token_id]]))
+        parts = [prompt[0], ends[0], answer.latents(), ends[1], embed(torch.tensor(answer.tokens))]
+        text.config._attn_implementation = "eager"
+        maps = text(inputs_embeds=torch.cat(parts)[None], output_attentions=True).attentions
+    first, count = len(is_image) + 1, answer.num_latents
+    latents = slice(first, first + count)
+    for layer, weights in enumerate(maps):
+        mean = weights[0].mean(dim=0)  # (S, S)
+        by_latent, by_answer = seen.attention[LATENT, layer], seen.attention[ANSWER, layer]
+        assert by_latent.queries == count and by_answer.queries == 1 + len(answer.tokens)
+        to_image = mean[latents, : len(is_image)][:, is_image].sum()
+        assert float(by_latent.mass[IMAGE]) == pytest.approx(float(to_image), abs=1e-4)
+        assert_near(by_answer.latents, mean[first + count :, latents].sum(dim=0), 1e-4)
+        entropy = -(mean[latents] * mean[latents].clamp(min=1e-12).log()).sum()
+        assert by_latent.entropy == pytest.approx(float(entropy), abs=1e-3)
+    order = sum(seen.attention[ANSWER, layer].latents for layer in range(3)).argsort(descending=True)
+    assert ranking(seen, count) == order.tolist()
+
+
+def test_every_column_is_told_apart(subject):
+    """Kinds of columns by architecture, and the hidden state that emits the answer's first token."""
+    observed = observe(subject)
+    for number, seen in observed.items():
+        clean = subject.clean[number]
+        is_vedas = subject.model.config.model_type == "vedas"
+        assert len(seen.norms[LATENT, 0]) == clean.num_latents and bool(seen.norms[REPLAY, 0]) == is_vedas
+        norms = sorted(clean.latents().norm(dim=-1).tolist())
+        assert sorted(seen.norms[LATENT, 0]) == pytest.approx(norms, abs=1e-4)
+        assert len(seen.norms[IMAGE, 0]) == len(subject.image_features([number])[0])
+        for (kind, _), attention in seen.attention.items():
+            assert float(attention.mass.sum()) == pytest.approx(attention.queries, abs=1e-4), kind
+        place = subject.architecture.scored(clean.tokens)[0]
+        logits = subject.model.lm_head(seen.emitting).log_softmax(dim=-1)
+        assert_near(logits, subject.logprobs([number], CLEAN)[0][0], 2e-4)
+        assert clean.tokens[place] == int(logits.argmax()) or subject.model.config.model_type != "lare"
+
+
+def test_slots_share_of_gain(makers, data):
+    """On a model whose answers are by their arm: half of the gain without latents' content, none without anything."""
+    subject = make(makers, "lare", data)
+    right = {"with latents": [1, 1, 1, 1], "slots only": [1, 1, 0, 0], "nothing": [0, 0, 0, 0]}
+    from train.faithfulness.slots import compare as compare_slots
+
+    subject.is_right = lambda answers: right[answers]
+    rows = compare_slots(subject, {name: name for name in right})
+    assert [row["share of gain kept"] for row in rows] == [1, 0.5, 0]
+    right["nothing"] = [1, 1, 1, 1]
+    assert math.isnan(compare_slots(subject, {name: name for name in right})[1]["share of gain kept"])
+
+
+def test_markers_alone_are_ordinary_tokens(subject):
+    result = measure_slots(subject)
+    arms = [row["arm"] for row in result.tables["arms"]]
+    assert ("markers only" in arms) == (subject.model.config.model_type != "vedas")
+    if subject.model.config.model_type == "vedas":
+        assert "no markers" in result.not_applicable["markers only"]
+    subject.architecture.check()  # the config is as it was
+
+
+# The whole
+
+
+def command(model, processor, data: Path, folder: Path, *extra: str) -> list[str]:
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    output = str(folder / "report")
+    return ["--model", str(folder / "model"), "--data", str(data), "--output", output, "--max-new-tokens", "3", *extra]
+
+
+@pytest.mark.parametrize("kind", ["lare", "vedas", "deeplatent"])
+def test_the_whole_report(kind, makers, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(architectures, "SWEEP", (0, 2, 3))
+    extra = ["--limit", "6", "--batch-size", "6", *(["--min-latent-blocks", "1"] if kind == "deeplatent" else [])]
+    arguments = command(*makers[kind](), data, tmp_path, *extra)
+    main(arguments)
+    page = (tmp_path / "report" / "faithfulness.html").read_text()
+    record = json.loads((tmp_path / "report" / "faithfulness.json").read_text())
+    found = record["diagnostics"]
+    assert set(found) == {"D1", "D2", "D3", "D4", "D5", "D8", "D9", "D12", "D13"}
+    text = page.replace('xmlns:xlink="http://', "").replace('xmlns="http://', "")  # names, not places
+    assert "<svg" in page and not any(
+        mark in text for mark in ("<script", "<link", "<img", "src=", '="http', "@import")
+    )
+    named = {row["arm"] for row in found["D1"]["tables"]["arms"]} | set(found["D1"]["not_applicable"])
+    assert named == {"clean", *ARMS}  # none is silently absent
+    assert ("oracle" in found["D1"]["not_applicable"]) == (kind != "deeplatent")
+    for name, one in found.items():
+        assert one["tables"] and not one["not_applicable"].get("all of it"), name
+        assert one["title"] in page and all(reason.split("'")[0] in page for reason in one["not_applicable"].values())
+    assert "swap" in capsys.readouterr().out
+
+    def fail(*arguments):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(
+        running, "DIAGNOSTICS", {name: (title, fail) for name, (title, _) in running.DIAGNOSTICS.items()}
+    )
+    main(arguments)  # all of it lies there
+    assert json.loads((tmp_path / "report" / "faithfulness.json").read_text()) == record
+    assert (tmp_path / "report" / "faithfulness.html").read_text() == page
+    with pytest.raises(AssertionError, match="measured again"):
+        main([*arguments, "--seed", "1"])
+
+
+def test_a_model_that_opens_no_block_gets_an_audit_and_reasons(makers, data):
+    subject = make(makers, "deeplatent", data, min_latent_blocks=0)
+    subject.architecture.settings = lambda: {"max_latent_blocks": 0}  # as a model that never writes `<latent>`
+    with pytest.raises(NotApplicable, match="none of the 4 questions made the model open a latent block"):
+        subject.with_latents  # noqa: B018
+    results = {one.name: one for one in running.take_all(subject, ("zero",))}
+    assert results["D12"].tables["audit"][0]["in latent mode"] == 0
+    assert "--min-latent-blocks 1" in results["D1"].not_applicable["all of it"]
+
+
+def test_bad_input_is_refused(makers, data, tmp_path):
+    model, processor = makers["lare"]()
+    model.config.num_refocus_steps = 0
+    with pytest.raises(ValueError, match="takes no latent steps: `num_refocus_steps` is 0"):
+        Subject(model, processor, [])
+    model, _ = makers["deeplatent"]()
+    model.config.max_latent_blocks = 0
+    with pytest.raises(ValueError, match="opens no latent blocks: `max_latent_blocks` is 0"):
+        architecture_of(model)
+    model.config.__class__.model_type, kept = "qwen2_5_vl", model.config.__class__.model_type
+    try:
+        with pytest.raises(ValueError, match="needs a model with latents.*'qwen2_5_vl', which has none"):
+            architecture_of(model)
+    finally:
+        model.config.__class__.model_type = kept
+    options = ["--model", "nowhere", "--data", str(data), "--output", str(tmp_path)]
+    with pytest.raises(ValueError, match=r"`arms` must be of .*got \['all'\]"):
+        main([*options, "--arms", "all"])
+    with pytest.raises(ValueError, match="`limit` must be >= 1, got 0"):
+        main([*options, "--limit", "0"])
+    with pytest.raises(ValueError, match="needs 4 questions with an image or more; .* gives 2"):
+        read_items(data, "steps", "train", 2)
+
+
+def test_results_survive_their_file(tmp_path):
+    result = Result("D0", "title", "what", tables={"a": [{"x": float("nan"), "y": 1}]})
+    running.keep(result, tmp_path / "D0.json")
+    again = Result.of(json.loads((tmp_path / "D0.json").read_text()))
+    assert math.isnan(again.tables["a"][0]["x"]) and again.title == "title"
+
+
+# Controls
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory) -> list[Item]:
+    return read_items(controls.write_questions(tmp_path_factory.mktemp("squares"), 16, 5), "steps", "train", None)
+
+
+def untrained(kind: str, squares: list[Item]) -> Subject:
+    torch.manual_seed(0)
+    return Subject(*controls.build(kind), squares, 16, 3)
+
+
+def test_the_positive_control_knows_the_picture_through_its_latents_alone(squares):
+    """By construction, whatever its weights: with given latents all pictures are one."""
+    subject = untrained("positive", squares)
+    inputs = subject.encode([item.sample for item in squares])
+    arguments = partial(subject.architecture.teacher_forced, inputs, [[1, 2]] * 16, [])
+    with torch.no_grad():
+        own = subject.model(**arguments()).logits
+        same = subject.model(**arguments(), latent_intervention=lambda latents, step: torch.ones_like(latents)).logits
+    assert_near(same, same[:1].expand_as(same))
+    assert (own - own[:1]).abs().max() > 1e-3
+
+
+def test_the_negative_control_does_not_move(squares):
+    """Constant latents: another picture's, the shared one, the first and a draw from their distribution are they themselves."""
+    subject = untrained("negative", squares)
+    found = measure_interventions(subject, ("shared", "swap", "matched", "first_repeat", "gaussian"))
+    rows = {row["arm"]: row for row in found.tables["arms"]}
+    for name in ("shared", "swap", "matched", "first_repeat"):
+        assert rows[name]["flip rate"] == 0 and rows[name]["KL"] < 1e-7 and rows[name]["change of accuracy"] == 0
+    assert rows["gaussian"]["KL"] > 1e-5  # untrained, it still reads what stands there
+    assert "No loss was measured" in verdict(found.tables["arms"])
+    latents = subject.clean[0].latents()
+    assert_near(latents, latents[:1].expand_as(latents)) and latents.any()
+
+
+def test_verdicts():
+    def row(arm: str, accuracy: float, high: float) -> dict:
+        return {"arm": arm, "accuracy": accuracy, "high": high, "flip rate": 0.5, "change of accuracy": accuracy - 100}
+
+    good = [row("clean", 100, 0), row("shared", 12, -80), row("swap", 12, -80), row("matched", 12, -80)]
+    assert "is used" in verdict(good) and controls.judge("positive", good) == []
+    assert "Mixed: shared, matched" in verdict([*good[:2], row("swap", 99, 0.5), good[3]])
+    still = [good[0], row("swap", 100, 0)]
+    assert "No loss was measured" in verdict(still) and "50.0 % of the answers change" in verdict(still)
+    assert "hardly" in verdict([good[0], still[1] | {"flip rate": 0.01}])
+    assert controls.judge("positive", [good[0], row("swap", 40, -50)]) == ["swap leaves 40.0 %"]
+    assert controls.judge("negative", good[:2]) == ["shared changes -88.0 points"]
+    assert controls.judge("negative", [good[2]]) == ["only 12.0 % right as it is"]
+
+
+@pytest.mark.slow
+def test_trained_controls_behave(tmp_path):
+    result = controls.controls_result(tmp_path)
+    assert result.notes[:2] == ["The positive control behaves.", "The negative control behaves."]
+    assert AutoModel.from_pretrained(tmp_path / "positive").config.answer_sees_image is False

@@ -1,0 +1,18 @@
+"""Do the latents carry anything? A report on one checkpoint and one data set.
+
+    python -m train.faithfulness --model out/lare --data data/tasks/data.jsonl --output out/faithfulness --limit 200
+
+Each file here is one diagnostic or one thing that several need:
+
+    items.py, architectures.py, subject.py   the questions; what differs between architectures; a model under study
+    arms.py, interventions_report.py         D1   replace the latents, ask again
+    replacement.py                           D2   what each latent does for the answer that was given
+    slots.py                                 D3   latents, markers alone, format alone, nothing
+    collapse.py, edits.py                    D4   do latents differ between pictures, and follow them
+    probe.py                                 D5   can the answer be read off them
+    norms.py, attention.py                   D8, D9   how large they are, who looks at them
+    audit.py, compute.py                     D12, D13   are they made at all; what the same compute does without them
+    observation.py                           hooks on one reading of the answers: kinds of columns, attention rows, norms
+    statistics.py, result.py, report.py, plots.py, run.py   intervals; what is found; the page; what is done already
+    controls.py                              a model that must react, and one that must not
+"""

@@ -1,0 +1,114 @@
+"""Write a faithfulness report: does anything depend on what the latents of a checkpoint hold?
+
+    python -m train.faithfulness --model out/lare --data data/tasks/data.jsonl --output out/faithfulness --limit 200
+
+leaves `faithfulness.html`, one page that needs nothing beside it, and `faithfulness.json` with the same numbers. A killed run
+goes on where it stopped. `--controls` also trains the two controls of `controls.py` (about two minutes) and shows them.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModel, AutoProcessor, set_seed
+
+from train.analyses.collection import prepare_output
+from train.faithfulness.arms import ARMS
+from train.faithfulness.controls import controls_result
+from train.faithfulness.items import Item, read_items
+from train.faithfulness.report import write_report
+from train.faithfulness.run import digest, file_digest, take_all
+from train.faithfulness.subject import Subject
+from train.reasoning_data import ADAPTERS
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m train.faithfulness", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder or hub id of a checkpoint with latents")
+    parser.add_argument("--data", required=True, help="questions, in a format of `train/reasoning_data.py`")
+    parser.add_argument("--output", required=True, help="folder for the page and the JSON")
+    parser.add_argument("--data-format", default="steps", choices=sorted(ADAPTERS))
+    parser.add_argument("--split", default="train", help="of a `datasets` folder with several (default: train)")
+    parser.add_argument("--limit", type=int, help="take only the first so many questions that have an image")
+    parser.add_argument("--batch-size", "--batch_size", type=int, default=8, help="questions at a time (default: 8)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="budget of every answer (default: 64)")
+    parser.add_argument(
+        "--min-latent-blocks", type=int, default=0, help="DeepLatent: open at least so many (default: 0)"
+    )
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), help=f"of D1 (default: all): {', '.join(ARMS)}")
+    parser.add_argument("--controls", action="store_true", help="also train and show both controls")
+    parser.add_argument("--dtype", default="auto", help="of the weights (default: the checkpoint's)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def key_of(options: argparse.Namespace, items: list[Item]) -> str:
+    """What finished diagnostics depend on: checkpoint, data with their pictures, settings, and the code here."""
+    folder, data = Path(options.model), Path(options.data)
+    weights = file_digest(*(path for path in folder.iterdir() if path.is_file())) if folder.is_dir() else options.model
+    pictures = {Path(image) for item in items for image in item.sample.images if isinstance(image, str)}
+    asked = file_digest(
+        *pictures, *(path for path in ([data] if data.is_file() else data.rglob("*")) if path.is_file())
+    )
+    code = file_digest(*Path(__file__).parent.glob("*.py"))
+    names = ("data_format", "split", "limit", "max_new_tokens", "min_latent_blocks", "dtype", "seed")
+    return digest(weights, asked, code, *(getattr(options, name) for name in names))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
+    for name in ("batch_size", "limit", "max_new_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` must be >= 1, got {value}.")
+    unknown = sorted(set(options.arms) - set(ARMS))
+    if unknown:
+        raise ValueError(f"`arms` must be of {list(ARMS)}, got {unknown}.")
+    output = prepare_output(options.output)
+    items = read_items(options.data, options.data_format, options.split, options.limit)
+    set_seed(options.seed)
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
+    model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=options.dtype).to(options.device)
+    subject = Subject(
+        model,
+        processor,
+        items,
+        options.batch_size,
+        options.max_new_tokens,
+        options.min_latent_blocks,
+        options.seed,
+    )
+    results = take_all(subject, tuple(options.arms), output / "finished", key_of(options, items))
+    if options.controls:
+        results.append(controls_result(output / "controls", options.seed))
+    about = {
+        "model": options.model,
+        "architecture": model.config.model_type,
+        "data": options.data,
+        "questions": len(items),
+        "seed": options.seed,
+        "intervals": "95 %, bootstrap over questions; differences paired",
+    }
+    page, data = write_report(results, about, output)
+    print(summary(results))
+    print(f"{page}\n{data}")
+
+
+def summary(results) -> str:
+    """What a terminal has room for: D1's arms and what was left out."""
+    lines = []
+    for result in results:
+        for row in result.tables.get("arms", []) if result.name == "D1" else []:
+            change = f"{row['change of accuracy']:+6.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
+            lines.append(
+                f"{row['arm']:16s} {row['accuracy']:5.1f} % {change:24s} flips {row['flip rate']:.3f}  KL "
+                f"{row['KL']:.4f}"
+            )
+        lines += [f"{result.name} {note}" for note in result.notes if result.name == "D1"]
+        lines += [f"{result.name} {part}: not applicable: {reason}" for part, reason in result.not_applicable.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""D1's arms: what takes the place of the latents z_1 .. z_K before the language model reads them.
+
+Each is a `Change`, so that the changed value enters the KV cache, under the same prompt, picture, token budget and greedy
+decoding. What is drawn at random depends on seed, arm, item and place alone: not on the batch, and the same in an answer
+and in its teacher-forced reading.
+
+Shapes: N latents of a step, D hidden size, M image tokens.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from modeling_latentvlm.interventions import resize_latents
+from modeling_latentvlm.trace import LatentStep
+from train.data import PATCH, fit_grid
+from train.faithfulness.items import NotApplicable
+from train.faithfulness.subject import Arm, Change, Subject, without_latents
+
+
+SMALL_CONSTANT = 0.01
+SIGMAS = (0.1, 0.3, 1.0)
+CALIBRATION = 256  # items, at most
+
+
+def generator_of(*place) -> torch.Generator:
+    """A generator that depends on nothing but `place`."""
+    digest = hashlib.blake2b("|".join(map(str, place)).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def drawn(latents: Tensor, *place) -> Tensor:
+    """Standard normal values of the shape of `latents`."""
+    return torch.randn(latents.shape, generator=generator_of(*place)).to(latents)
+
+
+@dataclass
+class Table:
+    """Latents to be served in the place of a model's own, by item and step; resized where the grids differ."""
+
+    steps: dict[int, list[tuple[tuple[int, int], Tensor]]]  # item -> (grid, (N, D)) of its steps
+
+    def __call__(self, latents: Tensor, step: LatentStep, number: int) -> Tensor:
+        rows = self.steps[number]
+        grid, values = rows[min(step.index, len(rows) - 1)]
+        if len(latents) == 1 and grid != step.grid and grid[0] == 1:  # autoregressive: one of its block at a time
+            return values[min(step.offset, len(values) - 1)][None].to(latents)
+        return resize_latents(values.to(latents), grid, step.grid)
+
+
+def table_of(subject: Subject, donors: dict[int, int]) -> Table:
+    """The clean latents of each item's donor."""
+    return Table(
+        {
+            number: [(step.grid, step.latents) for step in subject.clean[donor].steps]
+            for number, donor in donors.items()
+        }
+    )
+
+
+@dataclass
+class Calibration:
+    """Statistics of clean latents over the first items that have any (at most `CALIBRATION`)."""
+
+    mean: Tensor  # (D,)
+    std: Tensor  # (D,)
+    rms: float  # sqrt of the mean square of an element
+    first: Tensor  # (D,) the first latent of the first item
+    num_latents: int
+
+
+def calibrate(subject: Subject) -> Calibration:
+    values = torch.cat([subject.clean[number].latents() for number in subject.with_latents[:CALIBRATION]])
+    return Calibration(
+        values.mean(dim=0),
+        values.std(dim=0, correction=0),
+        float(values.square().mean().sqrt()),
+        values[0],
+        len(values),
+    )
+
+
+def choose_donors(subject: Subject) -> dict[int, int]:
+    """Per item another one, drawn at random among those with another picture, whatever its answer.
+
+    Raises:
+        NotApplicable: all pictures are one.
+    """
+    rng = np.random.default_rng(subject.seed)
+    digests = {number: subject.items[number].image_digest() for number in subject.with_latents}
+    donors = {}
+    for number in range(len(subject.items)):
+        own = digests.get(number) or subject.items[number].image_digest()
+        others = [other for other, digest in digests.items() if digest != own]
+        if not others:
+            raise NotApplicable(
+                "all questions with latents are about one picture, so that no other can lend its latents"
+            )
+        donors[number] = int(rng.choice(others))
+    return donors
+
+
+def first_repeat() -> Change:
+    """z_t = z_1 of the same answer."""
+    first: dict[int, Tensor] = {}
+
+    def change(latents: Tensor, step: LatentStep, number: int) -> Tensor:
+        if step.index == 0 and step.offset == 0:
+            first[number] = latents[:1]
+        return first[number].to(latents).expand_as(latents)
+
+    return change
+
+
+def region_table(subject: Subject) -> Table:
+    """Features of a random window of the item's own picture, of the grid of its latents (resized where it does not fit)."""
+    steps = {}
+    for batch in subject.batches("reading image features"):
+        for number, features in zip(batch, subject.image_features(batch)):
+            rng = np.random.default_rng([subject.seed, number])
+            steps[number] = [
+                (step.grid, random_window(features, step, rng)) for step in subject.clean[number].steps
+            ] or [((1, 1), features[:1])]
+    return Table(steps)
+
+
+def random_window(features: Tensor, step: LatentStep, rng: np.random.Generator) -> Tensor:
+    """(N, D) of a window of the first image: features (M, D) of all images in raster order."""
+    height, width = step.image_grids[0]
+    field = features[: height * width].unflatten(0, (height, width))
+    size = (min(step.grid[0], height), min(step.grid[1], width))
+    top, left = rng.integers(height - size[0] + 1), rng.integers(width - size[1] + 1)
+    window = field[top : top + size[0], left : left + size[1]].flatten(0, 1)
+    return resize_latents(window, size, step.grid)
+
+
+def oracle_table(subject: Subject) -> Table:
+    """What the teacher reads where the latents stand: the features of the assistant's pictures, in order.
+
+    Raises:
+        NotApplicable: an architecture that no assistant's picture taught, or data without any.
+    """
+    if not subject.architecture.names_oracle:
+        raise NotApplicable(
+            f"{subject.model.config.model_type} learns its latents from no picture of the assistant, so "
+            "there is no teacher "
+            "feature to put in their place"
+        )
+    if subject.architecture.config.latent_mode != "parallel":
+        raise NotApplicable("autoregressive latents stand for no grid of a picture")
+    numbers = [number for number in subject.with_latents if subject.items[number].assistant_images]
+    if not numbers:
+        raise NotApplicable("the data bring no pictures of the assistant (`assistant_images`)")
+    steps, most = {}, subject.architecture.config.latent_grid_size
+    for batch in subject.batches("reading assistant images", numbers):
+        for number in batch:
+            pictures = [load_fitted(path, most) for path in subject.items[number].assistant_images]
+            encoded = subject.processor.image_processor(pictures, return_tensors="pt").to(subject.model.device)
+            merge = subject.model.model.visual.spatial_merge_size
+            grids = [(h // merge, w // merge) for _, h, w in encoded["image_grid_thw"].tolist()]
+            features = subject.features_of(dict(encoded), [1] * len(pictures))
+            steps[number] = list(zip(grids, features))
+    return Table(steps)
+
+
+def load_fitted(path: str, largest: int) -> Image.Image:
+    """A picture as SFT shows it to the teacher: resized so that its grid fits the largest block."""
+    with Image.open(path) as opened:
+        picture = opened.convert("RGB")
+    height, width = fit_grid(*picture.size, largest)
+    return picture.resize((width * PATCH, height * PATCH), Image.Resampling.BICUBIC)
+
+
+def pad_embedding(subject: Subject) -> Tensor:  # (D,)
+    token = subject.tokenizer.pad_token_id
+    return subject.model.get_input_embeddings().weight[0 if token is None else token].detach().float()
+
+
+def constant(value: Tensor | float) -> Change:
+    def change(latents: Tensor, step: LatentStep, number: int) -> Tensor:
+        return torch.as_tensor(value, dtype=latents.dtype, device=latents.device).expand_as(latents)
+
+    return change
+
+
+def dummy_arm(subject: Subject) -> Arm:
+    title = "the padding token's embedding, as often as there are latents"
+    return Arm("dummy", title, constant(pad_embedding(subject)))
+
+
+def build_arms(subject: Subject, calibration: Calibration) -> dict[str, Arm | str]:
+    """All arms by name; in the place of one that makes no sense here the reason."""
+    seed = subject.seed
+
+    def noisy(name: str, sigma: float) -> Change:
+        return lambda latents, step, number: (
+            latents + sigma * drawn(latents, seed, name, number, step.index, step.offset)
+        )
+
+    def gaussian(name: str, mean: Tensor | float, std: Tensor | float) -> Change:
+        def change(latents: Tensor, step: LatentStep, number: int) -> Tensor:
+            values = drawn(latents.float(), seed, name, number, step.index, step.offset)
+            return torch.as_tensor(mean).to(values) + torch.as_tensor(std).to(values) * values
+
+        return change
+
+    rms = calibration.rms
+    arms: dict[str, Arm | str] = {
+        "zero": Arm("zero", "zeros", constant(0.0)),
+        "constant": Arm("constant", f"every element {SMALL_CONSTANT}", constant(SMALL_CONSTANT)),
+        "shared": Arm(
+            "shared", "one latent, of the first item, for all items and places", constant(calibration.first)
+        ),
+    }
+    for sigma in SIGMAS:
+        name = f"noise_{sigma}"
+        title = f"z + N(0, {sigma}^2), that is {sigma / max(rms, 1e-12):.2g} RMS(z)"
+        arms[name] = Arm(name, title, noisy(name, sigma))
+    for sigma in SIGMAS:
+        name = f"noise_{sigma}_rms"
+        title = f"z + N(0, ({sigma} RMS(z))^2), sigma {sigma * rms:.2g}"
+        arms[name] = Arm(name, title, noisy(name, sigma * rms))
+    matched = gaussian("matched", calibration.mean, calibration.std)
+    arms["gaussian"] = Arm("gaussian", "N(0, 1)", gaussian("gaussian", 0.0, 1.0))
+    arms["matched"] = Arm("matched", "Gaussian with mean and variance of each dimension of the latents", matched)
+    arms["first_repeat"] = Arm("first_repeat", "z_1 of the same answer at every place", first_repeat())
+    arms["swap"] = attempt(lambda: Arm("swap", "z_t of another item", table_of(subject, choose_donors(subject))))
+    arms["region"] = Arm("region", "features of a random window of the item's own picture", region_table(subject))
+    arms["oracle"] = attempt(lambda: oracle(subject))
+    arms["skip"] = without_latents(subject.architecture)
+    arms["dummy"] = dummy_arm(subject)
+    return arms
+
+
+def oracle(subject: Subject) -> Arm:
+    table = oracle_table(subject)
+    return Arm("oracle", "features of the assistant's picture (teacher)", table, only=set(table.steps))
+
+
+def attempt(build) -> Arm | str:
+    try:
+        return build()
+    except NotApplicable as reason:
+        return str(reason)
+
+
+ARMS = (
+    *("zero", "constant", "shared", *(f"noise_{sigma}" for sigma in SIGMAS)),
+    *(f"noise_{sigma}_rms" for sigma in SIGMAS),
+    *("gaussian", "matched", "first_repeat", "swap", "region", "oracle", "skip", "dummy"),
+)

@@ -1,0 +1,264 @@
+"""Two small models of which it is known whether their latents matter, put through the report like any other.
+
+    python -m train.faithfulness.controls --output out/controls
+
+positive   a LaRe whose answer starts on the prompt's text and the latents alone (`answer_sees_image=False`): the colour that
+           it is asked for can reach the answer through the latents and no other way. Other latents must drop it to chance.
+negative   a LaRe that sees its image, whose latents are one constant vector (the Extractor's last map is zero but for its
+           bias), and which learned with all kinds of values in their place. No replacement may move it.
+
+Both learn, in about a minute on one CPU thread, to name the colour of a square on a noisy picture; the same seed gives the same
+models. Their checkpoints, pages and the pictures stay in the folder.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+from transformers import set_seed
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from configuration_latentvlm import LaReConfig
+from modeling_latentvlm import LaReForCausalLM
+from modeling_latentvlm.trace import LatentStep
+from processing_latentvlm import LaReProcessor
+from processing_latentvlm.processing_lare import REFOCUS_TOKENS
+from train.answers import encode_questions
+from train.faithfulness.architectures import LaReArchitecture
+from train.faithfulness.arms import ARMS
+from train.faithfulness.items import read_items
+from train.faithfulness.report import write_report
+from train.faithfulness.result import Result
+from train.faithfulness.run import take_all
+from train.faithfulness.subject import Subject
+from train.small_backbone import CHAT_TEMPLATE, train_tokenizer
+
+
+COLORS = {
+    "red": (220, 30, 30),
+    "green": (30, 160, 50),
+    "blue": (30, 70, 230),
+    "yellow": (240, 220, 30),
+    "white": (250, 250, 250),
+    "black": (10, 10, 10),
+    "purple": (150, 40, 180),
+    "cyan": (30, 210, 220),
+}
+QUESTION = "what colour is the square?"
+SIZE, PATCH, SQUARE = 56, 14, 28  # pixels
+CHANCE = 1 / len(COLORS)
+MUST_MOVE = ("zero", "shared", "gaussian", "matched", "swap", "dummy")
+CONTROLS = {"positive": 500, "negative": 150}  # training steps
+
+
+def write_questions(folder: Path, count: int, seed: int) -> Path:
+    """Squares on noise, every colour equally often, with their boxes."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng, rows = np.random.default_rng(seed), []
+    for number in range(count):
+        name = list(COLORS)[number % len(COLORS)]
+        pixels = rng.integers(90, 166, (SIZE, SIZE, 3))
+        left, top = (int(place) for place in rng.integers(0, SIZE - SQUARE + 1, 2))
+        square = np.array(COLORS[name]) + rng.integers(-10, 11, (SQUARE, SQUARE, 3))
+        pixels[top : top + SQUARE, left : left + SQUARE] = square
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / "images" / f"{number}.png")
+        box = [left, top, left + SQUARE, top + SQUARE]
+        rows.append({"image": f"images/{number}.png", "question": QUESTION, "answer": name, "boxes": [box]})
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def build(kind: str) -> tuple[LaReForCausalLM, LaReProcessor]:
+    """An untrained control and its processor."""
+    tokenizer = train_tokenizer([QUESTION, *COLORS, "user assistant"], 320)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(REFOCUS_TOKENS)})
+    bot, eot, image = tokenizer.convert_tokens_to_ids(list(REFOCUS_TOKENS))
+    config = LaReConfig(
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": len(tokenizer),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 256,
+            "initializer_range": 0.1,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "tie_word_embeddings": False,
+        },
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": SIZE,
+            "patch_size": PATCH,
+        },
+        bot_token_id=bot,
+        eot_token_id=eot,
+        image_token_index=image,
+        num_refocus_steps=2,
+        window_size=2,
+        extractor_hidden_size=64,
+        extractor_num_heads=4,
+        latent_rms=0.5,
+        answer_sees_image=kind == "negative",
+    )
+    size = {"height": SIZE, "width": SIZE}
+    tokenizer.chat_template = CHAT_TEMPLATE
+    pictures = CLIPImageProcessorPil(size=size, do_center_crop=False)
+    model = LaReForCausalLM(config)
+    if kind == "negative":
+        hold_latents(model)
+    return model, LaReProcessor(pictures, tokenizer, patch_size=PATCH, image_size=SIZE)
+
+
+def hold_latents(model: LaReForCausalLM) -> None:
+    """Make every latent one constant vector, for good."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        model.refocus.out_proj.weight.zero_()
+        model.refocus.out_proj.bias.copy_(torch.randn(model.refocus.out_proj.bias.shape, generator=generator))
+    model.refocus.requires_grad_(False)
+
+
+def any_values(latents: torch.Tensor, step: LatentStep) -> torch.Tensor:
+    """Latents, zeros or noise of any size: who learns with these in their place learns to look past them."""
+    scale = 10 ** float(torch.empty(()).uniform_(-2.5, 0.7))
+    draw = float(torch.rand(()))
+    if draw < 0.25:
+        return latents
+    return scale * torch.randn(latents.shape if draw < 0.7 else latents[:1].shape).expand_as(latents)
+
+
+def train(kind: str, model: LaReForCausalLM, processor: LaReProcessor, data: Path, num_steps: int) -> float:
+    """Teach the answers; returns the mean loss of the last steps."""
+    items = read_items(data, "steps", "train", None)
+    inputs = dict(encode_questions(processor, [item.sample for item in items]))
+    architecture, end = LaReArchitecture(model), [processor.tokenizer.eos_token_id]
+    answers = [processor.tokenizer(item.answer, add_special_tokens=False)["input_ids"] + end for item in items]
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=2e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, num_steps, pct_start=0.1)
+    model.train()
+    losses = []
+    for _ in (progress := tqdm(range(num_steps), desc=f"training the {kind} control", leave=False)):
+        rows = torch.randint(len(items), (32,))
+        batch = {name: values[rows] for name, values in inputs.items()}
+        chosen = [answers[row] for row in rows.tolist()]
+        is_free = kind == "negative" and float(torch.rand(())) < 0.2
+        with architecture.with_latents(0 if is_free else model.config.num_refocus_steps):
+            arguments = architecture.teacher_forced(batch, chosen, [])
+            logits = model(**arguments, latent_intervention=any_values if kind == "negative" else None).logits
+        width = max(map(len, chosen))
+        targets = torch.tensor([tokens + [-100] * (width - len(tokens)) for tokens in chosen])
+        loss = F.cross_entropy(logits[:, -width - 1 : -1].flatten(0, 1), targets.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    model.eval()
+    return float(np.mean(losses[-20:]))
+
+
+def make_control(kind: str, folder: Path, seed: int = 0, count: int = 480) -> Path:
+    """Train a control, unless the folder holds it already; returns the folder with its checkpoint.
+
+    Raises:
+        ValueError: neither `"positive"` nor `"negative"`.
+    """
+    if kind not in CONTROLS:
+        raise ValueError(f"A control is one of {list(CONTROLS)}, got {kind!r}.")
+    checkpoint = folder / kind
+    if not (checkpoint / "config.json").is_file():
+        data = write_questions(folder / "train", count, seed + 1)
+        set_seed(seed)
+        model, processor = build(kind)
+        train(kind, model, processor, data, CONTROLS[kind])
+        processor.save_pretrained(checkpoint)
+        model.save_pretrained(checkpoint)
+    return checkpoint
+
+
+def report_control(kind: str, folder: Path, seed: int = 0, count: int = 96) -> list[Result]:
+    """The report on a control, with its page beside the checkpoint."""
+    checkpoint = make_control(kind, folder, seed)
+    data = write_questions(folder / "test", count, seed + 2)
+    model, processor = LaReForCausalLM.from_pretrained(checkpoint), LaReProcessor.from_pretrained(checkpoint)
+    subject = Subject(model, processor, read_items(data, "steps", "train", None), 32, 4, seed=seed)
+    results = take_all(subject, ARMS)
+    write_report(results, {"model": f"{kind} control", "questions": count, "seed": seed}, folder)
+    for name in ("faithfulness.html", "faithfulness.json"):
+        (folder / name).rename(folder / f"{kind}_{name}")
+    return results
+
+
+def judge(kind: str, rows: list[dict]) -> list[str]:
+    """What is not as it must be, in words; empty where the control behaves.
+
+    positive: right with its own latents (>= 90 %), and under every arm without their content within 10 points of chance.
+    negative: right (>= 90 %), and no arm changes the accuracy by more than 3 points.
+    """
+    clean = rows[0]["accuracy"]
+    wrong = [] if clean >= 90 else [f"only {clean:.1f} % right as it is"]
+    for row in rows[1:]:
+        if kind == "positive" and row["arm"] in MUST_MOVE and row["accuracy"] > 100 * CHANCE + 10:
+            wrong.append(f"{row['arm']} leaves {row['accuracy']:.1f} %")
+        if kind == "negative" and abs(row["change of accuracy"]) > 3:
+            wrong.append(f"{row['arm']} changes {row['change of accuracy']:+.1f} points")
+    return wrong
+
+
+def controls_result(folder: Path, seed: int = 0) -> Result:
+    """Both controls' D1 in one section."""
+    result = Result(
+        "controls",
+        "Controls",
+        "Two small models trained for this page: one whose answer can come through its latents "
+        "alone, and one whose latents are "
+        f"constant. The same code asked both; chance is {100 * CHANCE:.1f} %.",
+    )
+    for kind in CONTROLS:
+        rows = next(one for one in report_control(kind, folder, seed) if one.name == "D1").tables["arms"]
+        result.tables[kind] = rows
+        wrong = judge(kind, rows)
+        result.notes.append(
+            f"The {kind} control {'behaves' if not wrong else 'does not behave: ' + '; '.join(wrong)}."
+        )
+    result.notes.append(
+        "Without steps (K = 0) the positive control is the plain backbone, which sees its image but never learned to."
+    )
+    return result
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m train.faithfulness.controls", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    result = controls_result(options.output, options.seed)
+    for kind in CONTROLS:
+        print(f"{kind} control")
+        for row in result.tables[kind]:
+            print(
+                f"  {row['arm']:16s} {row['accuracy']:5.1f} %  {row['change of accuracy']:+6.1f} [{row['low']:+.1f}, "
+                f"{row['high']:+.1f}]  flips {row['flip rate']:.3f}  KL {row['KL']:.4f}"
+            )
+    print("\n".join(result.notes))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The questions of a report: what `train/reasoning_data.py` reads, with the regions and pictures that the data bring."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from train.reasoning_data import ReasoningSample, adapt, read_rows
+
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the first image
+
+
+class NotApplicable(Exception):
+    """A diagnostic, or an arm of one, that makes no sense here; the message says why and goes into the report."""
+
+
+@dataclass
+class Item:
+    sample: ReasoningSample
+    boxes: list[Box] = field(default_factory=list)  # what has to be looked at
+    assistant_images: list[str] = field(default_factory=list)  # pictures looked at on the way, in order
+
+    @property
+    def answer(self) -> str:
+        return self.sample.answer
+
+    def image_digest(self) -> str:
+        digest = hashlib.sha256()
+        for image in self.sample.load_images():
+            digest.update(repr(image.size).encode() + image.tobytes())
+        return digest.hexdigest()
+
+
+def read_items(path: str | Path, data_format: str, split: str, limit: int | None) -> list[Item]:
+    """The first `limit` questions that have an image.
+
+    Raises:
+        ValueError: a row that cannot be used, or fewer than 4 questions with an image.
+    """
+    path, items = Path(path), []
+    for origin, row in read_rows(path, split):
+        sample = adapt(row, data_format, path.parent, origin, needs_steps=False)
+        if not sample.images:
+            continue
+        boxes = [tuple(box) for box in row.get("boxes") or []]
+        pictures = [str(path.parent / name) for name in row.get("assistant_images") or [] if isinstance(name, str)]
+        items.append(Item(sample, boxes, [name for name in pictures if Path(name).is_file()]))
+        if limit is not None and len(items) == limit:
+            break
+    if len(items) < 4:
+        raise ValueError(f"The report needs 4 questions with an image or more; {path} gives {len(items)}.")
+    return items

@@ -1,0 +1,115 @@
+"""D5: can the answer be read off the latents by a linear map? (PRISM 2606.05753)
+
+Features, one vector an item:
+
+    (a) emitting hidden   the last hidden state that emits the first token of the answer
+    (b) last latent       z_K as fed
+    (c) mean latent, question mean (text embeddings of the prompt), visual mean (image tokens)
+
+against the reference answer: StandardScaler, then LogisticRegression (l2, C = 1, lbfgs, 1000 iterations), stratified
+k-fold with k = min(5, smallest class). Of the held-out predictions: accuracy, cross-entropy CE, and
+
+    MI_LB = max(0, H(Y) - CE)      H(Y) the entropy of the answers, both in nats
+
+Chance-corrected accuracy is (Acc - largest class) / (1 - largest class); gap G = Acc(a) - Acc(b). Answers that occur once are
+left out: no fold could have learned them.
+"""
+
+import warnings
+from collections import Counter
+
+import numpy as np
+import torch
+from scipy import stats
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from train.answers import normalize
+from train.faithfulness.items import NotApplicable
+from train.faithfulness.observation import Observed
+from train.faithfulness.result import Curve, Result
+from train.faithfulness.statistics import mean_interval
+from train.faithfulness.subject import Subject
+
+
+FOLDS = 5
+EMITTING, LAST = "(a) hidden that emits the answer", "(b) last latent"
+
+
+def probe(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict:
+    """Accuracy, held-out cross-entropy and MI_LB of features (N, F) for labels (N,), each of which occurs twice or more."""
+    counts = Counter(labels.tolist())
+    folds = StratifiedKFold(min(FOLDS, min(counts.values())), shuffle=True, random_state=seed)
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, solver="lbfgs", max_iter=1000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the definition stops at 1000 iterations
+        probabilities = cross_val_predict(model, features, labels, cv=folds, method="predict_proba")
+    names = np.unique(labels)
+    right = names[probabilities.argmax(axis=1)] == labels
+    accuracy, low, high = mean_interval(right, seed)
+    cross_entropy = float(log_loss(labels, probabilities, labels=names))
+    entropy = float(stats.entropy(list(counts.values())))
+    chance = max(counts.values()) / len(labels)
+    return {
+        "accuracy": accuracy,
+        "low": low,
+        "high": high,
+        "chance": chance,
+        "above chance": (accuracy - chance) / (1 - chance),
+        "CE, nats": cross_entropy,
+        "H(Y), nats": entropy,
+        "MI_LB, nats": max(0.0, entropy - cross_entropy),
+    }
+
+
+def measure_probe(subject: Subject, observed: dict[int, Observed]) -> Result:
+    """Probe all features.
+
+    Raises:
+        NotApplicable: fewer than two answers occur twice or more.
+    """
+    labels = {number: normalize(subject.items[number].answer) for number in observed}
+    counts = Counter(labels.values())
+    kept = [number for number in observed if counts[labels[number]] >= 2]
+    if len({labels[number] for number in kept}) < 2:
+        raise NotApplicable("a probe needs two answers that occur twice or more among the questions with latents")
+    features = {
+        EMITTING: [observed[number].emitting for number in kept],
+        LAST: [subject.clean[number].latents()[-1] for number in kept],
+        "(c) mean latent": [subject.clean[number].latents().mean(dim=0) for number in kept],
+        "(c) question mean": [observed[number].question for number in kept],
+        "(c) visual mean": [observed[number].visual for number in kept],
+    }
+    target = np.array([labels[number] for number in kept])
+    rows = [
+        {"feature": name} | probe(torch.stack(values).double().numpy(), target, subject.seed)
+        for name, values in features.items()
+    ]
+    found = {row["feature"]: row["accuracy"] for row in rows}
+    result = Result(
+        "D5",
+        "D5: linear probe of the answer",
+        "StandardScaler and logistic regression (l2, C = 1), stratified folds, held out; MI_LB = "
+        "max(0, H(Y) - CE); G = Acc(a) - Acc(b).",
+        tables={
+            "probes": rows,
+            "gap": [{"G": found[EMITTING] - found[LAST], "items": len(kept), "answers": len(set(target))}],
+        },
+        curves=[
+            Curve(
+                "accuracy of the probe",
+                "feature",
+                "accuracy",
+                {"probe": [(row["feature"], row["accuracy"], row["low"], row["high"]) for row in rows]},
+                "bar",
+            )
+        ],
+        notes=["A large G: the model knows the answer where it says it, and its last latent does not hold it."],
+    )
+    if len(kept) < len(observed):
+        result.notes.append(f"{len(observed) - len(kept)} items whose answer occurs once are left out.")
+    return result

@@ -1,0 +1,93 @@
+"""Take all diagnostics of a subject, each once: what is done is kept in a file and not done again.
+
+A file's name tells diagnostic, model, data and settings apart by a hash, so that a report that was killed goes on, and one on
+another checkpoint starts anew.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+from tqdm import tqdm
+
+from train.faithfulness.attention import measure_attention
+from train.faithfulness.audit import measure_invocation
+from train.faithfulness.collapse import measure_collapse
+from train.faithfulness.compute import measure_compute
+from train.faithfulness.interventions_report import measure_interventions
+from train.faithfulness.items import NotApplicable
+from train.faithfulness.norms import measure_norms
+from train.faithfulness.observation import Observed, observe
+from train.faithfulness.probe import measure_probe
+from train.faithfulness.replacement import measure_replacement
+from train.faithfulness.result import Result
+from train.faithfulness.slots import measure_slots
+from train.faithfulness.subject import Subject
+
+
+class Study:
+    """A subject, and what is seen inside it, read when a diagnostic first needs it."""
+
+    def __init__(self, subject: Subject, arms: tuple[str, ...]):
+        self.subject, self.arms = subject, arms
+
+    @cached_property
+    def observed(self) -> dict[int, Observed]:
+        return observe(self.subject)
+
+
+DIAGNOSTICS: dict[str, tuple[str, Callable[[Study], Result]]] = {
+    "D12": ("is latent mode entered?", lambda study: measure_invocation(study.subject)),
+    "D1": ("replace the latents", lambda study: measure_interventions(study.subject, study.arms)),
+    "D2": ("what each latent does", lambda study: measure_replacement(study.subject, study.observed)),
+    "D3": ("latents, slots, markers, format", lambda study: measure_slots(study.subject)),
+    "D4": ("collapse", lambda study: measure_collapse(study.subject, study.observed)),
+    "D5": ("linear probe", lambda study: measure_probe(study.subject, study.observed)),
+    "D8": ("norms", lambda study: measure_norms(study.observed)),
+    "D9": ("attention", lambda study: measure_attention(study.subject, study.observed)),
+    "D13": ("matched compute", lambda study: measure_compute(study.subject)),
+}
+
+
+def take_all(subject: Subject, arms: tuple[str, ...], cache: Path | None = None, key: str = "") -> list[Result]:
+    """All diagnostics in order; one that makes no sense for this subject says why."""
+    study, results = Study(subject, arms), []
+    for name in (progress := tqdm(DIAGNOSTICS, desc="diagnostics")):
+        progress.set_postfix_str(name)
+        file = None if cache is None else cache / f"{name}-{digest(key, name, arms if name == 'D1' else ())}.json"
+        if file is not None and file.is_file():
+            results.append(Result.of(json.loads(file.read_text(encoding="utf-8"), parse_constant=float)))
+            continue
+        title, measure = DIAGNOSTICS[name]
+        try:
+            result = measure(study)
+        except NotApplicable as reason:
+            result = Result(name, f"{name}: {title}", "", not_applicable={"all of it": str(reason)})
+        if file is not None:
+            keep(result, file)
+        results.append(result)
+    return results
+
+
+def keep(result: Result, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result.record()), encoding="utf-8")
+    unfinished.rename(file)
+
+
+def digest(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def file_digest(*paths: Path) -> str:
+    """Of names and contents."""
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        found.update(path.name.encode())
+        with path.open("rb") as data:
+            while block := data.read(1 << 20):
+                found.update(block)
+    return found.hexdigest()

@@ -1,0 +1,128 @@
+"""D3: is it the latents, their slots, their markers, or the form of the answer that helps? (2606.01287)
+
+with latents   the model as it is
+slots only     markers and the padding token's embedding in the place of every latent
+markers only   the tokens around latents, and none between
+format only    neither; but the answer begins with the words that all answers to these questions lead up to theirs with
+nothing        K = 0
+
+share of the gain kept = (Acc(arm) - Acc(nothing)) / (Acc(with latents) - Acc(nothing))
+"""
+
+import math
+import os
+
+from train.faithfulness.architectures import put_before
+from train.faithfulness.arms import dummy_arm
+from train.faithfulness.items import NotApplicable
+from train.faithfulness.result import Curve, Result
+from train.faithfulness.statistics import mean_interval, paired
+from train.faithfulness.subject import Answer, Arm, Subject, without_latents
+
+
+def measure_slots(subject: Subject) -> Result:
+    nothing = without_latents(subject.architecture)
+    answers: dict[str, list[Answer]] = {"with latents": subject.clean, "nothing": subject.ask(nothing)}
+    result = Result(
+        "D3",
+        "D3: latents, slots, markers, format",
+        "The same questions with latents; with slots of dummies; with the markers alone; with the "
+        "form of the answer alone; with nothing. "
+        "Share of gain kept = (Acc - Acc(nothing)) / (Acc(with latents) - Acc(nothing)).",
+    )
+    attempts = {"slots only": slots_only, "markers only": markers_only, "format only": format_only}
+    for name, attempt in attempts.items():
+        try:
+            answers[name] = attempt(subject)
+        except NotApplicable as reason:
+            result.not_applicable[name] = str(reason)
+    result.tables["arms"] = rows = compare(subject, answers)
+    points = [(row["arm"], row["accuracy"], row["accuracy low"], row["accuracy high"]) for row in rows]
+    result.curves = [Curve("accuracy", "arm", "%", {"accuracy": points}, "bar")]
+    if rows[0]["low, against nothing"] <= 0:
+        result.notes.append("Latents bring no gain that is clear of chance here, so no share of it is given.")
+    return result
+
+
+def compare(subject: Subject, answers: dict[str, list[Answer]]) -> list[dict]:
+    right = {name: subject.is_right(found) for name, found in answers.items()}
+    gain, low_gain, _ = paired(right["with latents"], right["nothing"], subject.seed)
+    rows = []
+    for name in ("with latents", "slots only", "markers only", "format only", "nothing"):
+        if name not in right:
+            continue
+        accuracy, low, high = mean_interval(right[name], subject.seed)
+        change, low_change, high_change = paired(right[name], right["nothing"], subject.seed)
+        rows.append(
+            {
+                "arm": name,
+                "accuracy": 100 * accuracy,
+                "accuracy low": 100 * low,
+                "accuracy high": 100 * high,
+                "against nothing": 100 * change,
+                "low, against nothing": 100 * low_change,
+                "high, against nothing": 100 * high_change,
+                "share of gain kept": change / gain if low_gain > 0 else math.nan,
+            }
+        )
+    return rows
+
+
+def slots_only(subject: Subject) -> list[Answer]:
+    return subject.ask(dummy_arm(subject))
+
+
+def markers_only(subject: Subject) -> list[Answer]:
+    answers = []
+    for batch in subject.batches("answering, markers only"):
+        inputs = subject.encode([subject.items[number].sample for number in batch])
+        begun = [subject.clean[number].tokens for number in batch]
+        with subject.architecture.markers_only(inputs, begun) as (changed, settings, lengths):
+            found = subject.generate(changed, CLEAN_OFF, batch, **settings)
+        answers += [with_beginning(subject, number, length, one) for number, length, one in zip(batch, lengths, found)]
+    return answers
+
+
+CLEAN_OFF = Arm("off", "without latents", is_without_latents=True)
+
+
+def with_beginning(subject: Subject, number: int, length: int, answer: Answer) -> Answer:
+    """An answer with the words that stood in the prompt already, so that it is read as a whole."""
+    if length:
+        begun = subject.tokenizer.decode(subject.clean[number].tokens[: max(0, length - 2)], skip_special_tokens=True)
+        answer.written = begun + answer.written
+    return answer
+
+
+def shared_lead(texts: list[str]) -> str:
+    """The words that all answers end with before what they box, with `\\boxed{`; else those that all begin with.
+
+    Raises:
+        NotApplicable: they share none.
+    """
+    parts = [text.rpartition("\\boxed{") for text in texts]
+    if all(box for _, box, _ in parts):
+        ends = os.path.commonprefix([before[::-1] for before, _, _ in parts])[::-1]
+        return ends.lstrip() + "\\boxed{"
+    begins = os.path.commonprefix(texts)
+    if not begins.strip():
+        raise NotApplicable(
+            "the answers to these questions share no words that could be given without giving one away"
+        )
+    return begins
+
+
+def format_only(subject: Subject) -> list[Answer]:
+    lead = shared_lead([answer.written for answer in subject.clean])
+    tokens = subject.tokenizer(lead, add_special_tokens=False)["input_ids"]
+    pad = subject.tokenizer.pad_token_id or 0
+    answers = []
+    with subject.architecture.with_latents(0) as settings:
+        for batch in subject.batches("answering, format only"):
+            inputs = put_before(
+                subject.encode([subject.items[number].sample for number in batch]), [tokens] * len(batch), pad
+            )
+            for answer in subject.generate(inputs, CLEAN_OFF, batch, **settings):
+                answer.written = lead + answer.written
+                answers.append(answer)
+    return answers
