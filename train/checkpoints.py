@@ -1,0 +1,151 @@
+"""The trained checkpoints that ship: what a recipe left, in bfloat16, with a card that says how it came about.
+
+    python -m train.checkpoints lare --run out/small     # writes checkpoints/lare and its line of checkpoints/SHA256SUMS
+    python -m train.checkpoints                          # writes their code beside the weights
+
+The code of a checkpoint is build output and not in git: `make demo` and `make test` write it, so that
+`AutoModel.from_pretrained("checkpoints/lare", trust_remote_code=True)` works as it does for a folder of the Hub.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from configuration_latentvlm import DeepLatentConfig, LaReConfig, VedasConfig
+from configuration_latentvlm.model_card import render_model_card
+from train.recipes import RECIPES
+
+
+CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
+SUMS = "SHA256SUMS"
+WEIGHTS = "model.safetensors"
+CONFIGS = {"deeplatent": DeepLatentConfig, "lare": LaReConfig, "vedas": VedasConfig}
+LARGEST = 8_000_000  # bytes of weights that a shipped checkpoint may have
+
+TRAINING = """
+## How it was trained
+
+From nothing, with procedural questions about pictures (`python -m train.tasks`, tasks `{task}`, 4,000 samples, seed 0), by
+
+    python -m train.recipes {name} --output out/small
+
+on {hardware}, in {minutes:.0f} minutes (data and backbone, which the recipes share, included). {num_weights:.2f}M weights. It knows
+these tasks and nothing else.
+
+## What it scores
+
+{scores}
+"""
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """Hashes of the weights by checkpoint."""
+    path = folder / SUMS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {name.partition("/")[0]: value for value, name in (line.split(maxsplit=1) for line in lines)}
+
+
+def shipped(name: str, folder: Path = CHECKPOINTS) -> Path:
+    """The folder of a checkpoint that is there and whole, with its code.
+
+    Raises:
+        ValueError: it is missing, or its weights are not those that were shipped.
+    """
+    path, known = folder / name, read_sums(folder)
+    repair = f"`git checkout {folder.name}` brings it back, `make train-{name}` trains it anew."
+    if not (path / WEIGHTS).is_file() or name not in known:
+        raise ValueError(f"There is no checkpoint {name!r} in {folder}: {repair}")
+    found = digest(path / WEIGHTS)
+    if found != known[name]:
+        raise ValueError(
+            f"{path / WEIGHTS} is not what was shipped: its sha256 is {found}, {SUMS} says {known[name]}. {repair}"
+        )
+    return refresh_code(path)
+
+
+def refresh_code(path: Path) -> Path:
+    """Write the code of a checkpoint beside its weights, as `save_pretrained` does."""
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
+    before = (path / "config.json").read_bytes()
+    CONFIGS[config].from_pretrained(path).save_pretrained(path)
+    (path / "config.json").write_bytes(before)
+    return path
+
+
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return f"one {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores ({platform.machine()}, float32, one thread, beside other jobs)"
+
+
+def ship(name: str, run: Path, task: str, folder: Path = CHECKPOINTS) -> Path:
+    """Write what a recipe trained as a checkpoint that ships.
+
+    Args:
+        run: the recipe's output.
+
+    Raises:
+        ValueError: the recipe has not come to its end, or its weights are too large to ship.
+    """
+    _, trained, _ = RECIPES[name]
+    source, target = run / trained, folder / name
+    if not (source / "config.json").is_file():
+        raise ValueError(
+            f"{source} holds no trained model: run `python -m train.recipes {name} --output {run}` first."
+        )
+    model = AutoModel.from_pretrained(source, trust_remote_code=True, dtype=torch.bfloat16)
+    size = sum(value.numel() * value.element_size() for value in load_file(source / WEIGHTS).values()) // 2
+    if size > LARGEST:
+        raise ValueError(f"The weights of {source} take {size} bytes in bfloat16; {LARGEST} may ship.")
+    model.save_pretrained(target)
+    AutoProcessor.from_pretrained(source, trust_remote_code=True).save_pretrained(target)
+    steps = [json.loads(line) for line in (run / "times.jsonl").read_text(encoding="utf-8").splitlines()]
+    own = {made for made, _ in RECIPES[name][0](run, task, 1.0)}
+    table = run / f"{name}.md"
+    training = TRAINING.format(
+        task=task,
+        name=name,
+        hardware=f"{hardware()}, torch {torch.__version__}, transformers {transformers.__version__}",
+        minutes=sum(step["seconds"] for step in steps if step["made"] in own) / 60,
+        num_weights=model.num_parameters() / 1e6,
+        scores=table.read_text(encoding="utf-8") if table.is_file() else "Not measured.",
+    )
+    (target / "README.md").write_text(render_model_card(model.config) + training, encoding="utf-8")
+    sums = read_sums(folder) | {name: digest(target / WEIGHTS)}
+    lines = [f"{value}  {one}/{WEIGHTS}\n" for one, value in sorted(sums.items())]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    return target
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "name", nargs="?", choices=sorted(CONFIGS), help="without: write the code of all that are there"
+    )
+    parser.add_argument("--run", type=Path, help="output of `train.recipes`")
+    parser.add_argument("--task", default="search_color,jigsaw", help="that it was trained on")
+    parser.add_argument("--output", type=Path, default=CHECKPOINTS)
+    args = parser.parse_args(arguments)
+    if args.name is None:
+        for name in sorted(read_sums(args.output)):
+            print(shipped(name, args.output))
+        return
+    if args.run is None:
+        parser.error("`--run` is needed to ship a checkpoint")
+    print(ship(args.name, args.run, args.task, args.output))
+
+
+if __name__ == "__main__":
+    main()
