@@ -27,6 +27,8 @@ from train.recipes import RECIPES
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 SUMS = "SHA256SUMS"
 WEIGHTS = "model.safetensors"
+# What ships of a recipe that has more than one end: reinforcement learning of so small a model unlearns to open blocks.
+ENDS = {name: trained for name, (_, trained, _) in RECIPES.items()} | {"deeplatent": "sft2"}
 CONFIGS = {"deeplatent": DeepLatentConfig, "lare": LaReConfig, "vedas": VedasConfig}
 LARGEST = 8_000_000  # bytes of weights that a shipped checkpoint may have
 
@@ -99,8 +101,7 @@ def ship(name: str, run: Path, task: str, folder: Path = CHECKPOINTS) -> Path:
     Raises:
         ValueError: the recipe has not come to its end, or its weights are too large to ship.
     """
-    _, trained, _ = RECIPES[name]
-    source, target = run / trained, folder / name
+    source, target = run / ENDS[name], folder / name
     if not (source / "config.json").is_file():
         raise ValueError(
             f"{source} holds no trained model: run `python -m train.recipes {name} --output {run}` first."
@@ -112,7 +113,8 @@ def ship(name: str, run: Path, task: str, folder: Path = CHECKPOINTS) -> Path:
     model.save_pretrained(target)
     AutoProcessor.from_pretrained(source, trust_remote_code=True).save_pretrained(target)
     steps = [json.loads(line) for line in (run / "times.jsonl").read_text(encoding="utf-8").splitlines()]
-    own = {made for made, _ in RECIPES[name][0](run, task, 1.0)}
+    made = [made for made, _ in RECIPES[name][0](run, task, 1.0)]
+    own = made[: made.index(f"{source}/config.json") + 1]
     table = run / f"{name}.md"
     training = TRAINING.format(
         task=task,

@@ -23,6 +23,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from train.checkpoints import ENDS
 from train.recipes import RECIPES, SHARED, run
 
 
@@ -72,7 +73,7 @@ def twin_commands(folder: str, output: Path, scale: float) -> list[tuple[str, st
 def measure(model: str, name: str, output: Path, scale: float, batch_size: int) -> dict:
     """The summary of `train.evaluate` for one arm."""
     arm = arms_of(model)[name]
-    folder = arm.folder or RECIPES[model][1]
+    folder = arm.folder or ENDS[model]
     if arm.folder is not None and not (output / folder / "config.json").is_file():
         run(twin_commands(folder, output, scale), output / "times.jsonl")
     scores = output / "scores" / model / name.replace(" ", "-")
@@ -112,7 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="that of the recipes")
     args = parser.parse_args(arguments)
     for model in args.models:
-        if not (args.run / RECIPES[model][1] / "config.json").is_file():
+        if not (args.run / ENDS[model] / "config.json").is_file():
             parser.error(
                 f"{args.run} has no trained {model}: run `python -m train.recipes {model} --output {args.run}`."
             )

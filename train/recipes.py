@@ -88,7 +88,7 @@ def make_backbone(output: Path, task: str, scale: float) -> list[tuple[str, str]
 
 def vedas(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
     # The language model starts from nothing, so that it stays longer in the stage that teaches it to speak and to look.
-    plan = "--stages 0 0 0 0 0 1 2 3 3 --epochs_per_stage 1" if scale >= 1 else "--epochs_per_stage 1"
+    plan = "--stages 0 0 0 0 1 2 3 3 --epochs_per_stage 1" if scale >= 1 else "--epochs_per_stage 1"
     return [
         *make_backbone(output, task, scale),
         (
