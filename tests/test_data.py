@@ -72,3 +72,10 @@ def test_reading_makes_paths_absolute_and_names_bad_lines(tmp_path):
         path.write_text(json.dumps(good) + "\n" + line)
         with pytest.raises(ValueError, match=message):
             read_trajectories(path)
+
+
+def test_a_line_ends_where_the_file_says(tmp_path):
+    text = "one\u2028two\x85three"
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": text}]}, ensure_ascii=False) + "\n\n")
+    assert [sample["messages"][0]["content"] for sample in read_trajectories(path)] == [text]

@@ -28,7 +28,9 @@ def read_trajectories(path: str | Path) -> list[dict]:
     """
     path = Path(path)
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # U+2028 may stand in a text
+        if not line.strip():
+            continue
         try:
             sample = json.loads(line)
         except json.JSONDecodeError as error:
