@@ -1,0 +1,126 @@
+"""A page on this machine: pick a picture, ask one of the checkpoints, and see where its latents look.
+
+    pip install -e ".[demo]"
+    python -m examples.page        # http://127.0.0.1:7860
+
+Only this machine is answered, nothing is sent anywhere, and nothing is fetched.
+"""
+
+import argparse
+import os
+import secrets
+from functools import partial
+from pathlib import Path
+
+from examples.looking import LONGEST, NAMES, Look, draw_sample, is_right, load_checkpoint, look, told
+from train.checkpoints import CHECKPOINTS
+
+
+TITLE = "Where do the latents look?"
+ABOUT = (
+    "Three small models (1 to 2 million weights) that reason in latent space, trained on two kinds of question: the color of one "
+    "shape among many, and where the pieces of a jigsaw belong. Of other pictures and questions they know nothing, and answer all "
+    "the same."
+)
+BUTTONS = {"search": "New search picture", "jigsaw": "New jigsaw"}
+NOTHING = "It took no latents."
+
+
+def new_picture(kind: str, seed: int | None = None):
+    """(picture, question, what is known of it) for a fresh picture."""
+    sample = draw_sample(kind, secrets.randbelow(2**31) if seed is None else seed)
+    return sample.image, sample.question, {"kind": kind, "question": sample.question, "answer": sample.answer}
+
+
+def forget(known: dict) -> dict:
+    """What is left to know when somebody brings a picture of their own."""
+    return {"kind": known["kind"]}
+
+
+def describe(result: Look, question: str, known: dict) -> tuple:
+    """(answer, what it wrote, drawing, counts, without latents, with another picture's) as the page shows them."""
+    answer, right = told(result.answer.text), known.get("answer")
+    if right is not None and question == known["question"]:
+        answer += " (right)" if is_right(result.answer.text, right) else f" (wrong, it is {right})"
+    counts = (
+        f"{result.answer.num_latent_blocks} latent blocks, {result.answer.num_latents} latents, "
+        f"{result.answer.num_tokens} tokens of text"
+    )
+    swapped = NOTHING if result.swapped is None else told(result.swapped)
+    return answer, result.answer.text, result.drawing, counts, told(result.without), swapped
+
+
+def answer(name: str, picture, question: str, known: dict, folder: Path = CHECKPOINTS) -> tuple:
+    """What the page shows when somebody asks.
+
+    Raises:
+        ValueError: no picture, no question, or no such checkpoint.
+    """
+    model, processor = load_checkpoint(name, folder)
+    # Another seed than any that was drawn: pictures to swap with are other pictures.
+    result = look(model, processor, picture, question, known["kind"], seed=2**31)
+    return describe(result, question, known)
+
+
+def build_page(folder: Path = CHECKPOINTS):
+    """The page as `gradio.Blocks`; importing this module does not need gradio."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    import gradio as gr
+
+    def ask(*inputs):
+        try:
+            return answer(*inputs, folder)
+        except ValueError as error:
+            raise gr.Error(str(error)) from error
+
+    first_picture, first_question, first_known = new_picture("search", seed=0)
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+        known = gr.State(first_known)
+        gr.Markdown(f"# {TITLE}\n{ABOUT}")
+        with gr.Row():
+            with gr.Column(scale=2):
+                name = gr.Radio(NAMES, value=NAMES[0], label="Architecture")
+                picture = gr.Image(first_picture, type="pil", sources=["upload"], label="Picture", height=300)
+                with gr.Row():
+                    buttons = {kind: gr.Button(label) for kind, label in BUTTONS.items()}
+                question = gr.Textbox(first_question, label="Question", max_length=LONGEST)
+                go = gr.Button("Ask", variant="primary")
+            with gr.Column(scale=3):
+                told_as = gr.Textbox(label="Answer")
+                drawing = gr.Image(label="Where its latents looked", format="png")
+                counts = gr.Textbox(label="At a cost of")
+                written = gr.Textbox(label="What it wrote", lines=2)
+                with gr.Row():
+                    without = gr.Textbox(label="Answer without latents")
+                    swapped = gr.Textbox(label="Answer with another picture's latents")
+        shown = [told_as, written, drawing, counts, without, swapped]
+        for kind, button in buttons.items():
+            button.click(partial(new_picture, kind), None, [picture, question, known])
+        picture.upload(forget, known, known)
+        gr.on([go.click, question.submit], ask, [name, picture, question, known], shown)
+    return page
+
+
+def launch(page, port: int | None = None, **settings):
+    """Serve the page to this machine alone, in fonts that it has."""
+    import gradio as gr
+
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+    return page.launch(
+        server_name="127.0.0.1", server_port=port, share=False, theme=theme, footer_links=[], quiet=True, **settings
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
+    args = parser.parse_args()
+    for name in NAMES:  # what is missing is said now, and the first question does not wait
+        load_checkpoint(name, args.checkpoints)
+    print(f"http://127.0.0.1:{args.port}", flush=True)
+    launch(build_page(args.checkpoints), args.port)
+
+
+if __name__ == "__main__":
+    main()
