@@ -476,3 +476,14 @@ def test_scenes_that_cannot_teach_about_cells_are_refused(tmp_path):
         read_scenes([small, large])
     with pytest.raises(ValueError, match="search_color-hard-train-0-000000 .* cannot teach about cells"):
         read_scenes(hard)
+
+
+def test_lessons_name_every_shape_and_only_what_is_there():
+    for index in range(20):
+        sample = make("name_colors", index, image_size=112)
+        there = {o["shape"]: o["color"] for o in sample.objects}
+        assert len(there) == len(sample.objects) == len(SHAPES)
+        assert sorted(sample.rationale) == sorted(f"The {shape} is {color}." for shape, color in there.items())
+        asked = sample.question.rstrip("?").rsplit(" ", 1)[1]
+        assert sample.answer == there[asked]
+    assert "name_colors" not in tasks_of("all") and tasks_of("search_color, jigsaw") == ("search_color", "jigsaw")

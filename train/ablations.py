@@ -32,7 +32,7 @@ VARIANTS: dict[str, tuple[str, str]] = {
         f"{SFT2} --config_overrides latent_mode=autoregressive num_autoregressive_latents=4",
     ),
     "no distillation": ("{base}/sft1", "--stage sft2 --align_loss_weight 0"),
-    "text-only CoT": ("{base}/deeplatent", "--stage sft1 --chain_of_thought text"),
+    "text-only CoT": ("{base}/sft1", "--stage sft1 --chain_of_thought text"),
     "visual-only CoT": ("{base}/sft1", f"{SFT2} --chain_of_thought visual"),
     "text GRPO": ("{seed}/full", f"{RL} --variant text"),
     "text GRPO, LatentFormer learns": ("{seed}/full", f"{RL} --variant text --train_latent_former"),

@@ -26,6 +26,7 @@ from train.tasks.search import (
     ask_search_position,
     ask_search_text,
     describe_large_scene,
+    name_all_colors,
 )
 from train.tasks.shapes import ask_color, ask_count, ask_digit, ask_position, describe_scene
 
@@ -66,7 +67,11 @@ TASKS: dict[str, Callable[[Request], Sample]] = {
     "relation_color": ask_beside,
     "relation_side": ask_side,
 }
-PRETRAINING = {"describe": describe_scene, "describe_search": describe_large_scene}  # no part of "all"
+PRETRAINING = {  # no part of "all"
+    "describe": describe_scene,
+    "describe_search": describe_large_scene,
+    "name_colors": name_all_colors,
+}
 ALL = "all"
 SPLITS = tuple(PHOTOS)
 MIN_IMAGE_SIZE = 112  # pixels; below it the digits are no longer legible

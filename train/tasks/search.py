@@ -8,9 +8,11 @@ which cell.
 
 from train.tasks.layout import deal_layout, num_cells, require_size
 from train.tasks.photos import draw_background, draw_calm_background
-from train.tasks.sample import PATCH_MULTIPLE, Request, Sample
+from train.tasks.sample import PATCH_MULTIPLE, Request, Sample, Step
 from train.tasks.shapes import (
+    COLORS,
     DIGITS,
+    SHAPES,
     Box,
     Scene,
     Thing,
@@ -18,9 +20,11 @@ from train.tasks.shapes import (
     ask_count,
     ask_digit,
     ask_position,
+    compose,
     deal_cells,
     describe_scene,
     draw_thing,
+    pick,
 )
 
 
@@ -105,6 +109,19 @@ def ask_search_text(request: Request) -> Sample:
     """Which digit, on level "hard" which letter, is on the one thing of a given color and shape?"""
     signs, kind = (DIGITS, "digit") if request.level == "easy" else (LETTERS, "letter")
     return ask_digit(request, paint_large_scene, _crowd(request), signs, kind)
+
+
+def name_all_colors(request: Request) -> Sample:
+    """What color has every shape, one of each being there? Supervision as dense as the last step of a search is sparse."""
+    rng = request.rng
+    answer = request.balanced(tuple(COLORS))
+    shapes = rng.sample(list(SHAPES), len(SHAPES))
+    target, *others = [Thing(answer, shapes[0]), *(Thing(pick(rng, COLORS), shape) for shape in shapes[1:])]
+    scene = paint_large_scene(request, [target], others)
+    named = rng.sample([target, *others], len(shapes))
+    steps = [Step(f"The {thing.shape} is {thing.color}.") for thing in named]
+    question = f"Name the color of every shape. What color is the {target.shape}?"
+    return compose(request, scene, question, answer, tuple(COLORS), steps)
 
 
 def describe_large_scene(request: Request) -> Sample:
