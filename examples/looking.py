@@ -6,7 +6,7 @@ split "test": by construction none of them was in the training data.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,12 +20,12 @@ from train.evaluation.answering import Answer, AnswerSettings, account, answer_b
 from train.evaluation.loading import load_model, load_processor
 from train.evaluation.scoring import extract
 from train.evaluation.swapping import Swap
+from train.recipes import IMAGE_SIZE
 from train.tasks import Sample, generate_sample
 
 
 NAMES = ("deeplatent", "lare", "vedas")
 KINDS = {"search": "search_color", "jigsaw": "jigsaw"}  # what the checkpoints are trained on
-SIDE = 224  # pixels, of their pictures
 LONGEST = 200  # characters of a question: far beyond any that they know
 MOST_TOKENS = 256  # of an answer
 DONORS = 3  # pictures whose latents are asked for before there is nothing to swap with
@@ -41,7 +41,7 @@ class Look:
     swapped: str | None  # with the latents of another question about another picture; None: nothing to swap
 
 
-@lru_cache(maxsize=None)
+@cache
 def load_checkpoint(name: str, folder: Path = CHECKPOINTS):
     """Model and processor of a checkpoint that ships.
 
@@ -61,7 +61,7 @@ def draw_sample(kind: str, seed: int, index: int = 0) -> Sample:
     """
     if kind not in KINDS:
         raise ValueError(f"`kind` must be one of {sorted(KINDS)}, got {kind!r}.")
-    return generate_sample(KINDS[kind], seed, index, "test", SIDE)
+    return generate_sample(KINDS[kind], seed, index, "test", IMAGE_SIZE)
 
 
 def prepare_picture(picture: Image.Image | None) -> Image.Image:
@@ -73,7 +73,8 @@ def prepare_picture(picture: Image.Image | None) -> Image.Image:
     if picture is None:
         raise ValueError("A picture is needed: draw or upload one.")
     picture = picture.convert("RGB")
-    return picture if picture.size == (SIDE, SIDE) else ImageOps.fit(picture, (SIDE, SIDE))
+    side = (IMAGE_SIZE, IMAGE_SIZE)
+    return picture if picture.size == side else ImageOps.fit(picture, side)
 
 
 def check_question(question: str | None) -> str:

@@ -23,7 +23,7 @@ ABOUT = (
     "the same."
 )
 BUTTONS = {"search": "New search picture", "jigsaw": "New jigsaw"}
-NOTHING = "It took no latents."
+NOTHING = "(no latents to swap)"
 
 
 def new_picture(kind: str, seed: int | None = None):
@@ -38,16 +38,16 @@ def forget(known: dict) -> dict:
 
 
 def describe(result: Look, question: str, known: dict) -> tuple:
-    """(answer, what it wrote, drawing, counts, without latents, with another picture's) as the page shows them."""
-    answer, right = told(result.answer.text), known.get("answer")
+    """(answer, without latents, with another picture's, drawing, what it wrote, counts) as the page shows them."""
+    said, right = told(result.answer.text), known.get("answer")
     if right is not None and question == known["question"]:
-        answer += " (right)" if is_right(result.answer.text, right) else f" (wrong, it is {right})"
+        said += " (right)" if is_right(result.answer.text, right) else f" (wrong, it is {right})"
+    swapped = NOTHING if result.swapped is None else told(result.swapped)
     counts = (
         f"{result.answer.num_latent_blocks} latent blocks, {result.answer.num_latents} latents, "
         f"{result.answer.num_tokens} tokens of text"
     )
-    swapped = NOTHING if result.swapped is None else told(result.swapped)
-    return answer, result.answer.text, result.drawing, counts, told(result.without), swapped
+    return said, told(result.without), swapped, result.drawing, result.answer.text, counts
 
 
 def answer(name: str, picture, question: str, known: dict, folder: Path = CHECKPOINTS) -> tuple:
@@ -80,20 +80,25 @@ def build_page(folder: Path = CHECKPOINTS):
         with gr.Row():
             with gr.Column(scale=2):
                 name = gr.Radio(NAMES, value=NAMES[0], label="Architecture")
-                picture = gr.Image(first_picture, type="pil", sources=["upload"], label="Picture", height=300)
+                picture = gr.Image(
+                    first_picture, type="pil", sources=["upload"], label="Picture", height=300, buttons=[]
+                )
                 with gr.Row():
                     buttons = {kind: gr.Button(label) for kind, label in BUTTONS.items()}
                 question = gr.Textbox(first_question, label="Question", max_length=LONGEST)
                 go = gr.Button("Ask", variant="primary")
             with gr.Column(scale=3):
-                told_as = gr.Textbox(label="Answer")
-                drawing = gr.Image(label="Where its latents looked", format="png")
-                counts = gr.Textbox(label="At a cost of")
-                written = gr.Textbox(label="What it wrote", lines=2)
                 with gr.Row():
-                    without = gr.Textbox(label="Answer without latents")
-                    swapped = gr.Textbox(label="Answer with another picture's latents")
-        shown = [told_as, written, drawing, counts, without, swapped]
+                    told_as = gr.Textbox(label="Answer")
+                    without = gr.Textbox(label="Without latents")
+                    swapped = gr.Textbox(label="With another picture's latents")
+                gr.Markdown("Where its latents looked")
+                drawing = gr.Image(
+                    show_label=False, format="png", buttons=["download", "fullscreen"], elem_id="drawing"
+                )
+                written = gr.Textbox(label="What it wrote")
+                counts = gr.Textbox(label="At a cost of")
+        shown = [told_as, without, swapped, drawing, written, counts]
         for kind, button in buttons.items():
             button.click(partial(new_picture, kind), None, [picture, question, known])
         picture.upload(forget, known, known)

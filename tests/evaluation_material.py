@@ -14,6 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from processing_latentvlm import DeepLatentProcessor, VedasProcessor
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
+from train.checkpoints import CONFIGS, SUMS, WEIGHTS, digest
 
 
 KINDS = ("deeplatent", "lare", "vedas", "plain")
@@ -40,6 +41,15 @@ def save_checkpoint(kind: str, folder: Path, **fields) -> Path:
         processor = images if kind == "plain" else DeepLatentProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    return folder
+
+
+def ship_random(folder: Path) -> Path:
+    """Random models as `train.checkpoints` ships trained ones."""
+    for name in CONFIGS:
+        save_checkpoint(name, folder / name)
+    lines = [f"{digest(folder / name / WEIGHTS)}  {name}/{WEIGHTS}\n" for name in CONFIGS]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
     return folder
 
 

@@ -1,15 +1,20 @@
-"""The examples run as written, on a tiny checkpoint: asking, fine-tuning, LoRA."""
+"""The examples run as written, on a tiny checkpoint: asking, fine-tuning, LoRA, the demo."""
 
-import os
+import re
 import sys
 
 import pytest
 import torch
 from conftest import build_model, encode, picture, user_turn
+from evaluation_material import ship_random
 from helpers import step_logits, vision
 from torch.testing import assert_close
 from transformers import AutoModel
 
+from examples import demo, looking
+from modeling_latentvlm.trace import LatentTrace
+from train.checkpoints import CHECKPOINTS, SUMS, WEIGHTS
+from train.evaluation.answering import Answer
 from train.tasks import write_dataset
 
 
@@ -77,17 +82,45 @@ def test_lora_trains_loads_and_merges(checkpoint, data, processor, tmp_path):
     ).abs().max() > 1e-3
 
 
-def test_the_demo_answers_in_english(capsys, monkeypatch, tmp_path):
-    pytest.importorskip("gguf", reason="gguf is not installed")
-    from conversion.fetch_assets import find_cache_root, is_complete
-    from examples import demo
+def run_demo(folder, output, *arguments) -> None:
+    demo.main(["--checkpoints", str(folder), "--output", str(output), *arguments])
 
-    if not is_complete(find_cache_root() / "smollm2-135m-qwen2_5_vl"):
-        pytest.skip("the demo's language weights are not cached: run `make demo` once")
-    monkeypatch.setattr(demo, "TRACE", tmp_path / "trace.png")
-    monkeypatch.setattr(demo, "PHOTO", os.path.abspath(demo.PHOTO))
-    demo.main()
+
+def test_the_demo_asks_all_and_draws_what_there_is(tmp_path, monkeypatch, capsys):
+    folder, output = ship_random(tmp_path / "checkpoints"), tmp_path / "out"
+    monkeypatch.setattr(looking, "MOST_TOKENS", 6)
+    output.mkdir()
+    (output / "deeplatent-1.png").touch()  # of an earlier run: this random one opens no block by itself
+    run_demo(folder, output, "--n", "2")
     printed = capsys.readouterr().out
-    assert "Answer: The animal in the picture is a" in printed
-    assert "blocks: 1" in printed and "untrained" in printed
-    assert (tmp_path / "trace.png").stat().st_size > 1000
+    assert printed.count("Question: What color") == 3 and printed.count("Which piece belongs") == 3
+    assert printed.endswith("\n\ndeeplatent: 0 of 2 right\nlare: 0 of 2 right\nvedas: 0 of 2 right\n")
+    drawn = {f"{name}-{row}.png" for name in ("lare", "vedas") for row in (1, 2)}
+    assert {path.name for path in output.iterdir()} == drawn
+    assert all(str(output / name) in printed for name in drawn)
+
+    (folder / "vedas" / WEIGHTS).write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="git checkout checkpoints.*make train-vedas"):
+        looking.load_checkpoint.__wrapped__("vedas", folder)
+    with pytest.raises(ValueError, match="`--n` must be >= 1, got 0"):
+        run_demo(folder, output, "--n", "0")
+
+
+def test_the_demo_counts_what_is_right(tmp_path, monkeypatch, capsys):
+    samples = [looking.draw_sample("search", 0, index) for index in range(3)]
+    wrong = next(color for color in samples[1].choices if color != samples[1].answer)
+    told = [samples[0].answer.upper(), wrong, samples[2].answer]
+    answers = [Answer(f"I look. The answer is \\boxed{{{one}}}.", 9, 1, 4, "eos") for one in told]
+    monkeypatch.setattr(demo, "load_checkpoint", lambda *arguments: (None, None))
+    monkeypatch.setattr(demo, "answer_with_trace", lambda *arguments: (answers, LatentTrace(3)))
+    assert demo.show("lare", CHECKPOINTS, samples, tmp_path) == "lare: 2 of 3 right"
+    printed = capsys.readouterr().out
+    assert f"{wrong} (wrong, it is {samples[1].answer}; 1 latent block, 4 latents)" in printed
+
+
+@pytest.mark.skipif(not (CHECKPOINTS / SUMS).is_file(), reason="no trained checkpoint is there yet")
+def test_the_demo_is_right_most_of_the_time(tmp_path, capsys):
+    run_demo(CHECKPOINTS, tmp_path, "--n", "12")
+    counts = re.findall(r"^\w+: (\d+) of 12 right$", capsys.readouterr().out, re.MULTILINE)
+    assert len(counts) == 3 and min(map(int, counts)) > 6
+    assert len(list(tmp_path.iterdir())) > 12

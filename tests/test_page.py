@@ -4,26 +4,23 @@ The last two are skipped where gradio, Playwright and Chromium are missing: `pip
 `chromium` of the system or `playwright install chromium`.
 """
 
+import re
 import shutil
 from urllib.parse import urlsplit
 
 import pytest
 from conftest import picture
-from evaluation_material import save_checkpoint
+from evaluation_material import ship_random
 
 from examples import looking, page
-from train.checkpoints import SUMS, WEIGHTS, digest
+from train.evaluation.answering import Answer
+from train.recipes import IMAGE_SIZE
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """Random models in the place of those that ship."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for name in looking.NAMES:
-        save_checkpoint(name, folder / name)
-    lines = [f"{digest(folder / name / WEIGHTS)}  {name}/{WEIGHTS}\n" for name in looking.NAMES]
-    (folder / SUMS).write_text("".join(lines))
-    return folder
+    return ship_random(tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.fixture(autouse=True)
@@ -31,15 +28,96 @@ def short_answers(monkeypatch):
     monkeypatch.setattr(looking, "MOST_TOKENS", 6)
 
 
-@pytest.mark.parametrize("name", looking.NAMES)
+@pytest.mark.parametrize("name", ["lare", "vedas"])
 def test_an_answer_comes_with_what_its_latents_looked_at(name, checkpoints):
     model, processor = looking.load_checkpoint(name, checkpoints)
-    if name == "deeplatent":  # a random one opens no block by itself
-        model.generation_config.min_latent_blocks = 1
     sample = looking.draw_sample("search", 7)
     found = looking.look(model, processor, sample.image, sample.question)
-    assert found.answer.num_latents > 0 and found.drawing.width > looking.SIDE
+    assert found.answer.num_latents > 0 and found.drawing.width > IMAGE_SIZE
     asked = looking.ask_about(sample.image, sample.question)
     (alone,), _ = looking.answer_with_trace(model, processor, [asked])
-    assert alone.text == found.answer.text
-    assert found.without != found.answer.text and found.swapped is not None
+    assert alone.text == found.answer.text  # the pictures to swap with are asked in the same batch
+    assert len({found.without, found.answer.text, found.swapped}) == 3
+
+
+def test_no_latents_is_said(checkpoints):
+    """A random DeepLatent opens no block by itself."""
+    sample = looking.draw_sample("jigsaw", 7)
+    found = page.new_picture("jigsaw", 7)
+    assert found[:2] == (sample.image, sample.question)
+    shown = page.answer("deeplatent", *found, checkpoints)
+    assert shown[2:4] == (page.NOTHING, None) and shown[5].startswith("0 latent blocks, 0 latents, ")
+    assert shown[0].endswith(f"(wrong, it is {sample.answer})") and shown[1] == looking.told(shown[4])
+
+
+def test_right_is_said_of_drawn_questions_alone():
+    known = {"kind": "search", "question": "what?", "answer": "red"}
+    result = looking.Look(Answer("The answer is \\boxed{Red}.", 7, 1, 4, "eos"), None, "blue", None)
+    assert page.describe(result, "what?", known)[0] == "Red (right)"
+    assert page.describe(result, "what else?", known)[0] == "Red"
+    assert page.describe(result, "what?", page.forget(known))[0] == "Red"
+
+
+def test_pictures_are_new_and_fit():
+    first, second = (page.new_picture("search") for _ in range(2))
+    assert first[0] != second[0] and first[0].size == (IMAGE_SIZE, IMAGE_SIZE)
+    assert looking.draw_sample("search", 3).id != looking.draw_sample("search", 3, 1).id
+    assert looking.prepare_picture(picture(500, 90).convert("L")).size == (IMAGE_SIZE, IMAGE_SIZE)
+
+
+@pytest.mark.parametrize(
+    "picture, question, message",
+    [(None, "what?", "A picture is needed"), (picture(), " ", "got 0"), (picture(), "a" * 201, "got 201")],
+)
+def test_what_cannot_be_asked(picture, question, message):
+    with pytest.raises(ValueError, match=message):
+        looking.look(None, None, picture, question)
+
+
+def test_unknown_kinds_and_missing_checkpoints_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"one of \['jigsaw', 'search'\], got 'maze'"):
+        looking.draw_sample("maze", 0)
+    with pytest.raises(ValueError, match="no checkpoint 'lare' in .*make train-lare"):
+        page.answer("lare", *page.new_picture("search", 0), tmp_path)
+
+
+def test_the_page_builds_and_asks_nobody(checkpoints):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    built = page.build_page(checkpoints)
+    labels = {block.label for block in built.blocks.values() if getattr(block, "label", None)}
+    assert {"Architecture", "Picture", "Question", "Answer", "Without latents"} <= labels
+    assert not built.analytics_enabled
+
+
+@pytest.mark.slow
+def test_the_page_works_in_a_browser(checkpoints):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    browser = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    built = page.build_page(checkpoints)
+    _, url, _ = page.launch(built, prevent_thread_lock=True)
+    asked = []
+    try:
+        with browser.sync_playwright() as playwright:
+            try:
+                chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+            except browser.Error as error:
+                pytest.skip(f"no Chromium: {error}")
+            tab = chromium.new_page()
+            tab.on("request", lambda request: asked.append(request.url))
+            tab.goto(url)
+            tab.get_by_label("vedas").check()
+            tab.get_by_role("button", name="New jigsaw").click()
+            question = tab.get_by_label("Question")
+            browser.expect(question).to_have_value(re.compile("piece belongs"), timeout=60_000)
+            tab.get_by_role("button", name="Ask").click()
+            browser.expect(tab.locator("#drawing img")).to_be_visible(timeout=120_000)
+            browser.expect(tab.get_by_label("At a cost of")).to_have_value(re.compile("latents, . tokens"))
+            question.fill("")
+            tab.get_by_role("button", name="Ask").click()
+            browser.expect(tab.get_by_text("got 0")).to_be_visible(timeout=60_000)
+            chromium.close()
+    finally:
+        built.close()
+    hosts = {urlsplit(one).hostname for one in asked if not one.startswith(("data:", "blob:"))}
+    assert hosts == {"127.0.0.1"}
