@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := configuration_latentvlm modeling_latentvlm processing_latentvlm conversion train benchmarks examples tests
+SOURCES := configuration_latentvlm modeling_latentvlm processing_latentvlm conversion train benchmarks examples docs tests
 
 .PHONY: demo test check style clean train-deeplatent train-lare train-vedas
 

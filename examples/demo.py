@@ -12,7 +12,17 @@ from textwrap import shorten
 
 from transformers.utils import logging
 
-from examples.looking import KINDS, NAMES, answer_with_trace, ask_about, draw_sample, is_right, load_checkpoint, told
+from examples.looking import (
+    KINDS,
+    NAMES,
+    answer_with_trace,
+    ask_about,
+    count_latents,
+    draw_sample,
+    is_right,
+    load_checkpoint,
+    told,
+)
 from processing_latentvlm import draw_trace
 from train.checkpoints import CHECKPOINTS
 from train.tasks import Sample
@@ -33,9 +43,8 @@ def show(name: str, folder: Path, samples: list[Sample], output: Path) -> str:
         is_this = is_right(answer.text, sample.answer)
         right += is_this
         verdict = "right" if is_this else f"wrong, it is {sample.answer}"
-        blocks = f"{answer.num_latent_blocks} latent block{'' if answer.num_latent_blocks == 1 else 's'}"
         print(f"  Question: {sample.question}")
-        print(f"  Answer:   {shorten(told(answer.text), 60)} ({verdict}; {blocks}, {answer.num_latents} latents)")
+        print(f"  Answer:   {shorten(told(answer.text), 60)} ({verdict}; {count_latents(name, answer)})")
         if trace.row(row):
             path = output / f"{name}-{row + 1}.png"
             draw_trace(trace, [sample.image], path, row=row)

@@ -91,6 +91,13 @@ def ask_about(picture: Image.Image, question: str) -> list[dict]:
     return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question}]}]
 
 
+def count_latents(name: str, answer: Answer) -> str:
+    """In words how much an answer looked."""
+    step = "block" if name == "deeplatent" else "step"
+    counts = {f"latent {step}": answer.num_latent_blocks, "latent": answer.num_latents}
+    return ", ".join(f"{count} {what}{'' if count == 1 else 's'}" for what, count in counts.items())
+
+
 @torch.no_grad()
 def answer_with_trace(model, processor, conversations: Sequence[list[dict]]) -> tuple[list[Answer], LatentTrace]:
     """Answer greedily, as `train.evaluation` does, and return what the latents were."""

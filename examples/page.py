@@ -12,7 +12,7 @@ import secrets
 from functools import partial
 from pathlib import Path
 
-from examples.looking import LONGEST, NAMES, Look, draw_sample, is_right, load_checkpoint, look, told
+from examples.looking import LONGEST, NAMES, Look, count_latents, draw_sample, is_right, load_checkpoint, look, told
 from train.checkpoints import CHECKPOINTS
 
 
@@ -23,6 +23,8 @@ ABOUT = (
     "the same."
 )
 BUTTONS = {"search": "New search picture", "jigsaw": "New jigsaw"}
+# Pictures have few pixels, and are shown larger than they are.
+STYLE = "#picture img { width: 100%; height: 100%; object-fit: contain; }"
 NOTHING = "(no latents to swap)"
 
 
@@ -37,16 +39,13 @@ def forget(known: dict) -> dict:
     return {"kind": known["kind"]}
 
 
-def describe(result: Look, question: str, known: dict) -> tuple:
+def describe(name: str, result: Look, question: str, known: dict) -> tuple:
     """(answer, without latents, with another picture's, drawing, what it wrote, counts) as the page shows them."""
     said, right = told(result.answer.text), known.get("answer")
     if right is not None and question == known["question"]:
         said += " (right)" if is_right(result.answer.text, right) else f" (wrong, it is {right})"
     swapped = NOTHING if result.swapped is None else told(result.swapped)
-    counts = (
-        f"{result.answer.num_latent_blocks} latent blocks, {result.answer.num_latents} latents, "
-        f"{result.answer.num_tokens} tokens of text"
-    )
+    counts = f"{count_latents(name, result.answer)}, {result.answer.num_tokens} tokens of text"
     return said, told(result.without), swapped, result.drawing, result.answer.text, counts
 
 
@@ -59,7 +58,7 @@ def answer(name: str, picture, question: str, known: dict, folder: Path = CHECKP
     model, processor = load_checkpoint(name, folder)
     # Another seed than any that was drawn: pictures to swap with are other pictures.
     result = look(model, processor, picture, question, known["kind"], seed=2**31)
-    return describe(result, question, known)
+    return describe(name, result, question, known)
 
 
 def build_page(folder: Path = CHECKPOINTS):
@@ -89,9 +88,9 @@ def build_page(folder: Path = CHECKPOINTS):
                 go = gr.Button("Ask", variant="primary")
             with gr.Column(scale=3):
                 with gr.Row():
-                    told_as = gr.Textbox(label="Answer")
-                    without = gr.Textbox(label="Without latents")
-                    swapped = gr.Textbox(label="With another picture's latents")
+                    told_as = gr.Textbox(label="Answer", max_lines=3)
+                    without = gr.Textbox(label="Without latents", max_lines=3)
+                    swapped = gr.Textbox(label="With another picture's latents", max_lines=3)
                 gr.Markdown("Where its latents looked")
                 drawing = gr.Image(
                     show_label=False, format="png", buttons=["download", "fullscreen"], elem_id="drawing"
@@ -112,7 +111,14 @@ def launch(page, port: int | None = None, **settings):
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     return page.launch(
-        server_name="127.0.0.1", server_port=port, share=False, theme=theme, footer_links=[], quiet=True, **settings
+        server_name="127.0.0.1",
+        server_port=port,
+        share=False,
+        theme=theme,
+        css=STYLE,
+        footer_links=[],
+        quiet=True,
+        **settings,
     )
 
 

@@ -115,7 +115,7 @@ def test_the_demo_counts_what_is_right(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "answer_with_trace", lambda *arguments: (answers, LatentTrace(3)))
     assert demo.show("lare", CHECKPOINTS, samples, tmp_path) == "lare: 2 of 3 right"
     printed = capsys.readouterr().out
-    assert f"{wrong} (wrong, it is {samples[1].answer}; 1 latent block, 4 latents)" in printed
+    assert f"{wrong} (wrong, it is {samples[1].answer}; 1 latent step, 4 latents)" in printed
 
 
 @pytest.mark.skipif(not (CHECKPOINTS / SUMS).is_file(), reason="no trained checkpoint is there yet")

@@ -53,9 +53,10 @@ def test_no_latents_is_said(checkpoints):
 def test_right_is_said_of_drawn_questions_alone():
     known = {"kind": "search", "question": "what?", "answer": "red"}
     result = looking.Look(Answer("The answer is \\boxed{Red}.", 7, 1, 4, "eos"), None, "blue", None)
-    assert page.describe(result, "what?", known)[0] == "Red (right)"
-    assert page.describe(result, "what else?", known)[0] == "Red"
-    assert page.describe(result, "what?", page.forget(known))[0] == "Red"
+    assert page.describe("lare", result, "what?", known)[0] == "Red (right)"
+    assert page.describe("lare", result, "what?", known)[5] == "1 latent step, 4 latents, 7 tokens of text"
+    assert page.describe("lare", result, "what else?", known)[0] == "Red"
+    assert page.describe("lare", result, "what?", page.forget(known))[0] == "Red"
 
 
 def test_pictures_are_new_and_fit():
@@ -112,7 +113,7 @@ def test_the_page_works_in_a_browser(checkpoints):
             browser.expect(question).to_have_value(re.compile("piece belongs"), timeout=60_000)
             tab.get_by_role("button", name="Ask").click()
             browser.expect(tab.locator("#drawing img")).to_be_visible(timeout=120_000)
-            browser.expect(tab.get_by_label("At a cost of")).to_have_value(re.compile("latents, . tokens"))
+            browser.expect(tab.get_by_label("At a cost of")).to_have_value(re.compile("latents?, . tokens"))
             question.fill("")
             tab.get_by_role("button", name="Ask").click()
             browser.expect(tab.get_by_text("got 0")).to_be_visible(timeout=60_000)

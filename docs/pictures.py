@@ -1,0 +1,70 @@
+"""Make the README's pictures from the checkpoints that ship: docs/trace.png and docs/page.png.
+
+    python -m docs.pictures --architecture lare --trace 2
+
+Needs what the page needs, Playwright and a Chromium. The trace is the one that `make demo` draws for that question.
+"""
+
+import argparse
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import expect, sync_playwright
+
+from examples import demo, page
+from examples.looking import NAMES
+from train.checkpoints import CHECKPOINTS
+
+
+DOCS = Path(__file__).parent
+SIZE = {"width": 1080, "height": 640}
+
+
+def save_small(picture: Image.Image, path: Path) -> None:
+    """In 256 colors: a third of the bytes, and hardly another look."""
+    picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def shoot_page(folder: Path, architecture: str, path: Path) -> None:
+    """Open the page, ask its first question, and save what it shows."""
+    built = page.build_page(folder)
+    _, url, _ = page.launch(built, prevent_thread_lock=True)
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    try:
+        with sync_playwright() as playwright:
+            chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+            tab = chromium.new_page(viewport=SIZE)
+            tab.goto(url)
+            tab.get_by_label(architecture, exact=True).check()
+            tab.get_by_role("button", name="Ask").click()
+            expect(tab.get_by_label("At a cost of")).to_have_value(re.compile("tokens"), timeout=120_000)
+            tab.wait_for_timeout(1000)  # the drawing is fetched after it
+            tab.screenshot(path=path, full_page=True)
+            chromium.close()
+    finally:
+        built.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architecture", choices=NAMES, default=NAMES[0])
+    parser.add_argument("--trace", type=int, default=1, help="number of the demo's question whose trace is shown")
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
+    parser.add_argument("--output", type=Path, default=DOCS)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as drawn:
+        demo.main(["--checkpoints", str(args.checkpoints), "--output", drawn, "--n", str(max(6, args.trace))])
+        trace = Path(drawn) / f"{args.architecture}-{args.trace}.png"
+        if not trace.is_file():
+            raise ValueError(f"{args.architecture} took no latents for question {args.trace}: try another.")
+        save_small(Image.open(trace), args.output / "trace.png")
+        shot = Path(drawn) / "page.png"
+        shoot_page(args.checkpoints, args.architecture, shot)
+        save_small(Image.open(shot), args.output / "page.png")
+
+
+if __name__ == "__main__":
+    main()
