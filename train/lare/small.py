@@ -45,6 +45,7 @@ def write_language_model(folder: Path, texts: list[str], hidden_size: int, num_l
         num_hidden_layers=num_layers,
         num_attention_heads=hidden_size // 32,
         num_key_value_heads=hidden_size // 64,
+        initializer_range=hidden_size**-0.5,  # see `train.small_backbone`
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,
