@@ -24,7 +24,7 @@ ABOUT = (
 )
 BUTTONS = {"search": "New search picture", "jigsaw": "New jigsaw"}
 # Pictures have few pixels, and are shown larger than they are.
-STYLE = "#picture img { width: 100%; height: 100%; object-fit: contain; }"
+STYLE = "#picture img { width: 100% !important; height: 100% !important; object-fit: contain !important; }"
 NOTHING = "(no latents to swap)"
 
 
@@ -80,7 +80,13 @@ def build_page(folder: Path = CHECKPOINTS):
             with gr.Column(scale=2):
                 name = gr.Radio(NAMES, value=NAMES[0], label="Architecture")
                 picture = gr.Image(
-                    first_picture, type="pil", sources=["upload"], label="Picture", height=300, buttons=[]
+                    first_picture,
+                    type="pil",
+                    sources=["upload"],
+                    label="Picture",
+                    height=300,
+                    buttons=[],
+                    elem_id="picture",
                 )
                 with gr.Row():
                     buttons = {kind: gr.Button(label) for kind, label in BUTTONS.items()}
