@@ -52,7 +52,7 @@ def arms_of(model: str) -> dict[str, Arm]:
 
 def twin_commands(folder: str, output: Path, scale: float) -> list[tuple[str, str]]:
     """How a twin is trained from the backbone that the recipes made."""
-    epochs = {"clip-direct": 11, "qwen-direct": 7, "qwen-text": 7}[folder] if scale >= 1 else 1
+    epochs = {"clip-direct": 6, "qwen-direct": 5, "qwen-text": 4}[folder] if scale >= 1 else 1
     data = f"--data_path {output}/train/data.jsonl --output_dir {output}/{folder} --num_train_epochs {epochs}"
     common = f"{data} --learning_rate 1e-3 --per_device_train_batch_size {32 if scale >= 1 else 8} {SHARED}"
     if folder == "clip-direct":

@@ -86,7 +86,7 @@ def make_backbone(output: Path, task: str, scale: float) -> list[tuple[str, str]
 
 def vedas(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
     # The language model starts from nothing, so that it stays longer in the stage that teaches it to speak and to look.
-    plan = "--stages 0 0 0 0 1 2 3 3 --epochs_per_stage 1" if scale >= 1 else "--epochs_per_stage 1"
+    plan = "--stages 0 0 1 2 3 3 --epochs_per_stage 1" if scale >= 1 else "--epochs_per_stage 1"
     return [
         *make_backbone(output, task, scale),
         (
@@ -105,7 +105,7 @@ def vedas(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
 
 # Epochs and learning rate of LaRe's stages. Its language model starts from nothing where the paper's only adapts: stage 0 makes
 # the plain model, which knows how to look and to speak, that the paper starts from.
-LARE_STAGES = {0: (6, "1e-3"), 1: (0.25, "1e-3"), 2: (1, "1e-3"), 3: (3, "1e-3"), 4: (1, "3e-4")}
+LARE_STAGES = {0: (3, "1e-3"), 1: (0.25, "1e-3"), 2: (0.5, "1e-3"), 3: (2, "1e-3"), 4: (0.5, "3e-4")}
 
 
 def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
@@ -146,7 +146,7 @@ def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
 
 
 def deeplatent(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
-    epochs = 5 if scale >= 1 else 1
+    epochs = 3 if scale >= 1 else 1
     training = f"--per_device_train_batch_size 32 --gradient_accumulation_steps 1 {SHARED}"
     data = f"--data_path {output}/train/data.jsonl"
     return [
@@ -169,7 +169,7 @@ def deeplatent(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
         (
             f"{output}/sft2/config.json",
             f"train.train_deeplatent --stage sft2 --model_path {output}/sft1 {data} --teacher_states {output}/teacher "
-            f"--output_dir {output}/sft2 --num_train_epochs {max(1, epochs - 3)} --learning_rate 5e-4 {training}",
+            f"--output_dir {output}/sft2 --num_train_epochs 1 --learning_rate 5e-4 {training}",
         ),
         (
             f"{output}/rl/config.json",
