@@ -35,7 +35,7 @@ LARGEST = 8_000_000  # bytes of weights that a shipped checkpoint may have
 TRAINING = """
 ## How it was trained
 
-From nothing, with procedural questions about pictures (`python -m train.tasks`, tasks `{task}`, 4,000 samples, seed 0), by
+From nothing, with procedural questions about pictures (`python -m train.tasks`, task `{task}`, 4,000 samples, seed 0), by
 
     python -m train.recipes {name} --output out/small
 
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         "name", nargs="?", choices=sorted(CONFIGS), help="without: write the code of all that are there"
     )
     parser.add_argument("--run", type=Path, help="output of `train.recipes`")
-    parser.add_argument("--task", default="search_color,jigsaw", help="that it was trained on")
+    parser.add_argument("--task", default="search_color", help="that it was trained on")
     parser.add_argument("--output", type=Path, default=CHECKPOINTS)
     args = parser.parse_args(arguments)
     if args.name is None:

@@ -50,12 +50,10 @@ def make_data(output: Path, task: str, scale: float) -> tuple[list[tuple[str, st
     names = tasks_of(task)
     is_search = any(family_of(name) == "search" for name in names)
     scenes = {"scenes": ("describe_search" if is_search else "describe", 6000)}
-    if "jigsaw" in names:
+    if is_search or "jigsaw" in names:
         scenes["puzzles"] = ("jigsaw", 3000)
-    # A search has one word that depends on the picture: a language model that has never looked learns it from lessons with many.
-    lessons = f"{task},name_colors" if is_search else task
     sets = {name: (kind, "train", count) for name, (kind, count) in scenes.items()}
-    sets |= {"train": (lessons, "train", 2000 * (1 + len(names)) if is_search else 4000), "test": (task, "test", 400)}
+    sets |= {"train": (task, "train", 4000 * len(names)), "test": (task, "test", 400)}
     commands = [
         (
             f"{output}/{name}/data.jsonl",
@@ -243,7 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", choices=sorted(RECIPES))
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--task", default="search_color,jigsaw", help="of `train.tasks`; several with commas")
+    parser.add_argument("--task", default="search_color", help="of `train.tasks`; several with commas")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of the data; below 1 also fewer epochs, to try it out"
     )

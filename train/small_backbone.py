@@ -64,7 +64,8 @@ def build_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layer
             "num_hidden_layers": num_layers,
             "num_attention_heads": hidden_size // 32,
             "num_key_value_heads": hidden_size // 64,
-            "initializer_range": hidden_size**-0.5,  # the usual 0.02 is for widths of thousands: here attention would start flat
+            "initializer_range": hidden_size
+            ** -0.5,  # the usual 0.02 is for widths of thousands: here attention would start flat
             "max_position_embeddings": 2048,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
             "tie_word_embeddings": True,
