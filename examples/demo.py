@@ -2,8 +2,7 @@
 
     python -m examples.demo --n 20 --seed 1
 
-Half of the pictures are searched for one colored shape among many, half are jigsaws. Where the latents of an answer
-looked is drawn to out/demo.
+The pictures are searched for one colored shape among many. Where the latents of an answer looked is drawn to out/demo.
 """
 
 import argparse

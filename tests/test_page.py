@@ -42,8 +42,8 @@ def test_an_answer_comes_with_what_its_latents_looked_at(name, checkpoints):
 
 def test_no_latents_is_said(checkpoints):
     """A random DeepLatent opens no block by itself."""
-    sample = looking.draw_sample("jigsaw", 7)
-    found = page.new_picture("jigsaw", 7)
+    sample = looking.draw_sample("search", 7)
+    found = page.new_picture("search", 7)
     assert found[:2] == (sample.image, sample.question)
     shown = page.answer("deeplatent", *found, checkpoints)
     assert shown[2:4] == (page.NOTHING, None) and shown[5].startswith("0 latent blocks, 0 latents, ")
@@ -76,7 +76,7 @@ def test_what_cannot_be_asked(picture, question, message):
 
 
 def test_unknown_kinds_and_missing_checkpoints_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"one of \['jigsaw', 'search'\], got 'maze'"):
+    with pytest.raises(ValueError, match=r"one of \['search'\], got 'maze'"):
         looking.draw_sample("maze", 0)
     with pytest.raises(ValueError, match="no checkpoint 'lare' in .*make train-lare"):
         page.answer("lare", *page.new_picture("search", 0), tmp_path)
@@ -108,9 +108,9 @@ def test_the_page_works_in_a_browser(checkpoints):
             tab.on("request", lambda request: asked.append(request.url))
             tab.goto(url)
             tab.get_by_label("vedas").check()
-            tab.get_by_role("button", name="New jigsaw").click()
+            tab.get_by_role("button", name="New picture").click()
             question = tab.get_by_label("Question")
-            browser.expect(question).to_have_value(re.compile("piece belongs"), timeout=60_000)
+            browser.expect(question).to_have_value(re.compile("^What color is the "), timeout=60_000)
             tab.get_by_role("button", name="Ask").click()
             browser.expect(tab.locator("#drawing img")).to_be_visible(timeout=120_000)
             browser.expect(tab.get_by_label("At a cost of")).to_have_value(re.compile("latents?, . tokens"))
