@@ -4,6 +4,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from train.faithfulness.attention import enrichment, grid_box
 from train.faithfulness.audit import audit
 from train.faithfulness.collapse import cosines, mean_cosine, ranks, spectrum
 from train.faithfulness.edits import crop, flip, remove, turn_hues
-from train.faithfulness.interventions_report import measure_interventions, verdict
+from train.faithfulness.interventions_report import follow, measure_interventions, verdict
 from train.faithfulness.items import Item, NotApplicable, read_items
 from train.faithfulness.norms import measure_norms
 from train.faithfulness.observation import ANSWER, IMAGE, LATENT, REPLAY, TEXT, Observed, observe
@@ -489,6 +490,20 @@ def test_bad_input_is_refused(makers, data, tmp_path):
         main([*options, "--limit", "0"])
     with pytest.raises(ValueError, match="needs 4 questions with an image or more; .* gives 2"):
         read_items(data, "steps", "train", 2)
+
+
+def test_donors_are_followed_by_items_with_latents_alone():
+    """Items 0 and 1 took latents and got each other's answer; item 2 took none, so a swap cannot have moved it."""
+    step = LatentStep(0, 0, 0, (1, 1), torch.zeros(1, 1), [])
+    items = [SimpleNamespace(image_digest=lambda number=number: str(number)) for number in range(3)]
+    clean = [Answer([1], text, steps, "eos") for text, steps in (("red", [step]), ("green", [step]), ("blue", []))]
+    subject = SimpleNamespace(items=items, clean=clean, with_latents=[0, 1], seed=0)
+    found = follow(subject, [clean[1], clean[0], clean[2]])
+    assert found == {
+        "items whose donor answers otherwise": 2,
+        "answer becomes the donor's": 1.0,
+        "answer stays": 0.0,
+    }
 
 
 def test_results_survive_their_file(tmp_path):
