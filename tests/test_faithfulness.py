@@ -23,7 +23,7 @@ from processing_latentvlm import DeepLatentProcessor, VedasProcessor
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
 from train.faithfulness import architectures, controls
 from train.faithfulness import run as running
-from train.faithfulness.__main__ import main
+from train.faithfulness.__main__ import build_parser, key_of, main
 from train.faithfulness.architectures import architecture_of
 from train.faithfulness.arms import ARMS, Table, build_arms, calibrate, choose_donors, random_window
 from train.faithfulness.attention import enrichment, grid_box
@@ -504,6 +504,18 @@ def test_donors_are_followed_by_items_with_latents_alone():
         "answer becomes the donor's": 1.0,
         "answer stays": 0.0,
     }
+
+
+def test_finished_diagnostics_follow_the_assistants_pictures(data, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "looked_at.png").write_bytes(b"one")
+    options = build_parser().parse_args(["--model", str(tmp_path / "model"), "--data", str(data), "--output", "-"])
+    items = read_items(data, "steps", "train", 4)
+    items[0].assistant_images = [str(tmp_path / "looked_at.png")]
+    before = key_of(options, items)
+    assert key_of(options, items) == before
+    (tmp_path / "looked_at.png").write_bytes(b"another")
+    assert key_of(options, items) != before
 
 
 def test_results_survive_their_file(tmp_path):
