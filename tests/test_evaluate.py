@@ -266,6 +266,15 @@ def test_a_resume_against_something_else_is_refused(folders, tmp_path):
         run()
 
 
+def test_processes_have_a_gpu_each_unless_one_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for wanted, expected in ((None, "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
+        assert Processes(1, 2).device(wanted) == expected
+    assert Processes().device("cuda") == "cuda" and Processes().device() is None
+
+
 def test_two_evaluations_do_not_share_a_folder(folders, data, tmp_path):
     with lock_folder(tmp_path), pytest.raises(ValueError, match="Another evaluation writes into"):
         evaluate(arguments(folders, data, tmp_path), AnswerSettings(**SHORT))
