@@ -16,7 +16,7 @@ from train.evaluate import EvaluationArguments, evaluate
 from train.evaluation import evaluation
 from train.evaluation.answering import ANSWER_PREFIX, AnswerSettings, answer_batch
 from train.evaluation.evaluation import evaluate_rows, split_batches
-from train.evaluation.loading import load_model, load_processor
+from train.evaluation.loading import hash_model, load_model, load_processor
 from train.evaluation.processes import Processes
 from train.evaluation.results import bind, lock_folder
 from train.evaluation.rows import read_evaluation
@@ -273,6 +273,12 @@ def test_processes_have_a_gpu_each_unless_one_is_named(monkeypatch):
     for wanted, expected in ((None, "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
         assert Processes(1, 2).device(wanted) == expected
     assert Processes().device("cuda") == "cuda" and Processes().device() is None
+
+
+def test_the_vocabulary_is_part_of_the_model(tmp_path):
+    for name in ("config.json", "tokenizer.model"):
+        (tmp_path / name).write_text("{}")
+    assert set(hash_model(str(tmp_path))) == {"config.json", "tokenizer.model"}
 
 
 def test_two_evaluations_do_not_share_a_folder(folders, data, tmp_path):
