@@ -183,6 +183,7 @@ def test_config_fields_hold_for_the_arm_alone(loaded, rows):
         ({"latent_intervention": "swap", "batch_size": 1}, "needs a `batch_size` of 2"),
         ({"batch_size": 0}, "`batch_size` must be >= 1"),
         ({"generate": ["do_sample=true"]}, r"cannot give \['do_sample'\]"),
+        ({"generate": ["num_beams=2", "num_return_sequences=2"]}, r"cannot give \['num_return_sequences'\]"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
@@ -196,6 +197,24 @@ def test_a_plain_model_has_no_latents_to_change(loaded, rows):
             evaluate_rows(*loaded["plain"], rows, AnswerSettings(**settings))
     with pytest.raises(ValueError, match=r"`set` names \['nonsense'\]"):
         evaluate_rows(*loaded["plain"], rows, AnswerSettings(set=["nonsense=1"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("lare", {"set": ["num_refocus_steps=8"]}, "takes no latents, but `num_refocus_steps` is set to 8"),
+        ("deeplatent", {"generate": ["max_latent_blocks=2"]}, "takes no latents, but `max_latent_blocks` is set to 2"),
+    ],
+)
+def test_latents_are_not_off_and_set_at_once(loaded, rows, kind, settings, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_rows(*loaded[kind], rows, AnswerSettings(latents="off", **SHORT, **settings))
+
+
+def test_a_swap_knows_no_beams(loaded, rows):
+    settings = AnswerSettings(latent_intervention="swap", generate=["num_beams=2"], **SHORT)
+    with pytest.raises(ValueError, match="is done without beams, but `num_beams` is 2"):
+        evaluate_rows(*loaded["lare"], rows[:2], settings)
 
 
 def arguments(folders, data, output, **changes) -> EvaluationArguments:
