@@ -69,7 +69,8 @@ class LaReConfig(HubCodeMixin, LlavaConfig):
             Whether gradients flow from a step into the forward that its hidden states came from.
         answer_sees_image (`bool`, *optional*, defaults to `True`):
             Whether the answer attends to the images that stand before the latents. Without, it starts on a cache of its own that
-            holds the prompt's text and the latents, so that the latents are all it knows of those images. Not in the paper.
+            holds the prompt's text and the latents, so that the latents are all it knows of those images. With no steps taken
+            the model is the plain backbone, whose answer sees the images, whatever this says. Not in the paper.
         base_model (`str`, *optional*), base_model_license (`str`, *optional*), base_vision_tower (`str`, *optional*),
         latentvlm_version (`str`, *optional*):
             For the model card and the record.

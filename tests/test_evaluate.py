@@ -16,7 +16,7 @@ from train.evaluate import EvaluationArguments, evaluate
 from train.evaluation import evaluation
 from train.evaluation.answering import ANSWER_PREFIX, AnswerSettings, answer_batch
 from train.evaluation.evaluation import evaluate_rows, split_batches
-from train.evaluation.loading import load_model, load_processor
+from train.evaluation.loading import hash_model, load_model, load_processor
 from train.evaluation.processes import Processes
 from train.evaluation.results import bind, lock_folder
 from train.evaluation.rows import read_evaluation
@@ -183,6 +183,7 @@ def test_config_fields_hold_for_the_arm_alone(loaded, rows):
         ({"latent_intervention": "swap", "batch_size": 1}, "needs a `batch_size` of 2"),
         ({"batch_size": 0}, "`batch_size` must be >= 1"),
         ({"generate": ["do_sample=true"]}, r"cannot give \['do_sample'\]"),
+        ({"generate": ["num_beams=2", "num_return_sequences=2"]}, r"cannot give \['num_return_sequences'\]"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
@@ -196,6 +197,24 @@ def test_a_plain_model_has_no_latents_to_change(loaded, rows):
             evaluate_rows(*loaded["plain"], rows, AnswerSettings(**settings))
     with pytest.raises(ValueError, match=r"`set` names \['nonsense'\]"):
         evaluate_rows(*loaded["plain"], rows, AnswerSettings(set=["nonsense=1"]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("lare", {"set": ["num_refocus_steps=8"]}, "takes no latents, but `num_refocus_steps` is set to 8"),
+        ("deeplatent", {"generate": ["max_latent_blocks=2"]}, "takes no latents, but `max_latent_blocks` is set to 2"),
+    ],
+)
+def test_latents_are_not_off_and_set_at_once(loaded, rows, kind, settings, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_rows(*loaded[kind], rows, AnswerSettings(latents="off", **SHORT, **settings))
+
+
+def test_a_swap_knows_no_beams(loaded, rows):
+    settings = AnswerSettings(latent_intervention="swap", generate=["num_beams=2"], **SHORT)
+    with pytest.raises(ValueError, match="is done without beams, but `num_beams` is 2"):
+        evaluate_rows(*loaded["lare"], rows[:2], settings)
 
 
 def arguments(folders, data, output, **changes) -> EvaluationArguments:
@@ -264,6 +283,21 @@ def test_a_resume_against_something_else_is_refused(folders, tmp_path):
     (output / "results.jsonl").write_bytes(b"{}\n" + before)
     with pytest.raises(ValueError, match="Line 1 of .*results.jsonl is no result"):
         run()
+
+
+def test_processes_have_a_gpu_each_unless_one_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for wanted, expected in ((None, "cuda:1"), ("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
+        assert Processes(1, 2).device(wanted) == expected
+    assert Processes().device("cuda") == "cuda" and Processes().device() is None
+
+
+def test_the_vocabulary_is_part_of_the_model(tmp_path):
+    for name in ("config.json", "tokenizer.model"):
+        (tmp_path / name).write_text("{}")
+    assert set(hash_model(str(tmp_path))) == {"config.json", "tokenizer.model"}
 
 
 def test_two_evaluations_do_not_share_a_folder(folders, data, tmp_path):

@@ -177,6 +177,12 @@ def test_where_the_answer_stands(text, expected):
             ["C", "(C)", "C. dark blue", "Dark  blue.", "\\boxed{C}", "dark blue, I think"],
             ["D", "A", "blue", "Certainly", "dark blues", "C is wrong, \\boxed{A}", ""],
         ),
+        (
+            {"choices": ["E. coli", "C. elegans", "A. thaliana"], "answer": "C. elegans"},
+            ["B", "C. elegans", "The answer is C. elegans."],
+            ["C", "A. thaliana", "A", "E. coli"],
+        ),
+        ({"choices": ["E. coli", "C. elegans", "A. thaliana"], "answer": "A. thaliana"}, ["C"], ["C. elegans"]),
         ({"choices": COLORS, "messages": [{}]}, ["red", "\\boxed{Red}"], ["A", "(A)", "reddish"]),
         ({"choices": ["4", "4.5"], "messages": [{}], "answer": "4"}, ["4", "4."], ["4.5"]),
         ({"answer": "Big Ben"}, ["big ben.", "The answer is Big  Ben"], ["Ben", "Big Ben tower"]),

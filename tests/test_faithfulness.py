@@ -4,6 +4,7 @@ import json
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,14 +23,14 @@ from processing_latentvlm import DeepLatentProcessor, VedasProcessor
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
 from train.faithfulness import architectures, controls
 from train.faithfulness import run as running
-from train.faithfulness.__main__ import main
+from train.faithfulness.__main__ import build_parser, key_of, main
 from train.faithfulness.architectures import architecture_of
 from train.faithfulness.arms import ARMS, Table, build_arms, calibrate, choose_donors, random_window
 from train.faithfulness.attention import enrichment, grid_box
 from train.faithfulness.audit import audit
 from train.faithfulness.collapse import cosines, mean_cosine, ranks, spectrum
 from train.faithfulness.edits import crop, flip, remove, turn_hues
-from train.faithfulness.interventions_report import measure_interventions, verdict
+from train.faithfulness.interventions_report import follow, measure_interventions, verdict
 from train.faithfulness.items import Item, NotApplicable, read_items
 from train.faithfulness.norms import measure_norms
 from train.faithfulness.observation import ANSWER, IMAGE, LATENT, REPLAY, TEXT, Observed, observe
@@ -489,6 +490,32 @@ def test_bad_input_is_refused(makers, data, tmp_path):
         main([*options, "--limit", "0"])
     with pytest.raises(ValueError, match="needs 4 questions with an image or more; .* gives 2"):
         read_items(data, "steps", "train", 2)
+
+
+def test_donors_are_followed_by_items_with_latents_alone():
+    """Items 0 and 1 took latents and got each other's answer; item 2 took none, so a swap cannot have moved it."""
+    step = LatentStep(0, 0, 0, (1, 1), torch.zeros(1, 1), [])
+    items = [SimpleNamespace(image_digest=lambda number=number: str(number)) for number in range(3)]
+    clean = [Answer([1], text, steps, "eos") for text, steps in (("red", [step]), ("green", [step]), ("blue", []))]
+    subject = SimpleNamespace(items=items, clean=clean, with_latents=[0, 1], seed=0)
+    found = follow(subject, [clean[1], clean[0], clean[2]])
+    assert found == {
+        "items whose donor answers otherwise": 2,
+        "answer becomes the donor's": 1.0,
+        "answer stays": 0.0,
+    }
+
+
+def test_finished_diagnostics_follow_the_assistants_pictures(data, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "looked_at.png").write_bytes(b"one")
+    options = build_parser().parse_args(["--model", str(tmp_path / "model"), "--data", str(data), "--output", "-"])
+    items = read_items(data, "steps", "train", 4)
+    items[0].assistant_images = [str(tmp_path / "looked_at.png")]
+    before = key_of(options, items)
+    assert key_of(options, items) == before
+    (tmp_path / "looked_at.png").write_bytes(b"another")
+    assert key_of(options, items) != before
 
 
 def test_results_survive_their_file(tmp_path):

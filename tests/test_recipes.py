@@ -5,6 +5,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from evaluation_material import save_checkpoint, write_jsonl
 from transformers import HfArgumentParser
 
 from train import ablations, recipes, train_deeplatent_rl, train_lare, train_vedas
@@ -22,7 +24,7 @@ PARSERS = {
 
 @pytest.mark.parametrize("name", sorted(recipes.RECIPES))
 def test_commands_are_what_the_scripts_take(name, tmp_path):
-    build, trained, _ = recipes.RECIPES[name]
+    build, trained = recipes.RECIPES[name]
     commands = build(tmp_path, "color", 1.0)
     assert Path(commands[-1][0]).parent == tmp_path / trained
     assert sum(parses(command) for _, command in commands) == {"deeplatent": 3, "lare": 5, "vedas": 1}[name]
@@ -104,3 +106,14 @@ def test_progress_compares_quarters_of_the_steps_that_sampled():
     assert str(first) == "0.200 ± 0.100"
     with pytest.raises(ValueError, match="At least 8 steps with 'reward' are needed, got 7"):
         first_and_last_quarter(history[2:])
+
+
+def test_scores_need_no_block_opened_at_the_same_time(tmp_path):
+    """The model's own "swap" refuses a row that opens a block alone, such as the 33rd of batches of 32."""
+    rows = [json.loads(line) for line in write_jsonl(tmp_path, 33).read_text().splitlines()]
+    rows = [row | {"rationale": ["I look."]} for row in rows]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    torch.manual_seed(0)
+    model = save_checkpoint("vedas", tmp_path / "model")
+    found = recipes.score(model, tmp_path / "data.jsonl", names=("swap",))
+    assert 0 <= found["swap"] <= 1 and found["constant"] == 11 / 33

@@ -355,6 +355,14 @@ BAD_ARGUMENTS = [
     ({"level": "middle"}, "`level` must be one of easy, hard; got 'middle'"),
     ({"level": "hard"}, "`level` must be easy for task color, which has no other; got 'hard'"),
     (
+        {"task": "jigsaw,color", "level": "hard", "image_size": 224},
+        "`level` must be easy for task color, which has no other; got 'hard'",
+    ),
+    (
+        {"task": "shapes,color"},
+        "`task` must name a task once, got color twice in 'shapes,color': its samples would repeat.",
+    ),
+    (
         {"task": "search_text", "level": "hard", "image_size": 196},
         "`image_size` must be at least 224 pixels for task search_text at level hard, got 196",
     ),

@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> None:
             kept = folder / "scores.json"
             if not kept.is_file():
                 kept.write_text(
-                    json.dumps(score(folder, args.base / "test" / "data.jsonl", None, ("latents", "no latents")))
+                    json.dumps(score(folder, args.base / "test" / "data.jsonl", ("latents", "no latents")))
                 )
             results[name].append(json.loads(kept.read_text()))
     lines = tabulate(results)

@@ -1,10 +1,7 @@
-"""Ask a model questions with known answers, in batches, and compare."""
+"""Questions with known answers as a model gets them, and whether its answers are right."""
 
 import re
 from collections.abc import Sequence
-
-import torch
-from tqdm import tqdm
 
 from train.reasoning_data import ReasoningSample
 
@@ -43,24 +40,6 @@ def encode_conversations(processor, conversations: Sequence[list[dict]]):
         return_tensors="pt",
         processor_kwargs={"padding": True},
     )
-
-
-@torch.no_grad()
-def answer_questions(
-    model, processor, samples: list[ReasoningSample], batch_size: int = 32, progress: bool = False, **settings
-) -> list[str]:
-    """Generate an answer to every question, greedily, and return what stands in the boxes.
-
-    Args:
-        settings: of `generate`, such as `latent_intervention="zero"` or `max_new_tokens`.
-    """
-    settings = {"do_sample": False, "max_new_tokens": 64} | settings
-    answers = []
-    for start in tqdm(range(0, len(samples), batch_size), desc="answering", disable=not progress):
-        inputs = encode_questions(processor, samples[start : start + batch_size]).to(model.device)
-        written = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
-        answers += [extract_answer(text) for text in processor.batch_decode(written, skip_special_tokens=True)]
-    return answers
 
 
 def accuracy(answers: list[str], samples: list[ReasoningSample]) -> float:

@@ -51,23 +51,25 @@ def arms_of(model: str) -> dict[str, Arm]:
 
 
 def twin_commands(folder: str, output: Path, scale: float) -> list[tuple[str, str]]:
-    """How a twin is trained from the backbone that the recipes made."""
+    """How a twin is trained from the backbone that the recipes made; the language twins of Qwen-VL are DeepLatent without blocks."""
     epochs = {"clip-direct": 6, "qwen-direct": 5, "qwen-text": 4}[folder] if scale >= 1 else 1
     data = f"--data_path {output}/train/data.jsonl --output_dir {output}/{folder} --num_train_epochs {epochs}"
     common = f"{data} --learning_rate 1e-3 --per_device_train_batch_size {32 if scale >= 1 else 8} {SHARED}"
     if folder == "clip-direct":
-        size = 32 if scale >= 1 else 8
+        size, before = 32 if scale >= 1 else 8, []
         command = (
             f"train.train_lare --stage 0 --direct_answers --data_format steps --model_path {output}/lare "
             f"--global_batch_size {size} {common}"
         )
     else:
         chain = {"qwen-direct": "none", "qwen-text": "text"}[folder]
+        converted = f"{output}/deeplatent/config.json"  # not there where Vedas alone was trained
+        before = [one for one in RECIPES["deeplatent"][0](output, "color", scale) if one[0] == converted]
         command = (
             f"train.train_deeplatent --stage sft1 --chain_of_thought {chain} --model_path {output}/deeplatent "
             f"--gradient_accumulation_steps 1 {common}"
         )
-    return [(f"{output}/{folder}/config.json", command)]
+    return [*before, (f"{output}/{folder}/config.json", command)]
 
 
 def measure(model: str, name: str, output: Path, scale: float, batch_size: int) -> dict:

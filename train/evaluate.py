@@ -79,7 +79,7 @@ def evaluate(arguments: EvaluationArguments, settings: AnswerSettings) -> dict |
     processes = Processes.join()
     output, lock = Path(arguments.output), None
     rows = read_evaluation(arguments.data, arguments.answer_format, arguments.instruction, arguments.limit)
-    device = arguments.device or processes.device()
+    device = processes.device(arguments.device)
     model = load_model(arguments.model, arguments.dtype, device, arguments.attn_implementation)
     processor = load_processor(arguments.model)
     check_settings(model, settings)

@@ -19,10 +19,13 @@ import sys
 import time
 from pathlib import Path
 
+from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
-from train.answers import accuracy, answer_questions
+from train.answers import accuracy, conversation_of, extract_answer
 from train.deeplatent_rl.progress import describe_progress
+from train.evaluation.answering import AnswerSettings, answer_batch
+from train.evaluation.evaluation import split_batches
 from train.reasoning_data import read_reasoning
 from train.tasks.families import family_of, tasks_of
 
@@ -177,11 +180,11 @@ def deeplatent(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
     ]
 
 
-# What builds the commands, the folder with the trained model, and the config field with its number of steps.
+# What builds the commands, and the folder with the trained model.
 RECIPES = {
-    "deeplatent": (deeplatent, "rl", None),
-    "lare": (lare, "lare-stage4", "num_refocus_steps"),
-    "vedas": (vedas, "vedas-trained", "num_latent_steps"),
+    "deeplatent": (deeplatent, "rl"),
+    "lare": (lare, "lare-stage4"),
+    "vedas": (vedas, "vedas-trained"),
 }
 
 
@@ -210,15 +213,14 @@ ARMS: dict[str, dict] = {
     "latents": {},
     "noise": {"latent_intervention": "noise"},
     "swap": {"latent_intervention": "swap"},
-    "no latents": {},
+    "no latents": {"latents": "off"},
 }
 
 
-def score(folder: Path, data: Path, steps_field: str | None, names: tuple[str, ...] = tuple(ARMS)) -> dict[str, float]:
+def score(folder: Path, data: Path, names: tuple[str, ...] = tuple(ARMS)) -> dict[str, float]:
     """Accuracy by arm, and that of the best constant answer.
 
     Args:
-        steps_field: the config field with the number of latent steps; None: latents come in blocks.
         names: of the arms, which are asked in this order.
     """
     model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
@@ -226,12 +228,12 @@ def score(folder: Path, data: Path, steps_field: str | None, names: tuple[str, .
     samples = read_reasoning(data)
     scores = {}
     for name in names:
-        settings = ARMS[name]
-        if name == "no latents" and steps_field is None:
-            settings = {"max_latent_blocks": 0}
-        elif name == "no latents":
-            setattr(model.config, steps_field, 0)
-        scores[name] = accuracy(answer_questions(model, processor, samples, progress=True, **settings), samples)
+        settings = AnswerSettings(batch_size=32, max_new_tokens=64, **ARMS[name])
+        answers = []
+        for seed, batch in enumerate(tqdm(split_batches(samples, settings), desc=name)):
+            conversations = [conversation_of(sample) for sample in batch]
+            answers += answer_batch(model, processor, conversations, settings, seed)
+        scores[name] = accuracy([extract_answer(answer.text) for answer in answers], samples)
     answers = [sample.answer for sample in samples]
     scores["constant"] = max(answers.count(answer) for answer in set(answers)) / len(answers)
     return scores
@@ -246,14 +248,14 @@ def main() -> None:
         "--scale", type=float, default=1.0, help="share of the data; below 1 also fewer epochs, to try it out"
     )
     args = parser.parse_args()
-    build, trained, steps_field = RECIPES[args.recipe]
+    build, trained = RECIPES[args.recipe]
     args.output.mkdir(parents=True, exist_ok=True)
     run(build(args.output, args.task, args.scale), args.output / "times.jsonl")
     test = args.output / "test" / "data.jsonl"
-    scores = score(args.output / trained, test, steps_field)
+    scores = score(args.output / trained, test)
     if args.recipe == "deeplatent":
         print("\n".join(describe_progress(args.output / trained)))
-        scores["before RL"] = score(args.output / "sft2", test, None, ("latents",))["latents"]
+        scores["before RL"] = score(args.output / "sft2", test, ("latents",))["latents"]
     (args.output / f"{args.recipe}-scores.json").write_text(json.dumps(scores, indent=2))
     for name, value in scores.items():
         print(f"{name:10s} {100 * value:5.1f} %")

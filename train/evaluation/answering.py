@@ -27,7 +27,14 @@ from train.evaluation.swapping import Swap, find_donors
 
 ANSWER_PREFIX = "The answer is \\boxed{"
 LATENT_STEPS = {"deeplatent": None, "lare": "num_refocus_steps", "vedas": "num_latent_steps"}  # 0: no latents
-OURS = ("do_sample", "max_new_tokens", "latent_intervention", "return_dict_in_generate", "output_latents")
+OURS = (
+    "do_sample",
+    "max_new_tokens",
+    "num_return_sequences",  # one answer a question
+    "latent_intervention",
+    "return_dict_in_generate",
+    "output_latents",
+)
 
 
 @dataclass
@@ -121,6 +128,11 @@ def check_settings(model, settings: AnswerSettings) -> None:
             f"`latents=off` and `latent_intervention` need a model with latents, one of {sorted(LATENT_STEPS)}; this is "
             f"{model.config.model_type!r}."
         )
+    if settings.latents == "off":
+        given = parse_overrides(settings.set) | parse_overrides(settings.generate)
+        steps = LATENT_STEPS[model.config.model_type] or "max_latent_blocks"
+        if given.get(steps, 0) != 0:
+            raise ValueError(f"`latents=off` takes no latents, but `{steps}` is set to {given[steps]}.")
     unknown = [name for name in parse_overrides(settings.set) if not hasattr(model.config, name)]
     if unknown:
         raise ValueError(f"`set` names {unknown}, which the config of {model.config.model_type!r} has not.")
@@ -191,7 +203,14 @@ def answer_batch(
 
 
 def find_swap(model, inputs, wanted: dict, conversations, seed: int, names) -> Swap:
-    """Ask once without a change for the latents that the rows are going to exchange."""
+    """Ask once without a change for the latents that the rows are going to exchange.
+
+    Raises:
+        ValueError: beams, of which the first pass keeps one a row; or a row has nobody to exchange latents with.
+    """
+    beams = wanted.get("num_beams") or model.generation_config.num_beams or 1
+    if beams > 1:
+        raise ValueError(f"`latent_intervention=swap` is done without beams, but `num_beams` is {beams}.")
     torch.manual_seed(seed)
     trace = model.generate(**inputs, **wanted, return_dict_in_generate=True, output_latents=True).latent_trace
     names = names or [f"Row {row} of the batch" for row in range(len(conversations))]

@@ -19,7 +19,7 @@ from train.decontamination.journal import hash_file
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 QWEN = ("qwen2_vl", "qwen2_5_vl")
-MODEL_FILES = (".json", ".safetensors", ".py", ".jinja", ".txt")  # what a checkpoint's answers follow from
+MODEL_FILES = (".json", ".safetensors", ".py", ".jinja", ".txt", ".model")  # what a checkpoint's answers follow from
 
 
 class PlainQwenProcessor(QwenLatentProcessor):

@@ -31,11 +31,14 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def device(self) -> str | None:
-        """A GPU of its own for each process on a machine; None leaves the choice to who loads the model."""
-        if self.count > 1 and torch.cuda.is_available():
+    def device(self, wanted: str | None = None) -> str | None:
+        """`wanted`; where that is "cuda", or nothing, a GPU of its own for each process on a machine.
+
+        None leaves the choice to who loads the model.
+        """
+        if self.count > 1 and wanted in (None, "cuda") and torch.cuda.is_available():
             return f"cuda:{int(os.environ.get('LOCAL_RANK', self.rank)) % torch.cuda.device_count()}"
-        return None
+        return wanted
 
     def wait(self) -> None:
         if self.count > 1:

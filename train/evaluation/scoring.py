@@ -31,10 +31,12 @@ def extract(text: str) -> tuple[str, bool]:
 
 
 def is_choice(told: str, is_marked: bool, row) -> bool:
+    said, right = normalize(told), normalize(row.answer)
+    if len(said) > 1 and said in map(normalize, row.choices):  # "C. elegans" is a text, and not choice C
+        return said == right
     letter = CHOICE.fullmatch(told) if row.is_lettered else None
     if letter is not None and ord(letter[1]) - ord("A") < len(row.choices):
         return row.choices[ord(letter[1]) - ord("A")] == row.answer
-    said, right = normalize(told), normalize(row.answer)
     return said == right or re.match(re.escape(right) + r"[.,;:)](\s|$)", said) is not None
 
 

@@ -47,7 +47,8 @@ def key_of(options: argparse.Namespace, items: list[Item]) -> str:
     """What finished diagnostics depend on: checkpoint, data with their pictures, settings, and the code here."""
     folder, data = Path(options.model), Path(options.data)
     weights = file_digest(*(path for path in folder.iterdir() if path.is_file())) if folder.is_dir() else options.model
-    pictures = {Path(image) for item in items for image in item.sample.images if isinstance(image, str)}
+    shown = (image for item in items for image in (*item.sample.images, *item.assistant_images))
+    pictures = {Path(image) for image in shown if isinstance(image, str)}
     asked = file_digest(
         *pictures, *(path for path in ([data] if data.is_file() else data.rglob("*")) if path.is_file())
     )

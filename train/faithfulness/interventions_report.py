@@ -114,9 +114,11 @@ def describe(subject: Subject, arm: Arm, answers: dict[str, list[Answer]], score
 
 
 def follow(subject: Subject, swapped: list[Answer]) -> dict:
-    """Does the answer become the donor's? Over items whose donor answered otherwise."""
+    """Does the answer become the donor's? Over items that took latents, and whose donor answered otherwise."""
     donors = choose_donors(subject)
-    differing = [number for number, donor in donors.items() if subject.clean[donor].text != subject.clean[number].text]
+    differing = [
+        number for number in subject.with_latents if subject.clean[donors[number]].text != subject.clean[number].text
+    ]
     followed = [swapped[number].text == subject.clean[donors[number]].text for number in differing]
     kept = [swapped[number].text == subject.clean[number].text for number in differing]
     return {

@@ -8,6 +8,7 @@ command line follow. `python -m train.tasks.balance` measures what is known with
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -164,8 +165,12 @@ def _validate(task: str, split: str, image_size: int, level: str) -> None:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}; got {split!r}.")
     if level not in LEVELS:
         raise ValueError(f"`level` must be one of {', '.join(LEVELS)}; got {level!r}.")
-    if not tasks_of(task, level):
-        raise ValueError(f"`level` must be easy for task {task}, which has no other; got {level!r}.")
+    for one in task.split(","):
+        if not tasks_of(one.strip(), level):
+            raise ValueError(f"`level` must be easy for task {one.strip()}, which has no other; got {level!r}.")
+    twice = [one for one, count in Counter(tasks_of(task, level)).items() if count > 1]
+    if twice:
+        raise ValueError(f"`task` must name a task once, got {twice[0]} twice in {task!r}: its samples would repeat.")
     if image_size < MIN_IMAGE_SIZE or image_size % PATCH_MULTIPLE:
         raise ValueError(
             f"`image_size` must be a multiple of {PATCH_MULTIPLE} and at least {MIN_IMAGE_SIZE} pixels, "

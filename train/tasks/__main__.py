@@ -21,7 +21,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same bytes (default: 0)")
     parser.add_argument("--output", required=True, help="new or empty folder")
     parser.add_argument(
-        "--split", default="train", help=f"{', '.join(SPLITS)}: they share no photo and no layout (default: train)"
+        "--split",
+        default="train",
+        help=f"{', '.join(SPLITS)}: they share no photo, and but for shapes no layout (default: train)",
     )
     parser.add_argument(
         "--image-size", type=int, default=224, help=f"pixels, a multiple of 28, >= {MIN_IMAGE_SIZE} (default: 224)"

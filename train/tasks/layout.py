@@ -3,7 +3,8 @@
 A layout is what a picture shows apart from its background: things in cells, walls, bars, the order of pieces. Its split
 is a function of the layout alone, `split_of`, and a sample is only made of a layout of its own split (`deal_layout`
 draws until one is). So splits are disjoint, whatever the seeds: a layout found in two splits would have two values of
-`split_of`. Photos are dealt to splits as well (`photos.py`), but that proves nothing for two dark regions.
+`split_of`. Photos are dealt to splits as well (`photos.py`), but that proves nothing for two dark regions. The family
+`shapes` is older and not dealt so: its things stand at random pixels, its splits are other seeds and other photos.
 
 What each family puts into its layout is coarser than the picture, so that near copies cannot be in two splits either:
 cells rather than pixels, never background or question.
