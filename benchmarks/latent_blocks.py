@@ -106,10 +106,25 @@ def measure(sizes: Sizes, setting: Setting) -> list[Row]:
         parts = " + ".join(f"{times.median(name):.2f}" for name in floors)
         one = serial / count
         rows += [
-            Row("block, floor", f"N = {count}", block, "ms", times.median("floor"), times.ratio("block", "floor"),
-                "<= 1.2", f"floor: {parts} ms"),
-            Row("block, one by one", f"N = {count}", serial, "ms", block, times.ratio("one by one", "block"),
+            Row(
+                "block, floor",
+                f"N = {count}",
+                block,
+                "ms",
+                times.median("floor"),
+                times.ratio("block", "floor"),
+                "<= 1.2",
+                f"floor: {parts} ms",
+            ),
+            Row(
+                "block, one by one",
+                f"N = {count}",
+                serial,
+                "ms",
+                block,
+                times.ratio("one by one", "block"),
                 ">= 35" if setting.device == "cuda" and count >= 82 else "",
-                f"a block is {block / one:.2f} autoregressive latents, {block / count:.3f} ms per latent"),
+                f"a block is {block / one:.2f} autoregressive latents, {block / count:.3f} ms per latent",
+            ),
         ]
     return rows

@@ -24,7 +24,11 @@ def slope(before: Row | None, x: float, value: float) -> float | None:
 
 
 def curve(
-    name: str, points: tuple[int, ...], calls_at: Callable[[int], dict], needed_at: Callable[[int], int], setting: Setting
+    name: str,
+    points: tuple[int, ...],
+    calls_at: Callable[[int], dict],
+    needed_at: Callable[[int], int],
+    setting: Setting,
 ) -> list[Row]:
     """Time and memory of ours and of stock at every point; a point that would not fit is skipped with the figures."""
     rows, last = [], {}
@@ -64,11 +68,11 @@ def measure(sizes: Sizes, setting: Setting) -> list[Row]:
     pair = deeplatent(sizes.shape, setting)
     grid, block = sizes.paper_grid, {"min_latent_blocks": 1, "max_latent_blocks": 1, "latent_grid": sizes.paper_grid}
     extra = 5 + grid[0] * grid[1]
-    own = pair.shape.image_side**2 + 2
+    side = max(2, pair.shape.image_side // 2)  # a small picture, so that there are short prompts
+    own = side**2 + 2
 
-    def arms(blocks: int = 1, **inputs) -> dict:
-        words = inputs.pop("words")
-        ours, stock = (qwen_inputs(pair, count, **inputs) for count in (words, words + blocks * extra))
+    def arms(blocks: int = 1, words: int = sizes.words, batch: int = 1, image_side: int = side) -> dict:
+        ours, stock = (qwen_inputs(pair, count, batch, image_side) for count in (words, words + blocks * extra))
         limits = block | {"min_latent_blocks": blocks, "max_latent_blocks": blocks}
         return {
             "ours": lambda: pair.ours.generate(**ours, max_new_tokens=1 + blocks, **limits, **GREEDY),
@@ -78,26 +82,27 @@ def measure(sizes: Sizes, setting: Setting) -> list[Row]:
     def needs(tokens: int, batch: int = 1) -> int:
         return batch * activations(pair, tokens + extra)
 
-    rows = curve(
-        "prompt length", sizes.lengths, lambda length: arms(words=length - own), needs, setting
-    )
+    rows = curve("prompt length", sizes.lengths, lambda length: arms(words=length - own), needs, setting)
     rows += curve(
         "image size",
         sizes.image_sides,
-        lambda side: arms(words=sizes.words, image_side=side),
+        lambda side: arms(image_side=side),
         lambda side: needs(side**2 + sizes.words) + 4 * side**2 * 1176 * 4,
         setting,
     )
     rows += curve(
         "number of blocks",
         sizes.block_counts,
-        lambda blocks: arms(blocks, words=sizes.words),
+        arms,
         lambda blocks: needs(own + sizes.words + blocks * extra),
         setting,
     )
     batched = curve(
-        "batch", sizes.batches, lambda batch: arms(words=sizes.words, batch=batch),
-        lambda batch: needs(own + sizes.words, batch), setting,
+        "batch",
+        sizes.batches,
+        lambda batch: arms(batch=batch),
+        lambda batch: needs(own + sizes.words, batch),
+        setting,
     )
     return rows + batched + throughput(batched)
 
@@ -115,5 +120,3 @@ def throughput(rows: list[Row]) -> list[Row]:
             case, note = f"{batch} rows with one block each", "throughput over that of one row"
             found.append(Row("batched latents", case, gains[0], "x", gains[1], gains[0] / gains[1], ">= 0.8", note))
     return found
-
-

@@ -31,18 +31,24 @@ CPU = Sizes(
     vedas_steps=3,
     replayed=32,
     train_words=96,
-    lengths=(512, 1024, 2048, 4096),
+    lengths=(256, 512, 1024, 2048, 4096),
     batches=(1, 4, 16, 64),
     image_sides=(8, 16, 32),
     block_counts=(1, 2, 4),
 )
 CPU_QUICK = replace(
-    CPU, new_tokens=13, grids=((2, 4), (8, 8)), paper_grid=(8, 8), lengths=(512, 1024), batches=(1, 4), image_sides=(8, 16)
+    CPU,
+    new_tokens=13,
+    grids=((2, 4), (8, 8)),
+    paper_grid=(8, 8),
+    lengths=(512, 1024),
+    batches=(1, 4),
+    image_sides=(8, 16),
 )
 GPU = replace(
     CPU,
     shape=SEVEN_B,
-    lengths=(512, 1024, 2048, 4096, 8192, 16384, 32768),
+    lengths=(256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
     image_sides=(8, 16, 32, 64),
     training_layers=8,
 )

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 
-
 from benchmarks.measuring import Setting, free_memory, interleave, peak_memory, timed
 from benchmarks.models import (
     BOT,
@@ -73,8 +72,16 @@ def compare(case: str, pair: Pair, ours, stock, setting: Setting, note: str = ""
         peaks[name] = peak_memory(call, setting.device) / MEBIBYTE
     ratio = peaks["ours"] / peaks["stock"]
     return [
-        Row("training step", case, times.median("ours"), "ms", times.median("stock"), times.ratio("ours", "stock"),
-            "<= 1.2", note),
+        Row(
+            "training step",
+            case,
+            times.median("ours"),
+            "ms",
+            times.median("stock"),
+            times.ratio("ours", "stock"),
+            "<= 1.2",
+            note,
+        ),
         Row("training memory", case, peaks["ours"], "MiB", peaks["stock"], ratio, note=note),
     ]
 
@@ -108,17 +115,23 @@ def deeplatent_rows(sizes: Sizes, shape: Shape, setting: Setting) -> list[Row]:
     ours |= {"latent_grid_hw": torch.tensor([[height, width]] * 2), "teacher_states": teacher}
     objective = SftObjective(pair.ours.config, 4.0, layers)
     rows = compare("DeepLatent SFT 1", pair, lambda: objective(pair.ours, **stock)["loss"], stock_loss, setting)
-    rows += compare("DeepLatent SFT 2", pair, lambda: objective(pair.ours, **ours)["loss"], stock_loss, setting, positions)
+    rows += compare(
+        "DeepLatent SFT 2", pair, lambda: objective(pair.ours, **ours)["loss"], stock_loss, setting, positions
+    )
     pair.ours.latent_blocks.layers.requires_grad_(False)
     note = "with a forward of the reference, which no SFT step has"
-    return rows + compare("DeepLatent RL", pair, rl_loss(pair, answer, words, (height, width)), stock_loss, setting, note)
+    return rows + compare(
+        "DeepLatent RL", pair, rl_loss(pair, answer, words, (height, width)), stock_loss, setting, note
+    )
 
 
 def rl_loss(pair: Pair, answer: list[int], words: int, grid: tuple[int, int]):
     """GRPO's loss of one trajectory: the answer with lone `<latent>`s, as it is written."""
     prompt = qwen_inputs(pair, words)
     with torch.no_grad():
-        images, _ = pair.ours._encode_images(prompt["input_ids"], prompt | {"pixel_values_videos": None, "video_grid_thw": None})
+        images, _ = pair.ours._encode_images(
+            prompt["input_ids"], prompt | {"pixel_values_videos": None, "video_grid_thw": None}
+        )
     written = torch.tensor([token for token in answer if token not in (LATENT_PAD, LATENT_END)])
     statistics = torch.zeros(3, pair.hidden_size)
     statistics[2] = pair.ours.config.log_sigma_init
@@ -163,41 +176,45 @@ def vedas_rows(sizes: Sizes, shape: Shape, setting: Setting) -> list[Row]:
 
 
 def lare_rows(sizes: Sizes, shape: Shape, setting: Setting) -> list[Row]:
-    words, rows = sizes.train_words, []
-    for number, stage in STAGES.items():
-        pair = lare(shape, setting)
-        start_training(pair)
-        config = pair.ours.config
-        taken = config.num_refocus_steps * config.num_step_latents + 2 if stage.has_latents else 0
-        question = lare_inputs(pair, words)["input_ids"].shape[1]
-        pair_tokens = [BOT, EOT] if stage.has_latents else []
-        ours = with_labels(lare_inputs(pair, words, ids=pair_tokens + spell(words)), question, (BOT, EOT))
-        stock = with_labels(lare_inputs(pair, words, ids=spell(taken + words)), question + taken)
-        reasoning = torch.tensor([spell(words)], device=setting.device)
-        ours |= {
-            "reasoning_ids": reasoning,
-            "reasoning_mask": torch.ones_like(reasoning, dtype=torch.bool),
-            "reasoning_keys": torch.zeros(1, dtype=torch.long, device=setting.device),
-            "image_keys": torch.zeros(1, dtype=torch.long, device=setting.device),
-        }
-        arguments = LatentLossArguments(image_loss_weight=0.0)  # its U-Net has no counterpart in a stock step
-        objective = LaReObjective(pair.ours, None, arguments, stage.has_latents, stage.trains == ("refocus.",))
-        objective = objective.to(setting.device)
-        freeze(pair.ours, stage)
-        note = f"{stock['input_ids'].shape[1]} positions, {'all but tower' if stage.trains is None else stage.trains[0]} trained in both"
-        if stage.trains == ("refocus.",):
-            # The stock model has no Extractor: its backward pass goes through as many layers by way of the projector.
-            note = "stock trains its projector"
-        rows += compare(
-            f"LaRe stage {number}",
-            pair,
-            lambda ours=ours: objective(pair.ours, **ours)["loss"],
-            stock_step(pair, stock, stage.trains == ("refocus.",)),
-            setting,
-            note,
-            objective,
-        )
+    rows = []
+    for number in STAGES:
+        rows += lare_stage(number, sizes.train_words, shape, setting)
     return rows
+
+
+def lare_stage(number: int, words: int, shape: Shape, setting: Setting) -> list[Row]:
+    stage, pair = STAGES[number], lare(shape, setting)
+    start_training(pair)
+    config = pair.ours.config
+    taken = config.num_refocus_steps * config.num_step_latents + 2 if stage.has_latents else 0
+    question = lare_inputs(pair, words)["input_ids"].shape[1]
+    pair_tokens = [BOT, EOT] if stage.has_latents else []
+    ours = with_labels(lare_inputs(pair, words, ids=pair_tokens + spell(words)), question, (BOT, EOT))
+    stock = with_labels(lare_inputs(pair, words, ids=spell(taken + words)), question + taken)
+    reasoning = torch.tensor([spell(words)], device=setting.device)
+    ours |= {
+        "reasoning_ids": reasoning,
+        "reasoning_mask": torch.ones_like(reasoning, dtype=torch.bool),
+        "reasoning_keys": torch.zeros(1, dtype=torch.long, device=setting.device),
+        "image_keys": torch.zeros(1, dtype=torch.long, device=setting.device),
+    }
+    arguments = LatentLossArguments(image_loss_weight=0.0)  # its U-Net has no counterpart in a stock step
+    objective = LaReObjective(pair.ours, None, arguments, stage.has_latents, stage.trains == ("refocus.",))
+    objective = objective.to(setting.device)
+    freeze(pair.ours, stage)
+    note = f"{stock['input_ids'].shape[1]} positions, {'all but tower' if stage.trains is None else stage.trains[0]} trained in both"
+    if stage.trains == ("refocus.",):
+        # The stock model has no Extractor: its backward pass goes through as many layers by way of the projector.
+        note = "stock trains its projector"
+    return compare(
+        f"LaRe stage {number}",
+        pair,
+        lambda: objective(pair.ours, **ours)["loss"],
+        stock_step(pair, stock, stage.trains == ("refocus.",)),
+        setting,
+        note,
+        objective,
+    )
 
 
 def stock_step(pair: Pair, inputs: dict, trains_projector: bool):
@@ -224,7 +241,15 @@ def measure(sizes: Sizes, setting: Setting) -> list[Row]:
         name = rows_of.__name__.removesuffix("_rows")
         needed, free = estimate(shape, setting), free_memory(setting.device)
         if needed > free:
-            rows.append(Row("training step", name, None, "ms", note=f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"))
+            rows.append(
+                Row(
+                    "training step",
+                    name,
+                    None,
+                    "ms",
+                    note=f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free",
+                )
+            )
             continue
         rows += rows_of(sizes, shape, setting)
     return rows
@@ -234,5 +259,3 @@ def estimate(shape: Shape, setting: Setting) -> int:
     """Weights and gradients, with a quarter more for activations."""
     pair = deeplatent(shape, replace(setting, device="meta"))
     return int(2.5 * weight_bytes(pair.ours))
-
-
