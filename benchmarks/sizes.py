@@ -32,7 +32,7 @@ CPU = Sizes(
     replayed=32,
     train_words=96,
     lengths=(256, 512, 1024, 2048, 4096),
-    batches=(1, 4, 16, 64),
+    batches=(1, 4, 16),  # 64 takes an hour on a shared core
     image_sides=(8, 16, 32),
     block_counts=(1, 2, 4),
 )
@@ -49,6 +49,7 @@ GPU = replace(
     CPU,
     shape=SEVEN_B,
     lengths=(256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
+    batches=(1, 4, 16, 64),
     image_sides=(8, 16, 32, 64),
     training_layers=8,
 )
