@@ -19,7 +19,7 @@ class Sizes:
     batches: tuple[int, ...]
     image_sides: tuple[int, ...]  # merged patches
     block_counts: tuple[int, ...]
-    training_layers: int | None = None  # fewer, where weights, gradients and activations would not fit
+    training_shape: Shape  # smaller, where weights, gradients and activations would not fit, or take too long
 
 
 CPU = Sizes(
@@ -30,11 +30,12 @@ CPU = Sizes(
     paper_grid=(2, 41),
     vedas_steps=3,
     replayed=32,
-    train_words=96,
+    train_words=64,
     lengths=(256, 512, 1024, 2048, 4096),
-    batches=(1, 4, 16),  # 64 takes an hour on a shared core
+    batches=(1, 4, 16),  # 64 rows would take minutes a run on one core
     image_sides=(8, 16, 32),
     block_counts=(1, 2, 4),
+    training_shape=replace(SMALL, text=SMALL.text | {"num_hidden_layers": 4}, vocab_size=4096),
 )
 CPU_QUICK = replace(
     CPU,
@@ -51,7 +52,7 @@ GPU = replace(
     lengths=(256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
     batches=(1, 4, 16, 64),
     image_sides=(8, 16, 32, 64),
-    training_layers=8,
+    training_shape=replace(SEVEN_B, text=SEVEN_B.text | {"num_hidden_layers": 8}),
 )
 GPU_QUICK = replace(GPU, grids=((2, 4), (2, 41)), lengths=(512, 4096), batches=(1, 16), image_sides=(8, 32))
 SMOKE = Sizes(
@@ -67,4 +68,5 @@ SMOKE = Sizes(
     batches=(1, 2),
     image_sides=(2, 4),
     block_counts=(1, 2),
+    training_shape=TINY,
 )

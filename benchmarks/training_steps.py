@@ -234,9 +234,7 @@ def stock_step(pair: Pair, inputs: dict, trains_projector: bool):
 
 
 def measure(sizes: Sizes, setting: Setting) -> list[Row]:
-    shape, rows = sizes.shape, []
-    if sizes.training_layers:
-        shape = replace(shape, text=shape.text | {"num_hidden_layers": sizes.training_layers})
+    shape, rows = sizes.training_shape, []
     for rows_of in (deeplatent_rows, vedas_rows, lare_rows):
         name = rows_of.__name__.removesuffix("_rows")
         needed, free = estimate(shape, setting), free_memory(setting.device)
