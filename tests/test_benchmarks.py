@@ -108,7 +108,7 @@ def test_blocks_are_found_on_the_host_as_on_the_device(model, batch, monkeypatch
 
 @pytest.mark.parametrize("pattern", ["tokens", "soft_mix"])
 def test_whether_a_replay_is_full_is_known_without_looking(pattern):
-    is_image = torch.tensor([[True] * 7 + [False], [True] * 4 + [False] * 4])
+    is_image = torch.tensor([[True] * 7 + [False], [True] * 5 + [False] * 3])
     tokens = ImageTokens.find(is_image, torch.randn(2, 8, 4), torch.zeros(3, 2, 8, dtype=torch.long))
     for _ in range(4):
         replay = pick_tokens(torch.rand(2, 8), tokens, 2, 1.0, pattern)
