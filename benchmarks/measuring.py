@@ -5,15 +5,11 @@ count (what they do to caches and frequency does); otherwise it is the wall cloc
 """
 
 import gc
-import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler greets at every use
 
 import torch
 import transformers
