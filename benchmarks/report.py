@@ -62,13 +62,20 @@ def draw_curves(path: Path, rows: list[Row]) -> None:
     from matplotlib.figure import Figure
 
     panels = list(dict.fromkeys((row.subject, row.unit) for row in rows))
-    figure = Figure(figsize=(4 * len(panels), 3.2), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.8 * lines), layout="constrained")
+    places = figure.subplots(lines, columns, squeeze=False).flat
+    for axes, panel in zip(places, panels):
         points = [row for row in rows if (row.subject, row.unit) == panel]
         for case in dict.fromkeys(row.case.rsplit(", ", 1)[0] for row in points):
             curve = [row for row in points if row.case.rsplit(", ", 1)[0] == case]
             axes.loglog([row.x for row in curve], [row.value for row in curve], marker="o", label=case)
         axes.set_title(panel[0], fontsize=9)
         axes.set_ylabel(panel[1])
+        ticks = sorted({row.x for row in points})
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
+        axes.xaxis.minorticks_off()
+        axes.tick_params(axis="y", which="both", labelsize=7)
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)
