@@ -78,9 +78,10 @@ def count(run: Callable[[], object], device: str) -> tuple[int, int]:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         waits = sum("synchronizing CUDA operation" in str(one.message) for one in caught)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
             run()
-        return waits, sum(event.name.startswith("cudaLaunchKernel") for event in profiler.events())
+        return waits, sum("LaunchKernel" in event.name for event in profiler.events())
     with DeviceReads() as reads:
         run()
     return reads.waits, reads.launches

@@ -1,6 +1,6 @@
 """Measure everything side by side with its stock counterpart: one command, one process, one table.
 
-    python -m benchmarks.run --suite cpu                            (about a quarter of an hour on one core)
+    python -m benchmarks.run --suite cpu                            (half an hour and more on one core)
     python -m benchmarks.run --suite cpu --quick --only text_tokens latent_blocks
     python -m benchmarks.run --suite gpu --output out/benchmarks    (7B shapes in bfloat16, random weights made on the device)
 
