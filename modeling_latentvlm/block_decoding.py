@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
 from modeling_latentvlm.block_sites import BlockSite
+from modeling_latentvlm.generation_rules import LastTokens
 from modeling_latentvlm.latent_former import RowImages, grid_places
 from modeling_latentvlm.lockstep import Lockstep, touch
 from modeling_latentvlm.segment_decoding import DecodingContext, SegmentDecoder
@@ -40,6 +41,7 @@ class LatentContext(DecodingContext):
     grid: tuple[int, int] | None = None  # forced on every block that `generate` opens
     max_blocks: int = 0  # most blocks of an answer, for the size of a static cache
     prompt_sites: list | None = None  # the blocks that stand in the prompt already, by row
+    last_tokens: LastTokens | None = None  # what every row wrote last, where that is known on the host
     earlier_grids: list = field(default_factory=list)  # by prompt row, of the blocks in a continued cache
     is_unused: bool = False  # whether blocks could have been opened and none was
     state_layers: tuple[int, ...] = ()  # numbers into `hidden_states`, of which latents' states are returned
@@ -50,6 +52,13 @@ class LatentContext(DecodingContext):
         """The prompt's blocks, once: later tokens of `generate` open blocks of their own."""
         sites, self.prompt_sites = self.prompt_sites, None
         return sites
+
+    def written_sites(self, input_ids: Tensor, start: int) -> list | None:
+        """The blocks that the tokens written last open, without asking the device; None where it has to be asked."""
+        written = None if self.last_tokens is None else self.last_tokens.take()
+        if written is None or input_ids.shape != (len(written), 1):
+            return None
+        return [[BlockSite(row, 0, 0, None)] if token == start else [] for row, token in enumerate(written)]
 
 
 @dataclass
@@ -198,7 +207,7 @@ class BlockDecoder(SegmentDecoder):
             add(block.latents, block.positions, block.site.num_pads > 0)
             piece.num_latents = len(block.latents)
             if not block.site.num_pads:
-                end = torch.tensor([[self.config.latent_end_token_id]], device=device)
+                end = torch.full((1, 1), self.config.latent_end_token_id, device=device)
                 add(self.model.get_input_embeddings()(end)[0].to(device), block.end_position[None], False)
                 piece.num_ends = 1
         if number <= len(sites):
@@ -311,18 +320,18 @@ class BlockDecoder(SegmentDecoder):
 
     def decode_one_latent(self, latents: dict[int, tuple[Tensor, Tensor, BlockSite]]) -> list[Tensor]:
         """One forward over a single latent of some rows; the others are masked."""
-        some = next(iter(latents.values()))
-        rows = self.state.attention_mask.shape[0]
-        embeds, positions = some[0].new_zeros(rows, 1, some[0].shape[-1]), some[1].new_zeros(rows, 1, 3)
-        attended = torch.zeros(rows, 1, dtype=torch.bool, device=embeds.device)
-        index = torch.tensor(list(latents), device=embeds.device)
-        embeds = embeds.index_copy(0, index, torch.stack([values for values, _, _ in latents.values()]))
-        positions = positions.index_copy(0, index, torch.stack([place[None] for _, place, _ in latents.values()]))
-        attended[index] = True
-        columns = torch.tensor([[site.num_pads > 0] for _, _, site in latents.values()], device=embeds.device)
-        is_token = torch.zeros_like(attended).index_copy(0, index, columns)
-        mask = None if len(latents) == rows else attended
-        return self.decode(embeds, positions.permute(2, 0, 1), mask, is_token, **self.wanted)
+        values, place, site = next(iter(latents.values()))
+        nothing = (torch.zeros_like(values), torch.zeros_like(place), replace(site, num_pads=0))
+        rows = range(self.state.attention_mask.shape[0])
+        values, places, sites = zip(*(latents.get(row, nothing) for row in rows))
+        # Stacked from what is on the device: a list of rows would be copied there, and waited for, at every latent.
+        flags = [values[0].new_full((1,), flag, dtype=torch.bool) for flag in (False, True)]
+        is_token = torch.stack([flags[site.num_pads > 0] for site in sites])
+        attended = None
+        if len(latents) < len(rows):
+            attended = torch.stack([flags[row in latents] for row in rows])
+        positions = torch.stack(places)[:, None].permute(2, 0, 1)
+        return self.decode(torch.stack(values), positions, attended, is_token, **self.wanted)
 
     def block(self, piece: Piece, latents: Tensor, positions: Tensor, span: int) -> Block:
         """Bind latents to their row, whose later tokens move behind them by `span` positions and the controls."""

@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor
-from transformers.generation import LogitsProcessor, StopStringCriteria
+from transformers.generation import LogitsProcessor, StoppingCriteria, StopStringCriteria
 from transformers.generation.configuration_utils import GenerationMode
 
 
@@ -14,6 +14,37 @@ SUPPORTED_MODES = (
 )
 
 
+class LastTokens(StoppingCriteria):
+    """Stops nothing; brings the tokens that a step wrote to the host, in the shadow of a read that waits anyway.
+
+    To ask the device whether any of them opens a block would be a second wait for every token of text. The loop reads
+    whether all rows are finished right after this was called; by then the copy that was started here has come, too.
+    """
+
+    def __init__(self):
+        self.tokens, self.copied = None, None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+        last = input_ids[:, -1]
+        if last.device.type == "cuda":
+            self.tokens = torch.empty(last.shape, dtype=last.dtype, pin_memory=True)
+            self.tokens.copy_(last, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record(torch.cuda.current_stream(last.device))
+        else:
+            self.tokens = last.cpu()
+        return torch.zeros_like(last, dtype=torch.bool)
+
+    def take(self) -> list[int] | None:
+        """The tokens, once; None where no step has left any."""
+        tokens, self.tokens = self.tokens, None
+        if tokens is None:
+            return None
+        if self.copied is not None:
+            self.copied.synchronize()
+        return tokens.tolist()
+
+
 class LatentBlockLimits(LogitsProcessor):
     """Opens the first blocks, forbids more than the most, and keeps a block's inner tokens from being written.
 
@@ -22,15 +53,19 @@ class LatentBlockLimits(LogitsProcessor):
 
     def __init__(self, prompt_length: int, config, can_open: Tensor, min_blocks: int, max_blocks: int):
         self.prompt_length, self.start = prompt_length, config.latent_start_token_id
-        self.inner = torch.tensor([config.latent_pad_token_id, config.latent_end_token_id])
+        # Without blocks `<latent>` is one more token that is never written, and nothing has to be counted.
+        never = [config.latent_pad_token_id, config.latent_end_token_id, config.latent_start_token_id]
+        self.inner = torch.tensor(never if max_blocks == 0 else never[:2])
         self.can_open, self.min_blocks, self.max_blocks = can_open, min_blocks, max_blocks
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if len(self.can_open) != len(scores) or self.can_open.device != scores.device:  # once per call of `generate`
             self.can_open = self.can_open.to(scores.device).repeat_interleave(len(scores) // len(self.can_open))
             self.inner = self.inner.to(scores.device)
-        opened = (input_ids[:, self.prompt_length :] == self.start).sum(dim=1)
         scores = scores.index_fill(1, self.inner, -float("inf"))
+        if self.max_blocks == 0:
+            return scores
+        opened = (input_ids[:, self.prompt_length :] == self.start).sum(dim=1)
         full = ~self.can_open | (opened >= self.max_blocks)
         scores[:, self.start] = scores[:, self.start].masked_fill(full, -float("inf"))
         if self.min_blocks:

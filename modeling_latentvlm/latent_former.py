@@ -278,17 +278,21 @@ def grid_places(height: int, width: int, device: torch.device) -> Tensor:
     ).view(-1, 2)
 
 
+def move_places(places: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """Places (N, 2) of one grid, at the same relative place in another."""
+    # Axis by axis with plain numbers: a tensor of sizes would be copied to the device, which waits for it.
+    axes = zip(places.unbind(-1), grid, target)
+    return torch.stack([(place + 0.5) * wanted / size - 0.5 for place, size, wanted in axes], dim=-1)
+
+
 def locate(grids: list[tuple[int, int]], images: list[RowImages], device: torch.device) -> Places:
     """Place every latent and every image feature; the centre of a latent meets the same relative place of an image."""
     own, in_images, image, image_grid = [], [], [], []
     for (height, width), row in zip(grids, images):
         place = grid_places(height, width, device)
-        size = torch.tensor([height, width], device=device)
         distinct = sorted(set(row.grids))
         own.append(place)
-        in_images.append(
-            torch.stack([(place + 0.5) * torch.tensor(grid, device=device) / size - 0.5 for grid in distinct], dim=1)
-        )
+        in_images.append(torch.stack([move_places(place, (height, width), grid) for grid in distinct], dim=1))
         image.append(torch.cat([grid_places(*grid, device) for grid in row.grids]))
         image_grid.append(
             torch.cat([torch.full((grid[0] * grid[1],), distinct.index(grid), device=device) for grid in row.grids])
@@ -311,7 +315,8 @@ def length_mask(lengths: list[int], device: torch.device) -> Tensor | None:
     """(R, longest) bool, or None where all are equally long, so that attention keeps its fast path."""
     if len(set(lengths)) == 1:
         return None
-    return torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+    order = torch.arange(max(lengths), device=device)
+    return torch.stack([order < length for length in lengths])
 
 
 class ImageIndexEmbedding(nn.Module):
@@ -402,10 +407,12 @@ class LatentBlockBuilder(nn.Module):
         predicted = torch.stack([height_logits.argmax(-1), width_logits.argmax(-1)], dim=-1).add(1).tolist()
         return [grid or tuple(guess) for grid, guess in zip(grids, predicted)]
 
-    def embed_image_index(self, row: RowImages, device: torch.device) -> Tensor:  # (M, D)
-        sizes = torch.tensor([height * width for height, width in row.grids], device=device)
-        index = torch.arange(len(row.grids), device=device).repeat_interleave(sizes, output_size=len(row.features))
-        return self.image_index(index)
+    def embed_image_index(self, row: RowImages, device: torch.device) -> Tensor:  # (M, D), or (1, D) for all of them
+        embedded = self.image_index(torch.arange(len(row.grids), device=device))
+        if len(row.grids) == 1:
+            return embedded  # (1, D)
+        parts = zip(embedded, row.grids)
+        return torch.cat([one.expand(height * width, -1) for one, (height, width) in parts])
 
     @staticmethod
     def modulate_rows(modulation, states: Tensor, bases: list[Tensor], noise: bool, modulators) -> list[Tensor]:

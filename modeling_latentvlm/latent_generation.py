@@ -10,6 +10,7 @@ from transformers.utils import logging
 from modeling_latentvlm.block_decoding import LatentContext
 from modeling_latentvlm.block_sites import check_grid, find_block_sites
 from modeling_latentvlm.generation_rules import (
+    LastTokens,
     LatentBlockLimits,
     check_settings,
     expansion,
@@ -80,15 +81,19 @@ class LatentGenerationMixin(LatentDecodingMixin):
             context.images = [None] * len(self._check_blind_prompt(kwargs, low, latent_grid, latent_grid_hw))
         can_open = torch.tensor([images is not None for images in context.images])
         limits = LatentBlockLimits(prompt_length, self.config, can_open, low, high)
+        watch = []
+        if high and (settings.num_beams or 1) == 1:  # beams change places between being written and being read
+            context.last_tokens = LastTokens()
+            watch.append(context.last_tokens)
         output = super().generate(
             input_ids,
             generation_config,
             LogitsProcessorList([*(logits_processor or []), limits]),
-            stopping_criteria,
+            StoppingCriteriaList([*(stopping_criteria or []), *watch]),
             latent_context=context,
             **kwargs,
         )
-        if high and can_open.any():
+        if high and any(images is not None for images in context.images):
             sequences = output if isinstance(output, Tensor) else output.sequences
             context.is_unused = self._warn_if_unused(sequences, prompt_length, can_open)
         if isinstance(output, Tensor):

@@ -248,6 +248,9 @@ class DeepLatentForConditionalGeneration(
                 return prompt_sites
             if latent_context.max_blocks == 0:
                 return [[] for _ in input_ids]
+            sites = latent_context.written_sites(input_ids, self.config.latent_start_token_id)
+            if sites is not None:
+                return sites
         sites = find_block_sites(input_ids, self.config, latent_grid_hw)
         lone = [site for row in sites for site in row if site.grid is None]
         if lone and latent_context is None:

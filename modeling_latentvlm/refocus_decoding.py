@@ -72,10 +72,10 @@ def recorded_last_states(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
 
 def cut(values: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
     """Take columns `starts` to `ends` of every row: (B, S, ...) to (B, T, ...), what is beyond a row's end arbitrary."""
-    first, last = int(starts.min()), int(ends.max())
-    if bool((starts == starts[0]).all()):
-        return values[:, first:last]
-    width = int((ends - starts).clamp(min=0).max())
+    first, last = torch.stack([starts, ends]).tolist()  # once: every look waits for the device
+    if len(set(first)) == 1:
+        return values[:, first[0] : max(last)]
+    width = max(0, *(end - start for start, end in zip(first, last)))
     columns = starts[:, None] + torch.arange(width, device=starts.device)
     return values[torch.arange(len(values), device=starts.device)[:, None], columns.clamp(max=values.shape[1] - 1)]
 
@@ -166,9 +166,9 @@ class RefocusDecoder(SegmentDecoder):
         columns = torch.arange(length, device=mask.device)
         in_prompt = columns < places.ends[:, None]
         zeros = torch.zeros_like(places.ends)
-        prompt, width = cut(embeds, zeros, places.ends), int(places.ends.max())
-        self.tokens = VisualTokens.find((is_image & mask & in_prompt)[:, :width], prompt, self.config.image_grid_size)
         self.columns = places.ends.tolist()
+        prompt, width = cut(embeds, zeros, places.ends), max(self.columns)
+        self.tokens = VisualTokens.find((is_image & mask & in_prompt)[:, :width], prompt, self.config.image_grid_size)
         self.num_images = (self.tokens.exists.sum(dim=1) // self.config.image_grid_size**2).tolist()
         bot, eot = self.delimiters(rows, embeds)
         attended = torch.cat([(mask & in_prompt)[:, :width], torch.ones_like(mask[:, :1])], dim=1)

@@ -103,9 +103,13 @@ class SegmentDecoder:
 
     def place(self, position_ids, mask, rows: int, length: int, device: torch.device) -> Tensor:
         """(3, B, S) positions of the new tokens, behind what the cache holds; advances `next_position`."""
+        if position_ids is None and mask is None:  # as for every token of an answer: no sums over ones
+            start = self.state.next_position
+            self.state.next_position = start + length
+            offsets = start[:, None] if length == 1 else start[:, None] + torch.arange(length, device=device)
+            return offsets.to(device).expand(3, -1, -1)
         if position_ids is None:
-            ones = torch.ones(rows, length, dtype=torch.long, device=device) if mask is None else mask.long()
-            position_ids = (ones.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
+            position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
         positions = position_ids[-3:].to(device) + self.state.next_position[:, None]
         reach = positions.amax(0) + 1 if mask is None else (positions.amax(0) + 1).masked_fill(~mask, 0)
         self.state.next_position = torch.maximum(self.state.next_position, reach.amax(-1))

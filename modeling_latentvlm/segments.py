@@ -27,6 +27,7 @@ class Sequence:
     embeds: Tensor  # (B, T, D)
     attended: Tensor  # (B, T) bool
     positions: Tensor  # (3, B, T)
+    is_whole: bool = False  # whether all of `attended` is known to be True
 
     @property
     def length(self) -> int:

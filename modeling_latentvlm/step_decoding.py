@@ -150,7 +150,7 @@ class StepDecoder(SegmentDecoder):
     def recorder(self, step: int, columns: Tensor | None) -> SaliencyRecorder | None:
         """Records where step `step` looks; None where no step follows or nothing is replayed."""
         replays = self.model.training or self.config.replay_at_inference
-        if step >= self.num_steps or not replays or not self.tokens.exists.any():
+        if step >= self.num_steps or not replays or not self.tokens.exists.shape[1]:
             return None
         record_attention(self.text_model)
         return SaliencyRecorder(columns)
@@ -182,7 +182,8 @@ class StepDecoder(SegmentDecoder):
 
     def extend(self, sequence: Sequence, recorder: SaliencyRecorder | None, alphas: list[int] | None) -> Tensor:
         """Run what is new on the cache, routed if `alphas` are given: (B, T, D)."""
-        attended = None if bool(sequence.attended.all()) else sequence.attended
+        is_whole = sequence.is_whole or bool(sequence.attended.all())  # the first spares the wait for the second
+        attended = None if is_whole else sequence.attended
         saliency = {} if recorder is None else {"saliency": recorder}
         routing = self.routing(sequence.attended, alphas)
         return self.decode(sequence.embeds, sequence.positions, attended, None, **saliency, **routing)[0]
@@ -213,7 +214,7 @@ class StepDecoder(SegmentDecoder):
         if replay is None:
             position = self.next_position.clone()
             self.next_position = self.next_position + 1
-            return Sequence(latent, one, position[:, None].expand(3, -1, -1))
+            return Sequence(latent, one, position[:, None].expand(3, -1, -1), is_whole=True)
         attended = torch.cat([replay.attended, one], dim=1)
         embeds = torch.cat([replay.embeds.to(latent.dtype), latent], dim=1)
         if self.config.replay_positions == "grid":
@@ -223,7 +224,7 @@ class StepDecoder(SegmentDecoder):
             order = (attended.long().cumsum(1) - 1).clamp(min=0)
             positions, taken = (self.next_position[:, None] + order).expand(3, -1, -1), attended.sum(1)
         self.next_position = self.next_position + taken
-        return Sequence(embeds, attended, positions)
+        return Sequence(embeds, attended, positions, replay.is_full)
 
     def pick(self, recorder: SaliencyRecorder) -> Replay:
         config, count = self.config, self.config.num_replay_tokens
@@ -238,6 +239,7 @@ class StepDecoder(SegmentDecoder):
         """Apply the intervention and keep the record: (B, D)."""
         rows, context = len(latent), self.context
         windows = self.windows(replay) if context.output_latents else [None] * rows
+        is_seen = replay is not None and (context.output_latents or context.intervention is not None)
         steps = [
             LatentStep(
                 row=row,
@@ -246,7 +248,7 @@ class StepDecoder(SegmentDecoder):
                 grid=(1, 1),
                 latents=latent[row : row + 1],
                 image_grids=self.image_grids[row],
-                picked_tokens=None if replay is None else replay.tokens[row][replay.tokens[row] >= 0],
+                picked_tokens=replay.tokens[row][replay.tokens[row] >= 0] if is_seen else None,
                 windows=windows[row],
                 decode_step=context.decode_step,
             )

@@ -22,14 +22,16 @@ class ImageTokens:
     embeds: Tensor  # (B, M, D)
     positions: Tensor  # (3, B, M)
     visited: Tensor  # (B, M) bool
+    fewest: int  # tokens that the row with fewest has left: on the host, so that no step waits for the device
 
     @classmethod
     def find(cls, is_image: Tensor, embeds: Tensor, positions: Tensor) -> "ImageTokens":
         """Collect them from a prompt: (B, S) bool, (B, S, D), (3, B, S)."""
         columns = [row.nonzero().flatten() for row in is_image]
-        lengths = torch.tensor([len(row) for row in columns], device=is_image.device)
+        lengths = [len(row) for row in columns]
         columns = pad_sequence(columns, batch_first=True)
-        exists = torch.arange(columns.shape[1], device=columns.device) < lengths[:, None]
+        order = torch.arange(columns.shape[1], device=columns.device)
+        exists = torch.stack([order < length for length in lengths])
         index = columns[..., None].expand(-1, -1, embeds.shape[-1])
         return cls(
             columns=columns,
@@ -37,6 +39,7 @@ class ImageTokens:
             embeds=embeds.gather(1, index),
             positions=positions.gather(2, columns.expand(3, -1, -1)),
             visited=torch.zeros_like(exists),
+            fewest=min(lengths),
         )
 
 
@@ -49,6 +52,7 @@ class Replay:
     tokens: Tensor  # (B, K) numbers of the picked image tokens within their row, -1 where none
     positions: Tensor  # (3, B, K) of the picked tokens
     picked_embeds: Tensor  # (B, K, D) of the picked tokens themselves
+    is_full: bool = False  # whether all of `attended` is known to be True
 
 
 def pick_tokens(attention: Tensor, tokens: ImageTokens, count: int, scale: float, pattern: str) -> Replay:
@@ -71,10 +75,13 @@ def pick_tokens(attention: Tensor, tokens: ImageTokens, count: int, scale: float
     embeds = picked_embeds * (scale * weights)[..., None].to(tokens.embeds.dtype)
     positions = tokens.positions.gather(2, picked.expand(3, -1, -1))
     numbers = picked.masked_fill(~attended, -1)
+    width, left = picked.shape[1], tokens.fewest
+    tokens.fewest = max(0, left - width)
     if pattern == "soft_mix":
         mixed = embeds.sum(dim=1, keepdim=True)
-        return Replay(mixed, attended.any(dim=1, keepdim=True), numbers, positions[..., :1], picked_embeds)
-    return Replay(embeds, attended, numbers, positions, picked_embeds)
+        is_any = attended.any(dim=1, keepdim=True)
+        return Replay(mixed, is_any, numbers, positions[..., :1], picked_embeds, is_full=width > 0 and left > 0)
+    return Replay(embeds, attended, numbers, positions, picked_embeds, is_full=left >= width)
 
 
 def densest_window(
