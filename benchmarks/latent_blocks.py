@@ -15,7 +15,7 @@ from benchmarks.measuring import Arm, Setting, decoding_steps, interleave, timed
 from benchmarks.models import Pair, deeplatent, qwen_inputs
 from benchmarks.report import Row
 from benchmarks.sizes import Sizes
-from modeling_latentvlm.latent_former import LatentFormerAttention
+from modeling_latentvlm.latent_former import LatentFormerAttention, RowImages
 
 
 def block_arm(model, inputs: dict, setting: Setting, grid: tuple[int, int]) -> Arm:
@@ -69,8 +69,6 @@ def products_arm(pair: Pair, grid: tuple[int, int], image_side: int) -> Arm:
             hooks.append(module.register_forward_hook(note))
         elif isinstance(module, LatentFormerAttention):
             hooks.append(module.register_forward_hook(note_attention))
-    from modeling_latentvlm.latent_former import RowImages
-
     with torch.no_grad():
         image = RowImages(torch.randn(seen, like.shape[-1]).to(like), [(image_side, image_side)], [0])
         built = builder(torch.randn(1, 3, like.shape[-1]).to(like), [image], [grid])
