@@ -47,6 +47,14 @@ SMALL_RL = (
 RL_STEPS = 64
 
 
+def make_set(output: Path, name: str, task: str, split: str, count: int, scale: float) -> tuple[str, str]:
+    return (
+        f"{output}/{name}/data.jsonl",
+        f"train.tasks --task {task} --n {max(16, int(count * scale))} --seed 0 --split {split} --image-size {IMAGE_SIZE} "
+        f"--output {output}/{name} --force",
+    )
+
+
 def make_data(output: Path, task: str, scale: float) -> tuple[list[tuple[str, str]], str, str]:
     """(what it makes, command) for scenes to learn to see, questions to learn from, and unseen ones; and the files that
     teach tokenizer and tower."""
@@ -57,14 +65,7 @@ def make_data(output: Path, task: str, scale: float) -> tuple[list[tuple[str, st
         scenes["puzzles"] = ("jigsaw", 3000)
     sets = {name: (kind, "train", count) for name, (kind, count) in scenes.items()}
     sets |= {"train": (task, "train", 4000 * len(names)), "test": (task, "test", 400)}
-    commands = [
-        (
-            f"{output}/{name}/data.jsonl",
-            f"train.tasks --task {kind} --n {max(16, int(count * scale))} --seed 0 --split {split} --image-size {IMAGE_SIZE} "
-            f"--output {output}/{name} --force",
-        )
-        for name, (kind, split, count) in sets.items()
-    ]
+    commands = [make_set(output, name, kind, split, count, scale) for name, (kind, split, count) in sets.items()]
     seen = " ".join(f"{output}/{name}/data.jsonl" for name in scenes)
     return commands, f"{output}/train/data.jsonl {seen}", seen
 
@@ -87,7 +88,7 @@ def make_backbone(output: Path, task: str, scale: float) -> list[tuple[str, str]
 
 def vedas(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
     # The language model starts from nothing, so that it stays longer in the stage that teaches it to speak and to look.
-    plan = "--stages 0 0 1 2 3 3 --epochs_per_stage 1" if scale >= 1 else "--epochs_per_stage 1"
+    plan = "--stages 0 0 0 0 0 1 2 3 --epochs_per_stage 1" if scale >= 1 else "--epochs_per_stage 1"
     return [
         *make_backbone(output, task, scale),
         (
@@ -104,14 +105,25 @@ def vedas(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
     ]
 
 
-# Epochs and learning rate of LaRe's stages. Its language model starts from nothing where the paper's only adapts: stage 0 makes
-# the plain model, which knows how to look and to speak, that the paper starts from.
-LARE_STAGES = {0: (3, "1e-3"), 1: (0.25, "1e-3"), 2: (0.5, "1e-3"), 3: (2, "1e-3"), 4: (0.5, "3e-4")}
+# LaRe's runs: folder, stage, data, epochs, learning rate. Its language model starts from nothing where the paper's only adapts:
+# the first two make the plain model, which knows how to look and to speak, that the paper starts from. A search among few
+# comes first: among many, where to look and what to say can hardly be learned at once.
+LARE_RUNS = (
+    ("lare-few", 0, "few", 3, "1e-3 --lr_scheduler_type constant_with_warmup"),
+    ("lare-stage0", 0, "train", 3, "1e-3"),
+    ("lare-stage1", 1, "train", 0.25, "1e-3"),
+    ("lare-stage2", 2, "train", 0.5, "1e-3"),
+    ("lare-stage3", 3, "train", 2, "1e-3"),
+    ("lare-stage4", 4, "train", 0.5, "3e-4"),
+)
 
 
 def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
     size = 32 if scale >= 1 else 8
     data, texts, scenes = make_data(output, task, scale)
+    has_few = any(family_of(name) == "search" for name in tasks_of(task))
+    if has_few:
+        data.append(make_set(output, "few", "color_of_few", "train", 6000, scale))
     commands = [
         *data,
         (
@@ -130,13 +142,15 @@ def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
         ),
     ]
     before = f"{output}/lare"
-    for stage, (epochs, rate) in LARE_STAGES.items():
-        after = f"{output}/lare-stage{stage}"
+    for name, stage, data_name, epochs, rate in LARE_RUNS:
+        if data_name == "few" and not has_few:
+            continue
+        after = f"{output}/{name}"
         commands.append(
             (
                 f"{after}/config.json",
                 f"train.train_lare --stage {stage} --model_path {before} --data_format steps "
-                f"--data_path {output}/train/data.jsonl --output_dir {after} --vae_path {output}/clip/vae "
+                f"--data_path {output}/{data_name}/data.jsonl --output_dir {after} --vae_path {output}/clip/vae "
                 f"--crop_size 32 --unet_channels 8 8 16 16 --learning_rate {rate} "
                 f"--num_train_epochs {epochs if scale >= 1 else 1} --per_device_train_batch_size {size} "
                 f"--global_batch_size {size} {SHARED}",
@@ -147,7 +161,7 @@ def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
 
 
 def deeplatent(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
-    epochs = 3 if scale >= 1 else 1
+    epochs = 9 if scale >= 1 else 1
     training = f"--per_device_train_batch_size 32 --gradient_accumulation_steps 1 {SHARED}"
     data = f"--data_path {output}/train/data.jsonl"
     return [
@@ -170,7 +184,7 @@ def deeplatent(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
         (
             f"{output}/sft2/config.json",
             f"train.train_deeplatent --stage sft2 --model_path {output}/sft1 {data} --teacher_states {output}/teacher "
-            f"--output_dir {output}/sft2 --num_train_epochs 1 --learning_rate 5e-4 {training}",
+            f"--output_dir {output}/sft2 --num_train_epochs {2 if scale >= 1 else 1} --learning_rate 5e-4 {training}",
         ),
         (
             f"{output}/rl/config.json",

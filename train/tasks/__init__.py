@@ -22,12 +22,12 @@ from train.tasks.photos import PHOTOS
 from train.tasks.relation import ask_beside, ask_side
 from train.tasks.sample import PATCH_MULTIPLE, Request, Sample, Step
 from train.tasks.search import (
+    ask_color_of_few,
     ask_search_color,
     ask_search_count,
     ask_search_position,
     ask_search_text,
     describe_large_scene,
-    name_all_colors,
 )
 from train.tasks.shapes import ask_color, ask_count, ask_digit, ask_position, describe_scene
 
@@ -71,7 +71,7 @@ TASKS: dict[str, Callable[[Request], Sample]] = {
 PRETRAINING = {  # no part of "all"
     "describe": describe_scene,
     "describe_search": describe_large_scene,
-    "name_colors": name_all_colors,
+    "color_of_few": ask_color_of_few,
 }
 ALL = "all"
 SPLITS = tuple(PHOTOS)

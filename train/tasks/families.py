@@ -11,7 +11,7 @@ FAMILIES = {
 }
 SEARCH = ("search", "chart", "relation")  # families: the answer stands in a small part of the picture
 SYNTHESIS = ("jigsaw", "maze")  # families: the answer stands in a picture that has to be made first
-PRETRAINING = ("describe", "describe_search", "name_colors")  # tasks that teach to see and to name; no part of "all"
+PRETRAINING = ("describe", "describe_search", "color_of_few")  # tasks that teach to see and to look; no part of "all"
 LEVELS = ("easy", "hard")
 ONE_LEVEL = ("shapes",)  # families that have no hard level
 

@@ -8,11 +8,9 @@ which cell.
 
 from train.tasks.layout import deal_layout, num_cells, require_size
 from train.tasks.photos import draw_background, draw_calm_background
-from train.tasks.sample import PATCH_MULTIPLE, Request, Sample, Step
+from train.tasks.sample import PATCH_MULTIPLE, Request, Sample
 from train.tasks.shapes import (
-    COLORS,
     DIGITS,
-    SHAPES,
     Box,
     Scene,
     Thing,
@@ -20,11 +18,9 @@ from train.tasks.shapes import (
     ask_count,
     ask_digit,
     ask_position,
-    compose,
     deal_cells,
     describe_scene,
     draw_thing,
-    pick,
 )
 
 
@@ -111,17 +107,9 @@ def ask_search_text(request: Request) -> Sample:
     return ask_digit(request, paint_large_scene, _crowd(request), signs, kind)
 
 
-def name_all_colors(request: Request) -> Sample:
-    """What color has every shape, one of each being there? Supervision as dense as the last step of a search is sparse."""
-    rng = request.rng
-    answer = request.balanced(tuple(COLORS))
-    shapes = rng.sample(list(SHAPES), len(SHAPES))
-    target, *others = [Thing(answer, shapes[0]), *(Thing(pick(rng, COLORS), shape) for shape in shapes[1:])]
-    scene = paint_large_scene(request, [target], others)
-    named = rng.sample([target, *others], len(shapes))
-    steps = [Step(f"The {thing.shape} is {thing.color}.") for thing in named]
-    question = f"Name the color of every shape. What color is the {target.shape}?"
-    return compose(request, scene, question, answer, tuple(COLORS), steps)
+def ask_color_of_few(request: Request) -> Sample:
+    """A search among one to four things: what a model that has never looked can begin with."""
+    return ask_color(request, paint_large_scene, (0, 3))
 
 
 def describe_large_scene(request: Request) -> Sample:
