@@ -28,12 +28,12 @@ def test_a_checkpoint_loads_elsewhere_and_answers_better_than_chance(name, tmp_p
     folder = shipped(name)
     assert (folder / "model.safetensors").stat().st_size <= LARGEST
     assert "## What it scores" in (folder / "README.md").read_text(encoding="utf-8")
-    data = write_dataset("search_color,jigsaw", 32, 77, tmp_path / "data", "test")
+    data = write_dataset("search_color", 32, 77, tmp_path / "data", "test")
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     samples = read_reasoning(data)
     answers = answer_questions(model, processor, samples, max_new_tokens=96)
-    assert accuracy(answers, samples) >= 0.5  # chance is 0.19
+    assert accuracy(answers, samples) >= 0.5  # chance is 0.125
     code = (
         "import torch; from transformers import AutoModel; "
         f"model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True); "
@@ -67,7 +67,7 @@ def test_shipped_weights_are_those_of_the_recipe_in_bfloat16(tmp_path, monkeypat
     made = f"{tmp_path / 'run'}/lare-stage4/config.json"
     (tmp_path / "run" / "times.jsonl").write_text(json.dumps({"made": made, "seconds": 90.0}) + "\n")
     (tmp_path / "run" / "lare.md").write_text("| scores |\n")
-    target = ship("lare", tmp_path / "run", "search_color,jigsaw", tmp_path / "out")
+    target = ship("lare", tmp_path / "run", "search_color", tmp_path / "out")
     card = (target / "README.md").read_text(encoding="utf-8")
     assert "in 2 minutes" in card and "| scores |" in card
     model = AutoModel.from_pretrained(shipped("lare", tmp_path / "out"), trust_remote_code=True)
