@@ -40,7 +40,7 @@ From nothing, with procedural questions about pictures (`python -m train.tasks`,
     python -m train.recipes {name} --output out/small
 
 on {hardware}, in {minutes:.0f} minutes (data and backbone, which the recipes share, included). {num_weights:.2f}M weights. It knows
-these tasks and nothing else.
+this task and nothing else.
 
 ## What it scores
 
