@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from modeling_latentvlm.trace import LatentTrace
 from processing_latentvlm import draw_trace
 from train.answers import encode_conversations, normalize
-from train.checkpoints import CHECKPOINTS, shipped
+from train.checkpoints import CHECKPOINTS, read_sums, shipped
 from train.evaluation.answering import Answer, AnswerSettings, account, answer_batch
 from train.evaluation.loading import load_model, load_processor
 from train.evaluation.scoring import extract
@@ -24,7 +24,7 @@ from train.recipes import IMAGE_SIZE
 from train.tasks import Sample, generate_sample
 
 
-NAMES = ("deeplatent", "lare", "vedas")
+NAMES = tuple(sorted(read_sums(CHECKPOINTS)))  # those that ship
 KINDS = {"search": "search_color"}  # what the checkpoints are trained on
 LONGEST = 200  # characters of a question: far beyond any that they know
 MOST_TOKENS = 256  # of an answer

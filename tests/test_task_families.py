@@ -480,5 +480,5 @@ def test_scenes_that_cannot_teach_about_cells_are_refused(tmp_path):
 
 def test_lessons_are_searches_among_few():
     counts = Counter(len(make("color_of_few", index, image_size=112).objects) for index in range(60))
-    assert set(counts) == {1, 2, 3, 4}
+    assert set(counts) == {2, 3, 4}
     assert "color_of_few" not in tasks_of("all") and tasks_of("search_color, jigsaw") == ("search_color", "jigsaw")

@@ -108,8 +108,11 @@ def ask_search_text(request: Request) -> Sample:
 
 
 def ask_color_of_few(request: Request) -> Sample:
-    """A search among one to four things: what a model that has never looked can begin with."""
-    return ask_color(request, paint_large_scene, (0, 3))
+    """A search among two to four things: what a model that has never looked can begin with.
+
+    Never one thing alone: it has so few layouts that a split may hold none of them.
+    """
+    return ask_color(request, paint_large_scene, (1, 3))
 
 
 def describe_large_scene(request: Request) -> Sample:
