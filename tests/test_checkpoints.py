@@ -105,5 +105,5 @@ def test_twins_are_trained_by_commands_that_the_scripts_take(tmp_path):
     from test_recipes import parses
 
     for folder in ("clip-direct", "qwen-direct", "qwen-text"):
-        [(made, command)] = comparison.twin_commands(folder, tmp_path, 1.0)
+        *_, (made, command) = comparison.twin_commands(folder, tmp_path, 1.0)
         assert made == f"{tmp_path}/{folder}/config.json" and parses(command)
