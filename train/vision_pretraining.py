@@ -129,6 +129,7 @@ def pretrain(
     """
     torch.manual_seed(seed)
     images, labels = read_scenes(data)
+    batch_size = min(batch_size, len(images))
     grid = labels.shape[1]
     kinds = [number for number in range(len(NAMES)) if number < ALWAYS or labels[..., number].any()]
     names = [list(NAMES)[number] for number in kinds]
