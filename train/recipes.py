@@ -1,8 +1,8 @@
 """From nothing to a trained small model and its scores, one command: data, backbone, conversion, every stage, evaluation.
 
     python -m train.recipes deeplatent --output out/small
-    python -m train.recipes lare --output out/small
     python -m train.recipes vedas --output out/small
+    python -m train.recipes lare --output out/lare-small                   # another task, so another folder
     python -m train.recipes deeplatent --task color --output out/color     # smaller pictures, within minutes on a CPU
 
 A recipe is a list of the commands that the README documents; they are printed as they run. What is there already is not
@@ -59,7 +59,7 @@ def make_data(output: Path, task: str, scale: float) -> tuple[list[tuple[str, st
     """(what it makes, command) for scenes to learn to see, questions to learn from, and unseen ones; and the files that
     teach tokenizer and tower."""
     names = tasks_of(task)
-    is_search = any(family_of(name) == "search" for name in names)
+    is_search = any(family_of(name) == "search" or name == "color_of_few" for name in names)
     scenes = {"scenes": ("describe_search" if is_search else "describe", 6000)}
     if is_search or "jigsaw" in names:
         scenes["puzzles"] = ("jigsaw", 3000)
@@ -105,25 +105,21 @@ def vedas(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
     ]
 
 
-# LaRe's runs: folder, stage, data, epochs, learning rate. Its language model starts from nothing where the paper's only adapts:
-# the first two make the plain model, which knows how to look and to speak, that the paper starts from. A search among few
-# comes first: among many, where to look and what to say can hardly be learned at once.
-LARE_RUNS = (
-    ("lare-few", 0, "few", 3, "1e-3 --lr_scheduler_type constant_with_warmup"),
-    ("lare-stage0", 0, "train", 3, "1e-3"),
-    ("lare-stage1", 1, "train", 0.25, "1e-3"),
-    ("lare-stage2", 2, "train", 0.5, "1e-3"),
-    ("lare-stage3", 3, "train", 2, "1e-3"),
-    ("lare-stage4", 4, "train", 0.5, "3e-4"),
-)
+# Epochs and learning rate of LaRe's stages. Its language model starts from nothing where the paper's only adapts: stage 0 makes
+# the plain model, which knows how to look and to speak, that the paper starts from. Where to look is learned suddenly, after
+# hundreds of steps that seem to lead nowhere: hence the constant rate.
+LARE_STAGES = {
+    0: (5, "1e-3 --lr_scheduler_type constant_with_warmup"),
+    1: (0.15, "1e-3"),
+    2: (0.4, "1e-3"),
+    3: (2, "1e-3"),
+    4: (0.25, "3e-4"),
+}
 
 
 def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
     size = 32 if scale >= 1 else 8
     data, texts, scenes = make_data(output, task, scale)
-    has_few = any(family_of(name) == "search" for name in tasks_of(task))
-    if has_few:
-        data.append(make_set(output, "few", "color_of_few", "train", 6000, scale))
     commands = [
         *data,
         (
@@ -142,15 +138,13 @@ def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
         ),
     ]
     before = f"{output}/lare"
-    for name, stage, data_name, epochs, rate in LARE_RUNS:
-        if data_name == "few" and not has_few:
-            continue
-        after = f"{output}/{name}"
+    for stage, (epochs, rate) in LARE_STAGES.items():
+        after = f"{output}/lare-stage{stage}"
         commands.append(
             (
                 f"{after}/config.json",
                 f"train.train_lare --stage {stage} --model_path {before} --data_format steps "
-                f"--data_path {output}/{data_name}/data.jsonl --output_dir {after} --vae_path {output}/clip/vae "
+                f"--data_path {output}/train/data.jsonl --output_dir {after} --vae_path {output}/clip/vae "
                 f"--crop_size 32 --unet_channels 8 8 16 16 --learning_rate {rate} "
                 f"--num_train_epochs {epochs if scale >= 1 else 1} --per_device_train_batch_size {size} "
                 f"--global_batch_size {size} {SHARED}",
@@ -200,6 +194,7 @@ RECIPES = {
     "lare": (lare, "lare-stage4"),
     "vedas": (vedas, "vedas-trained"),
 }
+TASK_OF = {"deeplatent": "search_color", "lare": "color_of_few", "vedas": "search_color"}
 
 
 def run(commands: list[tuple[str, str]], times: Path | None = None) -> None:
@@ -257,14 +252,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", choices=sorted(RECIPES))
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--task", default="search_color", help="of `train.tasks`; several with commas")
+    parser.add_argument(
+        "--task", help="of `train.tasks`, several with commas; by default one that minutes are enough for"
+    )
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of the data; below 1 also fewer epochs, to try it out"
     )
     args = parser.parse_args()
     build, trained = RECIPES[args.recipe]
     args.output.mkdir(parents=True, exist_ok=True)
-    run(build(args.output, args.task, args.scale), args.output / "times.jsonl")
+    run(build(args.output, args.task or TASK_OF[args.recipe], args.scale), args.output / "times.jsonl")
     test = args.output / "test" / "data.jsonl"
     scores = score(args.output / trained, test)
     if args.recipe == "deeplatent":
