@@ -31,8 +31,8 @@ def plain_steps(pair: Pair, embeds: torch.Tensor) -> None:
 
 @torch.no_grad()
 def refocusing_steps(pair: Pair, input_ids: torch.Tensor, embeds: torch.Tensor) -> None:
-    """Prefill, then the refocusing steps."""
-    end = torch.full((len(embeds),), embeds.shape[1], device=embeds.device)
+    """Prefill, then the refocusing steps; `embeds` have a `<bot>` more than `input_ids`."""
+    end = torch.full((len(embeds),), input_ids.shape[1], device=embeds.device)
     decoder = RefocusDecoder(pair.ours, RefocusContext([None]), None, True, {})
     decoder.run(input_ids, embeds, torch.ones_like(input_ids, dtype=torch.bool), Places(end, end))
 
@@ -40,8 +40,10 @@ def refocusing_steps(pair: Pair, input_ids: torch.Tensor, embeds: torch.Tensor) 
 def lare_calls(sizes: Sizes, setting: Setting, **fields) -> tuple[Pair, dict]:
     pair = lare(sizes.shape, setting, **fields)
     ids = lare_inputs(pair, sizes.words)["input_ids"]
-    embeds = torch.randn(*ids.shape, pair.hidden_size, device=setting.device, dtype=setting.dtype) * 0.02
-    return pair, {"stock": lambda: plain_steps(pair, embeds), "LaRe": lambda: refocusing_steps(pair, ids, embeds)}
+    shape = (len(ids), ids.shape[1] + 1, pair.hidden_size)
+    embeds = torch.randn(shape, device=setting.device, dtype=setting.dtype) * 0.02
+    calls = {"stock": lambda: plain_steps(pair, embeds[:, :-1]), "LaRe": lambda: refocusing_steps(pair, ids, embeds)}
+    return pair, calls
 
 
 def vedas_calls(sizes: Sizes, setting: Setting, words: int, new_tokens: int, scopes=SCOPES) -> dict:

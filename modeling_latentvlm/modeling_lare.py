@@ -142,10 +142,11 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
             )
         features = [row.features for row in latent_context.images if row is not None]
         decoder = RefocusDecoder(self, latent_context, past_key_values, use_cache, kwargs)
-        embeds = self._embed_prompt(input_ids, latent_context)
+        is_prompt = latent_context.decode_step < 0
+        embeds = self._embed_prompt(self._with_bot(input_ids) if is_prompt else input_ids, latent_context)
         if self.training and pixel_values is None:
             embeds = embeds + self._blank_picture(embeds)
-        if latent_context.decode_step >= 0:
+        if not is_prompt:
             hidden = decoder.go_on(input_ids, embeds)
         else:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -176,6 +177,12 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
             output.latent_mask = torch.stack(context.is_taken, dim=1)
         if context.windows:
             output.windows = torch.stack(context.windows, dim=1)
+
+    def _with_bot(self, input_ids: Tensor) -> Tensor:
+        """A `<bot>` behind every row, (B, S + 1), where steps are taken."""
+        if self.config.step_limit == 0:
+            return input_ids
+        return torch.cat([input_ids, torch.full_like(input_ids[:, :1], self.config.bot_token_id)], dim=1)
 
     def _delimiters(self, input_ids: Tensor) -> Tensor:
         """(B, S) bool: the columns of `<bot>` and `<eot>`."""

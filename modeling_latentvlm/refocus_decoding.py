@@ -102,6 +102,8 @@ class RefocusDecoder(SegmentDecoder):
         The last column of a prompt, or the row's own `<eot>`, has the hidden state that follows the latents.
 
         Args:
+            embeds: (B, S + 1, D) of `input_ids` and of a `<bot>`, which is where a prompt wants it, so that nothing as large
+                as the prompt is held twice; (B, S, D) where no steps are taken.
             mask: (B, S) bool, without `<bot>` and `<eot>`.
         """
         rows, length = input_ids.shape
@@ -167,12 +169,13 @@ class RefocusDecoder(SegmentDecoder):
         in_prompt = columns < places.ends[:, None]
         zeros = torch.zeros_like(places.ends)
         self.columns = places.ends.tolist()
+        with_bot, embeds, bot, eot = embeds, embeds[:, :-1], embeds[:, -1:], self.embed_eot(embeds)
         prompt, width = cut(embeds, zeros, places.ends), max(self.columns)
         self.tokens = VisualTokens.find((is_image & mask & in_prompt)[:, :width], prompt, self.config.image_grid_size)
         self.num_images = (self.tokens.exists.sum(dim=1) // self.config.image_grid_size**2).tolist()
-        bot, eot = self.delimiters(rows, embeds)
         attended = torch.cat([(mask & in_prompt)[:, :width], torch.ones_like(mask[:, :1])], dim=1)
-        thought = self.observe(torch.cat([prompt, bot], dim=1), attended, True)
+        opened = with_bot if min(self.columns) == length else torch.cat([prompt, bot], dim=1)
+        thought = self.observe(opened, attended, True)
         end = self.refocus(thought, eot)
         if not self.config.answer_sees_image:
             end = self.read_latents(prompt, bot, eot, (mask & in_prompt & ~is_image)[:, :width])
@@ -210,11 +213,9 @@ class RefocusDecoder(SegmentDecoder):
         source = torch.where(~has_own & (columns == ends - 1), width + 1, source)
         return torch.where(columns >= starts, width + 2 + columns - starts, source)
 
-    def delimiters(self, rows: int, embeds: Tensor) -> list[Tensor]:
-        """`<bot>` and `<eot>`, (B, 1, D) each."""
-        ids = torch.tensor([[self.config.bot_token_id], [self.config.eot_token_id]], device=embeds.device)
-        both = self.model.get_input_embeddings()(ids).to(embeds.dtype)
-        return [one.expand(rows, -1, -1) for one in both[:, None]]
+    def embed_eot(self, embeds: Tensor) -> Tensor:  # (B, 1, D)
+        ids = torch.tensor([[self.config.eot_token_id]], device=embeds.device)
+        return self.model.get_input_embeddings()(ids).to(embeds.dtype).expand(len(embeds), -1, -1)
 
     def refocus(self, thought: Thought, eot: Tensor) -> Tensor:
         """Take the steps of every row: (B, D), the hidden state of its `<eot>`."""
