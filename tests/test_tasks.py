@@ -359,8 +359,8 @@ BAD_ARGUMENTS = [
         "`level` must be easy for task color, which has no other; got 'hard'",
     ),
     (
-        {"task": "shapes,color"},
-        "`task` must name a task once, got color twice in 'shapes,color': its samples would repeat.",
+        {"task": "color,jigsaw:0"},
+        "A task's share, as in `search_color:4,jigsaw`, must be a number above 0; got 'color,jigsaw:0'.",
     ),
     (
         {"task": "search_text", "level": "hard", "image_size": 196},

@@ -55,16 +55,24 @@ def make_set(output: Path, name: str, task: str, split: str, count: int, scale: 
     )
 
 
+def is_search(task: str) -> bool:
+    """Whether a large scene has to be searched, which takes longer to learn."""
+    return any(family_of(name) == "search" for name in tasks_of(task))
+
+
 def make_data(output: Path, task: str, scale: float) -> tuple[list[tuple[str, str]], str, str]:
     """(what it makes, command) for scenes to learn to see, questions to learn from, and unseen ones; and the files that
     teach tokenizer and tower."""
     names = tasks_of(task)
-    is_search = any(family_of(name) == "search" or name == "color_of_few" for name in names)
-    scenes = {"scenes": ("describe_search" if is_search else "describe", 6000)}
-    if is_search or "jigsaw" in names:
+    scenes = {"scenes": ("describe_search" if is_search(task) else "describe", 6000)}
+    if is_search(task) or "jigsaw" in names:
         scenes["puzzles"] = ("jigsaw", 3000)
     sets = {name: (kind, "train", count) for name, (kind, count) in scenes.items()}
-    sets |= {"train": (task, "train", 4000 * len(names)), "test": (task, "test", 400)}
+    once = tuple(dict.fromkeys(names))  # whatever their shares
+    sets |= {
+        "train": (task, "train", max(4000, 1000 * len(names))),
+        "test": (",".join(once), "test", 400 * len(once)),
+    }
     commands = [make_set(output, name, kind, split, count, scale) for name, (kind, split, count) in sets.items()]
     seen = " ".join(f"{output}/{name}/data.jsonl" for name in scenes)
     return commands, f"{output}/train/data.jsonl {seen}", seen
@@ -155,7 +163,7 @@ def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
 
 
 def deeplatent(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
-    epochs = 9 if scale >= 1 else 1
+    epochs = 1 if scale < 1 else 9 if is_search(task) else 5
     training = f"--per_device_train_batch_size 32 --gradient_accumulation_steps 1 {SHARED}"
     data = f"--data_path {output}/train/data.jsonl"
     return [
@@ -194,7 +202,7 @@ RECIPES = {
     "lare": (lare, "lare-stage4"),
     "vedas": (vedas, "vedas-trained"),
 }
-TASK_OF = {"deeplatent": "search_color", "lare": "color_of_few", "vedas": "search_color"}
+TASK_OF = {"deeplatent": "search_color:4,jigsaw", "lare": "color_of_few:4,jigsaw", "vedas": "search_color:4,jigsaw"}
 
 
 def run(commands: list[tuple[str, str]], times: Path | None = None) -> None:

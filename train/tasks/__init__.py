@@ -8,7 +8,6 @@ command line follow. `python -m train.tasks.balance` measures what is known with
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,7 +82,7 @@ def generate_sample(
 ) -> Sample:
     """Return sample `index` of a task. The same arguments give the same sample.
 
-    "all", or the name of a family, deals n tasks in turn: its sample `index` is sample `index // n` of one of them.
+    "all", the name of a family, or several names deal tasks in turn; the samples of each are those that it has alone.
 
     Args:
         image_size: side of the picture in pixels, a multiple of 28.
@@ -97,8 +96,10 @@ def generate_sample(
     if index < 0:
         raise ValueError(f"`index` must be >= 0, got {index}.")
     dealt = tasks_of(task, level)
-    index, turn = divmod(index, len(dealt))
-    return (TASKS | PRETRAINING)[dealt[turn]](Request(dealt[turn], split, seed, index, image_size, level))
+    rounds, turn = divmod(index, len(dealt))
+    name = dealt[turn]
+    index = rounds * dealt.count(name) + dealt[:turn].count(name)
+    return (TASKS | PRETRAINING)[name](Request(name, split, seed, index, image_size, level))
 
 
 def write_dataset(
@@ -159,18 +160,18 @@ def _save(sample: Sample, output: Path) -> dict:
 def _validate(task: str, split: str, image_size: int, level: str) -> None:
     known = (ALL, *FAMILIES, *TASKS, *PRETRAINING)
     known = tuple(dict.fromkeys(known))  # a family with one task may have its name
-    if any(one.strip() not in known for one in task.split(",")):
+    named = [one.strip().partition(":") for one in task.split(",")]
+    if any(name not in known for name, _, _ in named):
         raise ValueError(f"`task` must be one of {', '.join(known)}, or several with commas; got {task!r}.")
+    if any(colon and not (share.isdecimal() and int(share)) for _, colon, share in named):
+        raise ValueError(f"A task's share, as in `search_color:4,jigsaw`, must be a number above 0; got {task!r}.")
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}; got {split!r}.")
     if level not in LEVELS:
         raise ValueError(f"`level` must be one of {', '.join(LEVELS)}; got {level!r}.")
-    for one in task.split(","):
-        if not tasks_of(one.strip(), level):
-            raise ValueError(f"`level` must be easy for task {one.strip()}, which has no other; got {level!r}.")
-    twice = [one for one, count in Counter(tasks_of(task, level)).items() if count > 1]
-    if twice:
-        raise ValueError(f"`task` must name a task once, got {twice[0]} twice in {task!r}: its samples would repeat.")
+    for name, _, _ in named:
+        if not tasks_of(name, level):
+            raise ValueError(f"`level` must be easy for task {name}, which has no other; got {level!r}.")
     if image_size < MIN_IMAGE_SIZE or image_size % PATCH_MULTIPLE:
         raise ValueError(
             f"`image_size` must be a multiple of {PATCH_MULTIPLE} and at least {MIN_IMAGE_SIZE} pixels, "

@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m train.tasks", description="Write procedural questions about pictures: data.jsonl and images/."
     )
-    families = f"a family ({', '.join(FAMILIES)}) for an even mix of its tasks, or all; several with commas"
+    families = f"a family ({', '.join(FAMILIES)}) for an even mix of its tasks, or all; several with commas, and shares: search_color:4,jigsaw"
     parser.add_argument("--task", required=True, help=f"{', '.join(TASKS)}; {families}")
     parser.add_argument("--n", type=int, required=True, help="number of samples")
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same bytes (default: 0)")

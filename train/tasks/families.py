@@ -19,10 +19,14 @@ ONE_LEVEL = ("shapes",)  # families that have no hard level
 def tasks_of(name: str, level: str = "easy") -> tuple[str, ...]:
     """The tasks that a name given to `--task` deals in turn: all, those of a family, or itself; several names with commas.
 
-    "all" leaves out the families that do not have the level; a name with no such task gives none.
+    `search_color:4,jigsaw` deals four of the one for one of the other. "all" leaves out the families that do not have the
+    level; a name with no such task, or a share that is no number above 0, gives none.
     """
     if "," in name:
-        return tuple(task for one in name.split(",") for task in tasks_of(one.strip(), level))
+        return tuple(task for one in name.split(",") for task in tasks_of(one, level))
+    name, colon, share = name.strip().partition(":")
+    if colon:
+        return tasks_of(name, level) * (int(share) if share.isdecimal() else 0)
     there = {family: tasks for family, tasks in FAMILIES.items() if level == "easy" or family not in ONE_LEVEL}
     if name == "all":
         return tuple(task for tasks in there.values() for task in tasks)
@@ -34,4 +38,6 @@ def tasks_of(name: str, level: str = "easy") -> tuple[str, ...]:
 
 def family_of(task: str) -> str:
     """The family of a task; "describe" for those that only teach to see."""
+    if task == "color_of_few":
+        return "search"
     return next((family for family, tasks in FAMILIES.items() if task in tasks), "describe")
