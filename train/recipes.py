@@ -163,7 +163,7 @@ def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
 
 
 def deeplatent(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
-    epochs = 1 if scale < 1 else 9 if is_search(task) else 5
+    epochs = 1 if scale < 1 else 7 if is_search(task) else 4
     training = f"--per_device_train_batch_size 32 --gradient_accumulation_steps 1 {SHARED}"
     data = f"--data_path {output}/train/data.jsonl"
     return [
