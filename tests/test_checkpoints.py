@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,27 +77,43 @@ def summary(right: int) -> dict:
 
 
 def test_the_comparison_asks_every_arm_and_trains_missing_twins(tmp_path, monkeypatch):
+    """Direct twins at three rates: the one that is right most often on validation questions is asked the test's."""
     ran, trained = [], []
-    (tmp_path / "lare-stage4").mkdir()
-    (tmp_path / "lare-stage4" / "config.json").touch()
-    (tmp_path / "lare-stage0").mkdir()
-    (tmp_path / "lare-stage0" / "config.json").touch()
+    for name in ("lare-stage4", "lare-stage0", "test"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    (tmp_path / "test" / "data.jsonl").write_text(json.dumps({"task": "jigsaw"}) + "\n")
 
     def evaluate(command, check):
-        ran.append(command)
-        folder = tmp_path / "scores" / "lare" / command[command.index("--output") + 1].rsplit("/", 1)[1]
+        model, folder = (Path(command[command.index(flag) + 1]) for flag in ("--model", "--output"))
+        ran.append((model.name, "val" if "val/data" in " ".join(command) else folder.name, "--latents" in command))
+        right = {"clip-direct-3e-4": 1, "clip-direct-1e-3": 3, "clip-direct-3e-3": 2}.get(model.name, 4)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "summary.json").write_text(json.dumps(summary(len(ran) % 5)))
+        (folder / "summary.json").write_text(json.dumps(summary(right)))
+        rows = [{"id": str(row), "task": "jigsaw", "correct": row < right} for row in (3, 1, 0, 2)]
+        (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def train(commands, times=None):
+        trained.extend(Path(made).parent.name for made, _ in commands)
+        state = tmp_path / trained[-1] / "checkpoint-2"
+        state.mkdir(parents=True)
+        history = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]
+        (state / "trainer_state.json").write_text(json.dumps({"log_history": history}))
 
     monkeypatch.setattr(comparison.subprocess, "run", evaluate)
-    monkeypatch.setattr(comparison, "run", lambda commands, times: trained.extend(commands))
+    monkeypatch.setattr(comparison, "run", train)
     comparison.main(["--run", str(tmp_path), "--models", "lare"])
-    assert [made for made, _ in trained] == [f"{tmp_path}/clip-direct/config.json"]
-    models = [command[command.index("--model") + 1].rsplit("/", 1)[1] for command in ran]
-    assert models == ["lare-stage4"] * 4 + ["clip-direct", "lare-stage0"]
-    assert [command[command.index("--latents") + 1] for command in ran if "--latents" in command] == ["off"] * 3
+    assert trained == ["val", "clip-direct-3e-4", "clip-direct-1e-3", "clip-direct-3e-3"]
+    assert ran[:4] == [
+        ("lare-stage4", name, name == "latents-off") for name in ("as-trained", "latents-off", "swap", "noise")
+    ]
+    assert ran[4:7] == [(f"clip-direct-{rate}", "val", True) for rate in comparison.RATES]
+    assert ran[7:] == [("clip-direct-1e-3", "direct", True), ("lare-stage0", "text-reasoning", True)]
+    assert json.loads((tmp_path / "twins.json").read_text())["clip-direct"]["chosen"] == "1e-3"
+    assert (tmp_path / "twins.png").stat().st_size > 5000
     table = (tmp_path / "comparison.md").read_text()
-    assert "| lare | as trained | 25.0 (10.0 to 90.0) | 9.0 | 8.0 |" in table and "| lare | text reasoning |" in table
+    assert "| lare | as trained | 100.0 (10.0 to 90.0) | 9.0 | 8.0 | - |" in table
+    assert "| lare | direct | 75.0 (10.0 to 90.0) | 9.0 | 8.0 | +25.0 (+0.0 to +75.0) |" in table
     with pytest.raises(SystemExit):
         comparison.main(["--run", str(tmp_path), "--models", "vedas"])
 
@@ -104,6 +121,6 @@ def test_the_comparison_asks_every_arm_and_trains_missing_twins(tmp_path, monkey
 def test_twins_are_trained_by_commands_that_the_scripts_take(tmp_path):
     from test_recipes import parses
 
-    for folder in ("clip-direct", "qwen-direct", "qwen-text"):
-        *_, (made, command) = comparison.twin_commands(folder, tmp_path, 1.0)
-        assert made == f"{tmp_path}/{folder}/config.json" and parses(command)
+    for folder in ("clip-direct-3e-4", "qwen-direct-3e-4", "qwen-text"):
+        *_, (made, command) = comparison.twin_commands(folder, tmp_path, 1.0, "3e-4")
+        assert made == f"{tmp_path}/{folder}/config.json" and parses(command) and "--learning_rate 3e-4" in command

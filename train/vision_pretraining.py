@@ -38,6 +38,7 @@ NAMES = {
     "home": ("", *QUADRANTS),
     "walls": ("", OPEN, *WALLS),
     "value": ("", *VALUES["easy"]),
+    "place": ("", *QUADRANTS),  # of the cell itself, for towers that can know it
 }
 ALWAYS = 3  # so many of them are learned even where the data have none
 
@@ -104,6 +105,18 @@ def read_scenes(data: str | Path | list[str | Path]) -> tuple[list[Path], Tensor
     return images, torch.stack(labels)
 
 
+def place_labels(grid: int) -> Tensor:
+    """(grid, grid) the quadrant that each cell lies in; 0 in the middle lines of an odd grid.
+
+    A tower that forgets where its patches lie leaves that to a language model whose positions count words. The pictures
+    of Qwen2.5-VL need none of it: its language model knows rows and columns.
+    """
+    half = torch.arange(grid) >= (grid + 1) // 2
+    is_middle = (torch.arange(grid) == grid // 2) & bool(grid % 2)
+    labels = 1 + 2 * half.long()[:, None] + half.long()
+    return labels.masked_fill(is_middle[:, None] | is_middle, 0)
+
+
 def load_images(paths: list[Path]) -> list[Image.Image]:
     images = []
     for path in paths:
@@ -131,10 +144,12 @@ def pretrain(
     images, labels = read_scenes(data)
     batch_size = min(batch_size, len(images))
     grid = labels.shape[1]
+    tower = CellFeatures(folder)
+    if tower.is_clip:
+        labels[..., list(NAMES).index("place")] = place_labels(grid)
     kinds = [number for number in range(len(NAMES)) if number < ALWAYS or labels[..., number].any()]
     names = [list(NAMES)[number] for number in kinds]
     labels = labels[..., kinds]
-    tower = CellFeatures(folder)
     heads = nn.ModuleList([nn.Linear(tower.size, len(NAMES[name])) for name in names])
     optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], learning_rate, weight_decay=0.01)
     steps = epochs * (len(images) // batch_size)
