@@ -1,8 +1,8 @@
-"""What `make demo` runs: the three checkpoints that ship answer questions about pictures that they have never seen.
+"""What `make demo` runs: the checkpoints that ship answer questions about pictures that they have never seen.
 
     python -m examples.demo --n 20 --seed 1
 
-The pictures are searched for one colored shape among many. Where the latents of an answer looked is drawn to out/demo.
+In turn the color of one shape among many is asked for, and which piece of a puzzle belongs where. Where the latents of an answer looked is drawn to out/demo.
 """
 
 import argparse

@@ -25,7 +25,7 @@ from train.tasks import Sample, generate_sample
 
 
 NAMES = tuple(sorted(read_sums(CHECKPOINTS)))  # those that ship
-KINDS = {"search": "search_color"}  # what the checkpoints are trained on
+KINDS = {"search": "search_color", "jigsaw": "jigsaw"}  # what the checkpoints are trained on
 LONGEST = 200  # characters of a question: far beyond any that they know
 MOST_TOKENS = 256  # of an answer
 DONORS = 3  # pictures whose latents are asked for before there is nothing to swap with

@@ -18,11 +18,11 @@ from train.checkpoints import CHECKPOINTS
 
 TITLE = "Where do the latents look?"
 ABOUT = (
-    "Three small models (1 to 2 million weights) that reason in latent space, trained on one kind of question: the color of one "
-    "shape among many. Of other pictures and questions they know nothing, and answer all "
-    "the same."
+    "Small models (1 to 2 million weights) that reason in latent space, trained on two kinds of question: the color of one "
+    "shape among many, and which piece of a puzzle belongs where. Of other pictures and questions they know nothing, and "
+    "answer all the same."
 )
-BUTTONS = {"search": "New picture"}
+BUTTONS = {"search": "New picture to search", "jigsaw": "New puzzle"}
 # Pictures have few pixels, and are shown larger than they are.
 STYLE = "#picture img { width: 100% !important; height: 100% !important; object-fit: contain !important; }"
 NOTHING = "(no latents to swap)"

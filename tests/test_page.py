@@ -76,7 +76,7 @@ def test_what_cannot_be_asked(picture, question, message):
 
 
 def test_unknown_kinds_and_missing_checkpoints_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"one of \['search'\], got 'maze'"):
+    with pytest.raises(ValueError, match=r"one of \['jigsaw', 'search'\], got 'maze'"):
         looking.draw_sample("maze", 0)
     with pytest.raises(ValueError, match="no checkpoint 'lare' in .*make train-lare"):
         page.answer("lare", *page.new_picture("search", 0), tmp_path)
@@ -108,7 +108,7 @@ def test_the_page_works_in_a_browser(checkpoints):
             tab.on("request", lambda request: asked.append(request.url))
             tab.goto(url)
             tab.get_by_label("vedas").check()
-            tab.get_by_role("button", name="New picture").click()
+            tab.get_by_role("button", name="New picture to search").click()
             question = tab.get_by_label("Question")
             browser.expect(question).to_have_value(re.compile("^What color is the "), timeout=60_000)
             tab.get_by_role("button", name="Ask").click()
