@@ -117,10 +117,10 @@ def vedas(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
 # the plain model, which knows how to look and to speak, that the paper starts from. Where to look is learned suddenly, after
 # hundreds of steps that seem to lead nowhere: hence the constant rate.
 LARE_STAGES = {
-    0: (5, "1e-3 --lr_scheduler_type constant_with_warmup"),
+    0: (12, "1e-3 --lr_scheduler_type constant_with_warmup"),
     1: (0.15, "1e-3"),
     2: (0.4, "1e-3"),
-    3: (2, "1e-3"),
+    3: (3, "1e-3"),
     4: (0.25, "3e-4"),
 }
 
@@ -202,7 +202,7 @@ RECIPES = {
     "lare": (lare, "lare-stage4"),
     "vedas": (vedas, "vedas-trained"),
 }
-TASK_OF = {"deeplatent": "search_color:4,jigsaw", "lare": "color_of_few:4,jigsaw", "vedas": "search_color:4,jigsaw"}
+TASK_OF = {"deeplatent": "search_color:4,jigsaw", "lare": "search_color:4,jigsaw", "vedas": "search_color:4,jigsaw"}
 
 
 def run(commands: list[tuple[str, str]], times: Path | None = None) -> None:
