@@ -30,7 +30,7 @@ style: $(VENV)/.ready
 
 # Small models from nothing, on whatever is at hand; `TRAIN="--scale 0.01"` tries a recipe out.
 train-deeplatent train-lare train-vedas: train-%: $(VENV)/.ready
-	$(BIN)/python -m train.recipes $* --output out/$*-small $(TRAIN)
+	$(BIN)/python -m train.recipes $* --output out/small $(TRAIN)
 
 clean:
 	rm -rf $(VENV) *.egg-info build dist

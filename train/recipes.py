@@ -2,7 +2,7 @@
 
     python -m train.recipes deeplatent --output out/small
     python -m train.recipes vedas --output out/small
-    python -m train.recipes lare --output out/lare-small                   # another task, so another folder
+    python -m train.recipes lare --output out/small
     python -m train.recipes deeplatent --task color --output out/color     # smaller pictures, within minutes on a CPU
 
 A recipe is a list of the commands that the README documents; they are printed as they run. What is there already is not
@@ -202,7 +202,7 @@ RECIPES = {
     "lare": (lare, "lare-stage4"),
     "vedas": (vedas, "vedas-trained"),
 }
-TASK_OF = {"deeplatent": "search_color:4,jigsaw", "lare": "search_color:4,jigsaw", "vedas": "search_color:4,jigsaw"}
+TASK = "search_color:4,jigsaw"  # a search and a synthesis; the puzzle is learned soon
 
 
 def run(commands: list[tuple[str, str]], times: Path | None = None) -> None:
@@ -260,16 +260,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", choices=sorted(RECIPES))
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument(
-        "--task", help="of `train.tasks`, several with commas; by default one that minutes are enough for"
-    )
+    parser.add_argument("--task", default=TASK, help="of `train.tasks`, several with commas")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of the data; below 1 also fewer epochs, to try it out"
     )
     args = parser.parse_args()
     build, trained = RECIPES[args.recipe]
     args.output.mkdir(parents=True, exist_ok=True)
-    run(build(args.output, args.task or TASK_OF[args.recipe], args.scale), args.output / "times.jsonl")
+    run(build(args.output, args.task, args.scale), args.output / "times.jsonl")
     test = args.output / "test" / "data.jsonl"
     scores = score(args.output / trained, test)
     if args.recipe == "deeplatent":
