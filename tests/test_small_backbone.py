@@ -9,7 +9,7 @@ from conversion.convert_vedas import convert_vedas
 from train.small_backbone import texts_of, write_backbone
 from train.tasks import generate_sample, write_dataset
 from train.tasks.shapes import COLORS, DIGITS, GRID, SHAPES
-from train.vision_pretraining import NAMES, CellFeatures, cell_labels, pretrain
+from train.vision_pretraining import NAMES, CellFeatures, cell_labels, place_labels, pretrain
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,12 @@ def test_a_description_names_every_thing_in_its_cell():
                 assert said[row][column] == expected
     assert len(NAMES["color"]) == len(COLORS) + 1 and len(NAMES["shape"]) == len(SHAPES) + 1
     assert len(NAMES["digit"]) == len(DIGITS) + 1
+
+
+def test_places_are_quadrants_and_the_middle_lines_are_none():
+    assert place_labels(2).tolist() == [[1, 2], [3, 4]]  # 0 is for nothing, then QUADRANTS
+    assert place_labels(4)[1:3, 1:3].tolist() == [[1, 2], [3, 4]]
+    assert place_labels(3).tolist() == [[1, 0, 2], [0, 0, 0], [3, 0, 4]]
 
 
 def test_the_vision_tower_learns_what_stands_in_the_cells(backbone, data):
