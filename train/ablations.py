@@ -26,11 +26,6 @@ VARIANTS: dict[str, tuple[str, str]] = {
     "2 LatentFormer layers": ("{base}/sft1", f"{SFT2} --config_overrides latentformer_layers=2"),
     "no query modulation": ("{base}/sft1", f"{SFT2} --config_overrides modulate_queries=false"),
     "no image modulation": ("{base}/sft1", f"{SFT2} --config_overrides modulate_images=false"),
-    "fixed scale": ("{base}/sft1", f"{SFT2} --config_overrides latent_scale=fixed fixed_latent_grid=[2,2]"),
-    "autoregressive": (
-        "{base}/sft1",
-        f"{SFT2} --config_overrides latent_mode=autoregressive num_autoregressive_latents=4",
-    ),
     "no distillation": ("{base}/sft1", "--stage sft2 --align_loss_weight 0"),
     "text-only CoT": ("{base}/sft1", "--stage sft1 --chain_of_thought text"),
     "visual-only CoT": ("{base}/sft1", f"{SFT2} --chain_of_thought visual"),
@@ -40,6 +35,12 @@ VARIANTS: dict[str, tuple[str, str]] = {
     "joint GRPO, LatentFormer learns": ("{seed}/full", f"{RL} --train_latent_former"),
     "joint GRPO, paid for latents": ("{seed}/full", f"{RL} --latent_reward_weight 0.1"),
 }
+# The paper's figure 4: as many latents at once as one by one. More than 16 need pictures of more than 112 pixels.
+FIGURE_4 = {1: "[1,1]", 4: "[2,2]", 16: "[4,4]"}
+for count, grid in FIGURE_4.items():
+    fixed = f"{SFT2} --config_overrides latent_scale=fixed fixed_latent_grid={grid}"
+    one_by_one = f"{SFT2} --config_overrides latent_mode=autoregressive num_autoregressive_latents={count}"
+    VARIANTS |= {f"{count} in parallel": ("{base}/sft1", fixed), f"{count} one by one": ("{base}/sft1", one_by_one)}
 
 
 def commands(
