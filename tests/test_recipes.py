@@ -35,6 +35,19 @@ def test_commands_are_what_the_scripts_take(name, tmp_path):
     assert read <= set(made)  # what a command reads, one before it made
 
 
+@pytest.mark.parametrize("name", ["deeplatent", "vedas"])
+def test_the_larger_variant_differs_in_backbone_and_rates(name, tmp_path):
+    build, _ = recipes.RECIPES[name]
+    small, large = (build(tmp_path, "color", 1.0, language) for language in ("small", "smollm2"))
+    assert all(parses(command) or "train_" not in command for _, command in large)
+    changed = [(one, two) for (_, one), (_, two) in zip(small, large, strict=True) if one != two]
+    assert changed[0][1] == f"conversion.fetch_assets --output {tmp_path}/backbone"
+    assert changed[1:] and all(
+        "--learning_rate 0.001" in one and "--learning_rate 0.0001" in two for one, two in changed[1:2]
+    )
+    assert len(changed) == {"deeplatent": 3, "vedas": 2}[name]  # RL has its own rate
+
+
 def parses(command: str) -> bool:
     """Whether it is a command of a training script; what the script does not take is an error of its parser."""
     module, *arguments = shlex.split(command)

@@ -47,6 +47,13 @@ SMALL_RL = (
 RL_STEPS = 64
 
 
+# What the backbones of DeepLatent and Vedas start from: the command, and its share of the learning rates.
+LANGUAGES = {
+    "small": ("train.small_backbone --data {texts} --output {output}/backbone --num-layers 4", 1.0),
+    "smollm2": ("conversion.fetch_assets --output {output}/backbone", 0.1),  # 135M that speak English; downloads 93 MB
+}
+
+
 def make_set(output: Path, name: str, task: str, split: str, count: int, scale: float) -> tuple[str, str]:
     return (
         f"{output}/{name}/data.jsonl",
@@ -78,15 +85,12 @@ def make_data(output: Path, task: str, scale: float) -> tuple[list[tuple[str, st
     return commands, f"{output}/train/data.jsonl {seen}", seen
 
 
-def make_backbone(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
-    """Data, and a small Qwen2.5-VL that sees."""
+def make_backbone(output: Path, task: str, scale: float, language: str) -> list[tuple[str, str]]:
+    """Data, and a Qwen2.5-VL that sees, its language model as `LANGUAGES` has it."""
     data, texts, scenes = make_data(output, task, scale)
     return [
         *data,
-        (
-            f"{output}/backbone/config.json",
-            f"train.small_backbone --data {texts} --output {output}/backbone --num-layers 4",
-        ),
+        (f"{output}/backbone/config.json", LANGUAGES[language][0].format(texts=texts, output=output)),
         (
             f"{output}/backbone/vision_pretraining.json",
             f"train.vision_pretraining --model {output}/backbone --data {scenes} --epochs {5 if scale >= 1 else 1}",
@@ -94,11 +98,11 @@ def make_backbone(output: Path, task: str, scale: float) -> list[tuple[str, str]
     ]
 
 
-def vedas(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
+def vedas(output: Path, task: str, scale: float, language: str = "small") -> list[tuple[str, str]]:
     # The language model starts from nothing, so that it stays longer in the stage that teaches it to speak and to look.
     plan = "--stages 0 0 0 0 0 1 2 3 --epochs_per_stage 1" if scale >= 1 else "--epochs_per_stage 1"
     return [
-        *make_backbone(output, task, scale),
+        *make_backbone(output, task, scale, language),
         (
             f"{output}/vedas/config.json",
             f"conversion.convert_vedas --backbone {output}/backbone --output {output}/vedas "
@@ -107,7 +111,7 @@ def vedas(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
         (
             f"{output}/vedas-trained/config.json",
             f"train.train_vedas --model_path {output}/vedas --data_path {output}/train/data.jsonl "
-            f"--output_dir {output}/vedas-trained {plan} --learning_rate 1e-3 "
+            f"--output_dir {output}/vedas-trained {plan} --learning_rate {1e-3 * LANGUAGES[language][1]:g} "
             f"--per_device_train_batch_size 32 --freeze_vision --replay_crop_size 56 {SHARED}",
         ),
     ]
@@ -162,12 +166,12 @@ def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
     return commands
 
 
-def deeplatent(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
+def deeplatent(output: Path, task: str, scale: float, language: str = "small") -> list[tuple[str, str]]:
     epochs = 1 if scale < 1 else 7 if is_search(task) else 4
     training = f"--per_device_train_batch_size 32 --gradient_accumulation_steps 1 {SHARED}"
-    data = f"--data_path {output}/train/data.jsonl"
+    data, share = f"--data_path {output}/train/data.jsonl", LANGUAGES[language][1]
     return [
-        *make_backbone(output, task, scale),
+        *make_backbone(output, task, scale, language),
         (
             f"{output}/deeplatent/config.json",
             f"conversion.convert_deeplatent --backbone {output}/backbone --output {output}/deeplatent "
@@ -176,7 +180,7 @@ def deeplatent(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
         (
             f"{output}/sft1/config.json",
             f"train.train_deeplatent --stage sft1 --model_path {output}/deeplatent {data} --output_dir {output}/sft1 "
-            f"--num_train_epochs {epochs} --learning_rate 1e-3 {training}",
+            f"--num_train_epochs {epochs} --learning_rate {1e-3 * share:g} {training}",
         ),
         (
             f"{output}/teacher/index.json",
@@ -186,7 +190,7 @@ def deeplatent(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
         (
             f"{output}/sft2/config.json",
             f"train.train_deeplatent --stage sft2 --model_path {output}/sft1 {data} --teacher_states {output}/teacher "
-            f"--output_dir {output}/sft2 --num_train_epochs {2 if scale >= 1 else 1} --learning_rate 5e-4 {training}",
+            f"--output_dir {output}/sft2 --num_train_epochs {2 if scale >= 1 else 1} --learning_rate {5e-4 * share:g} {training}",
         ),
         (
             f"{output}/rl/config.json",
@@ -264,10 +268,19 @@ def main() -> None:
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of the data; below 1 also fewer epochs, to try it out"
     )
+    parser.add_argument(
+        "--language",
+        choices=sorted(LANGUAGES),
+        default="small",
+        help="of DeepLatent and Vedas: a model of 1 to 2 million weights, or SmolLM2-135M-Instruct's, for a GPU",
+    )
     args = parser.parse_args()
     build, trained = RECIPES[args.recipe]
+    if args.recipe == "lare" and args.language != "small":
+        parser.error("`--language` is for DeepLatent and Vedas")
+    chosen = {} if args.recipe == "lare" else {"language": args.language}
     args.output.mkdir(parents=True, exist_ok=True)
-    run(build(args.output, args.task, args.scale), args.output / "times.jsonl")
+    run(build(args.output, args.task, args.scale, **chosen), args.output / "times.jsonl")
     test = args.output / "test" / "data.jsonl"
     scores = score(args.output / trained, test)
     if args.recipe == "deeplatent":
