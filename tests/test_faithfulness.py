@@ -1,7 +1,9 @@
 """The faithfulness report: every diagnostic against a value worked out by hand, the whole on every architecture, and controls."""
 
+import importlib.util
 import json
 import math
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from transformers import AutoModel
 from modeling_latentvlm.trace import LatentStep
 from processing_latentvlm import DeepLatentProcessor, VedasProcessor
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
+from train.faithfulness import __main__ as entry
 from train.faithfulness import architectures, controls
 from train.faithfulness import run as running
 from train.faithfulness.__main__ import build_parser, key_of, main
@@ -506,16 +509,41 @@ def test_donors_are_followed_by_items_with_latents_alone():
     }
 
 
-def test_finished_diagnostics_follow_the_assistants_pictures(data, tmp_path):
+def test_finished_diagnostics_follow_the_assistants_pictures(makers, data, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "looked_at.png").write_bytes(b"one")
     options = build_parser().parse_args(["--model", str(tmp_path / "model"), "--data", str(data), "--output", "-"])
     items = read_items(data, "steps", "train", 4)
     items[0].assistant_images = [str(tmp_path / "looked_at.png")]
-    before = key_of(options, items)
-    assert key_of(options, items) == before
+    made = makers["lare"]()
+    before = key_of(options, items, *made)
+    assert key_of(options, items, *made) == before
     (tmp_path / "looked_at.png").write_bytes(b"another")
-    assert key_of(options, items) != before
+    assert key_of(options, items, *made) != before
+
+
+def test_finished_diagnostics_follow_code_and_libraries(makers, data, tmp_path, monkeypatch):
+    """The code of the class that answers, wherever it lies, also where the checkpoint's folder does not hold it."""
+    (tmp_path / "model").mkdir()
+    options = build_parser().parse_args(["--model", str(tmp_path / "model"), "--data", str(data), "--output", "-"])
+    items, (model, processor) = read_items(data, "steps", "train", 4), makers["lare"]()
+    keys = [key_of(options, items, model, processor)]
+    known = entry.version
+    for library in ("torch", "transformers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(entry, "version", lambda name, new=library: "99" if name == new else known(name))
+            keys.append(key_of(options, items, model, processor))
+    (tmp_path / "remote").mkdir()
+    source = tmp_path / "remote" / "modeling_remote.py"
+    for text in ("class Remote: pass\n", "class Remote: pass  # otherwise\n"):
+        source.write_text(text)
+        specification = importlib.util.spec_from_file_location("modeling_remote", source)
+        monkeypatch.setitem(sys.modules, "modeling_remote", importlib.util.module_from_spec(specification))
+        specification.loader.exec_module(sys.modules["modeling_remote"])
+        remote = sys.modules["modeling_remote"].Remote()
+        remote.config = model.config
+        keys.append(key_of(options, items, remote, processor))
+    assert len(set(keys)) == 5 and key_of(options, items, model, processor) == keys[0]
 
 
 def test_results_survive_their_file(tmp_path):
