@@ -22,8 +22,7 @@ from transformers.utils import logging
 
 from conversion.backbone import parse_overrides
 from modeling_latentvlm.interventions import INTERVENTIONS
-from train.answers import encode_conversations
-from train.deeplatent_rl.rewards import find_box
+from train.answers import encode_conversations, find_box
 from train.evaluation.swapping import Swap, find_donors
 
 
