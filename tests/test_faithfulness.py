@@ -495,6 +495,17 @@ def test_bad_input_is_refused(makers, data, tmp_path):
         read_items(data, "steps", "train", 2)
 
 
+def test_a_missing_picture_of_the_assistant_is_named(data, tmp_path):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in rows:
+        row["image"] = str(data.parent / row["image"])
+        row["assistant_images"] = [row["image"]]
+    rows[1]["assistant_images"].append("crops/gone.png")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="[Ll]ine 2 of .*data.jsonl: .*must name files.*crops/gone.png is not"):
+        read_items(tmp_path / "data.jsonl", "steps", "train", None)
+
+
 def test_donors_are_followed_by_items_with_latents_alone():
     """Items 0 and 1 took latents and got each other's answer; item 2 took none, so a swap cannot have moved it."""
     step = LatentStep(0, 0, 0, (1, 1), torch.zeros(1, 1), [])
@@ -589,6 +600,20 @@ def test_the_negative_control_does_not_move(squares):
     assert "No loss was measured" in verdict(found.tables["arms"])
     latents = subject.clean[0].latents()
     assert_near(latents, latents[:1].expand_as(latents)) and latents.any()
+
+
+def test_a_control_is_kept_for_the_same_seed_and_steps_alone(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(controls, "train", lambda kind, *made: trained.append((kind, made[-1])))
+    for seed in (0, 0, 1, 1):
+        assert controls.make_control("negative", tmp_path, seed, 8) == tmp_path / "negative"
+    assert trained == [("negative", 150)] * 2
+    monkeypatch.setitem(controls.CONTROLS, "negative", 151)
+    controls.make_control("negative", tmp_path, 1, 8)
+    assert trained[2:] == [("negative", 151)]
+    (tmp_path / "negative" / "made.json").unlink()  # as one that was killed, or made by an earlier version
+    controls.make_control("negative", tmp_path, 1, 8)
+    assert len(trained) == 4
 
 
 def test_verdicts():
