@@ -37,7 +37,7 @@ from train.faithfulness.interventions_report import follow, measure_intervention
 from train.faithfulness.items import Item, NotApplicable, read_items
 from train.faithfulness.norms import measure_norms
 from train.faithfulness.observation import ANSWER, IMAGE, LATENT, REPLAY, TEXT, Observed, observe
-from train.faithfulness.probe import probe
+from train.faithfulness.probe import measure_probe, probe, split_folds
 from train.faithfulness.replacement import measure_replacement, ranking, replaced, split_units
 from train.faithfulness.result import Result
 from train.faithfulness.slots import measure_slots, shared_lead
@@ -151,6 +151,28 @@ def test_probe_is_the_named_one():
     assert found["MI_LB, nats"] == pytest.approx(max(0, found["H(Y), nats"] - found["CE, nats"]))
     planted = probe(np.eye(3)[np.searchsorted(["a", "b", "c"], labels)], labels)
     assert planted["accuracy"] == 1 and planted["above chance"] == 1 and planted["MI_LB, nats"] > 0.5
+
+
+def test_a_probe_never_learns_from_a_picture_that_it_is_asked_about():
+    """Four rows a picture, which features tell apart and which nothing but the picture ties to its answer."""
+    rng = np.random.default_rng(0)
+    pictures = np.repeat(np.arange(20), 4)
+    labels = np.repeat(rng.permutation(["a", "b"] * 10), 4)
+    features = rng.standard_normal((20, 64))[pictures]
+    for learned, held in split_folds(labels, pictures, 0):
+        assert not set(pictures[learned]) & set(pictures[held]) and set(labels[learned]) == {"a", "b"}
+    assert len(split_folds(labels, pictures, 0)) == 5
+    assert probe(features, labels)["accuracy"] > 0.9  # it knows the picture again
+    assert probe(features, labels, pictures=pictures)["accuracy"] < 0.75
+    with pytest.raises(NotApplicable, match="3 answers over 3 pictures cannot be split so"):
+        split_folds(np.array(list("aabbcc")), np.array([0, 1, 1, 2, 0, 2]), 0)
+
+
+def test_an_answer_about_one_picture_alone_is_not_probed(data):
+    items = read_items(data, "steps", "train", 6)  # red about two pictures, green about one
+    observed = {number: Observed() for number in range(6)}
+    with pytest.raises(NotApplicable, match="each about two different pictures or more"):
+        measure_probe(SimpleNamespace(items=items, seed=0), observed)
 
 
 def test_enrichment_by_hand():
@@ -429,7 +451,7 @@ def command(model, processor, data: Path, folder: Path, *extra: str) -> list[str
 @pytest.mark.parametrize("kind", ["lare", "vedas", "deeplatent"])
 def test_the_whole_report(kind, makers, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(architectures, "SWEEP", (0, 2, 3))
-    extra = ["--limit", "6", "--batch-size", "6", *(["--min-latent-blocks", "1"] if kind == "deeplatent" else [])]
+    extra = ["--limit", "8", "--batch-size", "8", *(["--min-latent-blocks", "1"] if kind == "deeplatent" else [])]
     arguments = command(*makers[kind](), data, tmp_path, *extra)
     main(arguments)
     page = (tmp_path / "report" / "faithfulness.html").read_text()
