@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation_material import KINDS, save_checkpoint, write_jsonl, write_tsv
+from huggingface_hub.errors import StrictDataclassError
 from transformers.generation import LogitsProcessorList
 
 from train.answers import conversation_of
@@ -209,6 +210,28 @@ def test_config_fields_hold_for_the_arm_alone(loaded, rows):
     model, processor = loaded["lare"]
     (record,) = evaluate_rows(model, processor, rows[:1], AnswerSettings(set=["num_refocus_steps=5"], **SHORT))
     assert record["num_latent_blocks"] == 5 and model.config.num_refocus_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "message"),
+    [
+        ("lare", "num_refocus_steps=-1", "num_refocus_steps"),
+        ("lare", "num_refocus_steps=two", "num_refocus_steps"),
+        ("vedas", "num_latent_steps=-1", "num_latent_steps"),
+        ("deeplatent", "latent_grid_size=0", "latent_grid_size"),
+    ],
+)
+def test_config_fields_are_held_to_the_config_before_anything_is_asked(
+    loaded, folders, data, kind, field, message, tmp_path
+):
+    model, processor = loaded[kind]
+    before = model.config.to_dict()
+    with pytest.raises(StrictDataclassError, match=message):
+        evaluate_rows(model, processor, [], AnswerSettings(set=[field]))
+    assert model.config.to_dict() == before
+    with pytest.raises(StrictDataclassError, match=message):
+        evaluate(arguments(folders, data, tmp_path / "out", model=str(folders[kind])), AnswerSettings(set=[field]))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,12 @@ class BoxClosed(StoppingCriteria):
 
 
 def check_settings(model, settings: AnswerSettings) -> None:
-    """Raise where a model cannot be asked so."""
+    """Raise where a model cannot be asked so.
+
+    Raises:
+        ValueError: the settings do not fit the model.
+        StrictDataclassError: the config does not take a value of `set`.
+    """
     if model.config.model_type not in LATENT_STEPS and (
         settings.latents == "off" or settings.latent_intervention is not None
     ):
@@ -139,6 +144,8 @@ def check_settings(model, settings: AnswerSettings) -> None:
     unknown = [name for name in parse_overrides(settings.set) if not hasattr(model.config, name)]
     if unknown:
         raise ValueError(f"`set` names {unknown}, which the config of {model.config.model_type!r} has not.")
+    with changed_config(model, settings):
+        model.config.validate()  # a field that is set alone is held to its type, not to the other fields
 
 
 @contextmanager
