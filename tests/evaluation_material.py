@@ -14,7 +14,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from processing_latentvlm import DeepLatentProcessor, VedasProcessor
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
-from train.checkpoints import CONFIGS, SUMS, WEIGHTS, digest
+from train.checkpoints import CONFIGS, write_sums
 
 
 KINDS = ("deeplatent", "lare", "vedas", "plain")
@@ -48,8 +48,7 @@ def ship_random(folder: Path) -> Path:
     """Random models as `train.checkpoints` ships trained ones."""
     for name in CONFIGS:
         save_checkpoint(name, folder / name)
-    lines = [f"{digest(folder / name / WEIGHTS)}  {name}/{WEIGHTS}\n" for name in CONFIGS]
-    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+        write_sums(name, folder)
     return folder
 
 

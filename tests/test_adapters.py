@@ -4,12 +4,16 @@ LATENTVLM_VLMEVAL_PYTHON and LATENTVLM_LMMS_EVAL_PYTHON are interpreters of envi
 """
 
 import csv
+import importlib
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import picture
 from evaluation_material import save_checkpoint, write_jsonl, write_lmms_task, write_tsv
 
@@ -83,6 +87,44 @@ def test_the_box_alone_is_handed_over_unless_reasoning_is_asked_for(checkpoint, 
     monkeypatch.setattr(plain.processor, "batch_decode", decode)
     with pytest.raises(ValueError, match="`latents` must be on or off"):
         Answerer(str(checkpoint), latents="maybe")
+
+
+@pytest.fixture
+def lmms_eval_adapter(monkeypatch):
+    """The adapter on stand-ins for what it takes from lmms-eval."""
+
+    class Model:
+        def __init__(self):
+            self._rank, self._world_size = 0, 1
+            self.task_dict, self.cache_hook = {}, SimpleNamespace(add_partial=lambda *args: None)
+
+        rank = property(lambda self: self._rank)
+        world_size = property(lambda self: self._world_size)
+
+    names = {"api.instance": {"Instance": object}, "api.model": {"lmms": Model}, "models": {"MODEL_REGISTRY_V2": None}}
+    names["models.registry_v2"] = {"ModelManifest": None}
+    for name, values in names.items():
+        monkeypatch.setitem(sys.modules, f"lmms_eval.{name}", SimpleNamespace(**values))
+    monkeypatch.setitem(sys.modules, "lmms_eval", SimpleNamespace())
+    monkeypatch.delitem(sys.modules, "train.adapters.lmms_eval", raising=False)
+    yield importlib.import_module("train.adapters.lmms_eval")
+    sys.modules.pop("train.adapters.lmms_eval", None)
+
+
+def test_processes_of_lmms_eval_share_questions_and_have_a_gpu_each(lmms_eval_adapter, monkeypatch):
+    asked = []
+    monkeypatch.setattr(lmms_eval_adapter, "Answerer", lambda model, device=None, **settings: asked.append(device))
+    alone = lmms_eval_adapter.LatentVLM("model")
+    assert (alone.rank, alone.world_size, asked) == (0, 1, [None])
+    second_machine = SimpleNamespace(process_index=5, local_process_index=1, num_processes=8)
+    monkeypatch.setattr(lmms_eval_adapter, "Accelerator", lambda: second_machine)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for device in (None, "cuda", "cuda:3", "cpu"):
+        model = lmms_eval_adapter.LatentVLM("model", device=device)
+        assert (model.rank, model.world_size, model.accelerator) == (5, 8, second_machine)
+    assert asked[1:] == ["cuda:1", "cuda:1", "cuda:3", "cpu"]
 
 
 def test_in_vlmevalkit(checkpoint, tmp_path):

@@ -1,6 +1,7 @@
 """What ships: weights that are what their hash says, that load as folders of the Hub do, and know what their cards say."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -47,9 +48,35 @@ def test_missing_or_changed_weights_are_named_with_what_brings_them_back(tmp_pat
         shipped("lare", tmp_path)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_that_answers_follow_from_is_held_to_its_hash(name, tmp_path):
+    held = {path.name for path in (CHECKPOINTS / name).iterdir() if path.suffix != ".py"}
+    files = sorted(held - {"README.md", "__pycache__"})
+    assert sorted(read_sums(CHECKPOINTS)[name]) == files and "config.json" in files
+    shutil.copytree(CHECKPOINTS, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert list(shipped(name, tmp_path).glob("modeling_*.py"))
+    assert {path: path.read_bytes() for path in before} == before
+    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file() and path not in before} == {".py"}
+    for file in files:
+        path = tmp_path / name / file
+        path.write_bytes(before[path] + b" ")
+        with pytest.raises(ValueError, match=f"{name}/{file} is not what was shipped.*git checkout"):
+            shipped(name, tmp_path)
+        path.unlink()
+        with pytest.raises(ValueError, match=f"{name}/{file} is missing.*git checkout"):
+            shipped(name, tmp_path)
+        path.write_bytes(before[path])
+
+
 def test_shipping_needs_a_recipe_that_came_to_its_end(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds no trained model: run `python -m train.recipes lare"):
         ship("lare", tmp_path, "color", tmp_path)
+
+
+def write_times(run: Path, steps: list[dict]) -> None:
+    lines = [json.dumps(step | {"made": f"{run}/{step['made']}"}) + "\n" for step in steps]
+    (run / "times.jsonl").write_text("".join(lines))
 
 
 def test_shipped_weights_are_those_of_the_recipe_in_bfloat16(tmp_path, monkeypatch):
@@ -59,16 +86,25 @@ def test_shipped_weights_are_those_of_the_recipe_in_bfloat16(tmp_path, monkeypat
     source = shipped(NAMES[0]) if NAMES else None
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
     monkeypatch.setattr(checkpoints.AutoProcessor, "from_pretrained", lambda *args, **kwargs: processor)
-    made = f"{tmp_path / 'run'}/lare-stage4/config.json"
-    (tmp_path / "run" / "times.jsonl").write_text(json.dumps({"made": made, "seconds": 90.0}) + "\n")
+    steps = [  # a machine each for backbone and stages; a line of an earlier version; one of another model
+        {"made": "clip/vae/config.json", "seconds": 20.0, "hardware": "4 CPU cores"},
+        {"made": "lare/config.json", "seconds": 10.0},
+        {"made": "lare-stage3/config.json", "seconds": 30.0, "hardware": "one GPU"},
+        {"made": "lare-stage4/config.json", "seconds": 30.0, "hardware": "one GPU"},
+        {"made": "vedas-trained/config.json", "seconds": 900.0, "hardware": "another GPU"},
+    ]
+    write_times(tmp_path / "run", steps)
     (tmp_path / "run" / "lare.md").write_text("| scores |\n")
     target = ship("lare", tmp_path / "run", "search_color", tmp_path / "out")
     card = (target / "README.md").read_text(encoding="utf-8")
-    assert "in 2 minutes" in card and "| scores |" in card
+    assert "\non 4 CPU cores; one GPU, in 2 minutes" in card and "| scores |" in card
     model = AutoModel.from_pretrained(shipped("lare", tmp_path / "out"), trust_remote_code=True)
     expected = build().to(torch.bfloat16).state_dict()
     assert model.dtype == torch.bfloat16
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    write_times(tmp_path / "run", steps[1:2])
+    ship("lare", tmp_path / "run", "search_color", tmp_path / "out")
+    assert "\n\nin 0 minutes" in (target / "README.md").read_text(encoding="utf-8")
 
 
 def summary(right: int) -> dict:

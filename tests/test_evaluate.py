@@ -5,19 +5,23 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from evaluation_material import KINDS, save_checkpoint, write_jsonl, write_tsv
+from huggingface_hub.errors import StrictDataclassError
+from transformers.generation import LogitsProcessorList
 
 from train.answers import conversation_of
 from train.evaluate import EvaluationArguments, evaluate
-from train.evaluation import evaluation
+from train.evaluation import answering, evaluation
 from train.evaluation.answering import ANSWER_PREFIX, AnswerSettings, answer_batch
 from train.evaluation.evaluation import evaluate_rows, split_batches
 from train.evaluation.loading import hash_model, load_model, load_processor
 from train.evaluation.processes import Processes
+from train.evaluation.report import draw_table, summarize
 from train.evaluation.results import bind, lock_folder
 from train.evaluation.rows import read_evaluation
 from train.evaluation.swapping import Swap, find_donors
@@ -117,7 +121,7 @@ def test_a_swap_gives_the_donors_latents_at_the_norm_of_ones_own(loaded, rows, k
     wanted = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_latents": True}
     wanted |= {"min_latent_blocks": 1, "latent_grid": (1, 3)} if hasattr(model.config, "latent_mode") else {}
     trace = model.generate(**inputs, **wanted).latent_trace
-    donors = find_donors(trace, conversations, "abc")
+    donors = find_donors(trace, conversations)
     assert donors == {0: 1, 1: 2, 2: 0}
     swap = Swap(trace, donors, getattr(model.config, "latent_mode", None))
     swapped = model.generate(**inputs, **wanted, latent_intervention=swap).latent_trace
@@ -130,10 +134,44 @@ def test_a_swap_gives_the_donors_latents_at_the_norm_of_ones_own(loaded, rows, k
         assert not torch.allclose(got[0], own[0])
 
 
-def test_a_swap_needs_another_picture(loaded, rows):
-    settings = AnswerSettings(latent_intervention="swap", **SHORT)
-    with pytest.raises(ValueError, match="Line 1 of .*no other row of its batch has another picture"):
-        evaluate_rows(*loaded["lare"], [rows[0], rows[0]], settings)
+def test_a_row_without_a_donor_keeps_its_latents_and_says_so(loaded, rows):
+    model, processor = loaded["lare"]
+    rows = [rows[0], replace(rows[0], id="again")]
+    clean = evaluate_rows(model, processor, rows, AnswerSettings(**SHORT))
+    swapped = evaluate_rows(model, processor, rows, AnswerSettings(latent_intervention="swap", **SHORT))
+    assert [record.pop("not_swapped") for record in clean] == [False, False]
+    assert [record.pop("not_swapped") for record in swapped] == [True, True]
+    assert [record["text"] for record in swapped] == [record["text"] for record in clean]
+
+
+def test_a_row_that_alone_opens_a_block_does_not_end_a_swap(loaded, rows, monkeypatch):
+    """DeepLatent opens blocks as it likes: here the second row alone."""
+    model, processor = loaded["deeplatent"]
+    start, generate, warned = model.config.latent_start_token_id, model.generate, []
+
+    def open_in_row_1(input_ids, scores):
+        opened = (input_ids == start).any(dim=1)
+        scores[:, start] = -float("inf")
+        if len(scores) > 1 and not opened[1]:
+            scores[1] = -float("inf")
+            scores[1, start] = 0
+        return scores
+
+    monkeypatch.setattr(
+        model, "generate", lambda **wanted: generate(**wanted, logits_processor=LogitsProcessorList([open_in_row_1]))
+    )
+    monkeypatch.setattr(answering.logger, "warning", warned.append)
+    settings = AnswerSettings(latent_intervention="swap", max_new_tokens=8, batch_size=3)
+    records = evaluate_rows(model, processor, rows[:3], settings)
+    assert [record["num_latent_blocks"] for record in records] == [0, 1, 0]
+    assert [record["not_swapped"] for record in records] == [False, True, False]
+    assert len(warned) == 1 and "Line 2 of" in warned[0] and "not swapped" in warned[0]
+    summary = summarize(records)
+    assert summary["all"]["not_swapped"] == 1
+    assert "1 rows were not swapped" in draw_table(summary) and "not swapped" not in draw_table(summarize(records[:1]))
+    for record in records:
+        del record["not_swapped"]  # as earlier versions wrote them
+    assert summarize(records)["all"]["not_swapped"] == 0
 
 
 def test_a_last_row_is_not_left_alone_in_a_swap(rows):
@@ -172,6 +210,28 @@ def test_config_fields_hold_for_the_arm_alone(loaded, rows):
     model, processor = loaded["lare"]
     (record,) = evaluate_rows(model, processor, rows[:1], AnswerSettings(set=["num_refocus_steps=5"], **SHORT))
     assert record["num_latent_blocks"] == 5 and model.config.num_refocus_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "message"),
+    [
+        ("lare", "num_refocus_steps=-1", "num_refocus_steps"),
+        ("lare", "num_refocus_steps=two", "num_refocus_steps"),
+        ("vedas", "num_latent_steps=-1", "num_latent_steps"),
+        ("deeplatent", "latent_grid_size=0", "latent_grid_size"),
+    ],
+)
+def test_config_fields_are_held_to_the_config_before_anything_is_asked(
+    loaded, folders, data, kind, field, message, tmp_path
+):
+    model, processor = loaded[kind]
+    before = model.config.to_dict()
+    with pytest.raises(StrictDataclassError, match=message):
+        evaluate_rows(model, processor, [], AnswerSettings(set=[field]))
+    assert model.config.to_dict() == before
+    with pytest.raises(StrictDataclassError, match=message):
+        evaluate(arguments(folders, data, tmp_path / "out", model=str(folders[kind])), AnswerSettings(set=[field]))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

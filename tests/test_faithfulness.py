@@ -1,7 +1,9 @@
 """The faithfulness report: every diagnostic against a value worked out by hand, the whole on every architecture, and controls."""
 
+import importlib.util
 import json
 import math
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +23,7 @@ from transformers import AutoModel
 from modeling_latentvlm.trace import LatentStep
 from processing_latentvlm import DeepLatentProcessor, VedasProcessor
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
+from train.faithfulness import __main__ as entry
 from train.faithfulness import architectures, controls
 from train.faithfulness import run as running
 from train.faithfulness.__main__ import build_parser, key_of, main
@@ -34,7 +37,7 @@ from train.faithfulness.interventions_report import follow, measure_intervention
 from train.faithfulness.items import Item, NotApplicable, read_items
 from train.faithfulness.norms import measure_norms
 from train.faithfulness.observation import ANSWER, IMAGE, LATENT, REPLAY, TEXT, Observed, observe
-from train.faithfulness.probe import probe
+from train.faithfulness.probe import measure_probe, probe, split_folds
 from train.faithfulness.replacement import measure_replacement, ranking, replaced, split_units
 from train.faithfulness.result import Result
 from train.faithfulness.slots import measure_slots, shared_lead
@@ -148,6 +151,28 @@ def test_probe_is_the_named_one():
     assert found["MI_LB, nats"] == pytest.approx(max(0, found["H(Y), nats"] - found["CE, nats"]))
     planted = probe(np.eye(3)[np.searchsorted(["a", "b", "c"], labels)], labels)
     assert planted["accuracy"] == 1 and planted["above chance"] == 1 and planted["MI_LB, nats"] > 0.5
+
+
+def test_a_probe_never_learns_from_a_picture_that_it_is_asked_about():
+    """Four rows a picture, which features tell apart and which nothing but the picture ties to its answer."""
+    rng = np.random.default_rng(0)
+    pictures = np.repeat(np.arange(20), 4)
+    labels = np.repeat(rng.permutation(["a", "b"] * 10), 4)
+    features = rng.standard_normal((20, 64))[pictures]
+    for learned, held in split_folds(labels, pictures, 0):
+        assert not set(pictures[learned]) & set(pictures[held]) and set(labels[learned]) == {"a", "b"}
+    assert len(split_folds(labels, pictures, 0)) == 5
+    assert probe(features, labels)["accuracy"] > 0.9  # it knows the picture again
+    assert probe(features, labels, pictures=pictures)["accuracy"] < 0.75
+    with pytest.raises(NotApplicable, match="3 answers over 3 pictures cannot be split so"):
+        split_folds(np.array(list("aabbcc")), np.array([0, 1, 1, 2, 0, 2]), 0)
+
+
+def test_an_answer_about_one_picture_alone_is_not_probed(data):
+    items = read_items(data, "steps", "train", 6)  # red about two pictures, green about one
+    observed = {number: Observed() for number in range(6)}
+    with pytest.raises(NotApplicable, match="each about two different pictures or more"):
+        measure_probe(SimpleNamespace(items=items, seed=0), observed)
 
 
 def test_enrichment_by_hand():
@@ -426,7 +451,7 @@ def command(model, processor, data: Path, folder: Path, *extra: str) -> list[str
 @pytest.mark.parametrize("kind", ["lare", "vedas", "deeplatent"])
 def test_the_whole_report(kind, makers, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(architectures, "SWEEP", (0, 2, 3))
-    extra = ["--limit", "6", "--batch-size", "6", *(["--min-latent-blocks", "1"] if kind == "deeplatent" else [])]
+    extra = ["--limit", "8", "--batch-size", "8", *(["--min-latent-blocks", "1"] if kind == "deeplatent" else [])]
     arguments = command(*makers[kind](), data, tmp_path, *extra)
     main(arguments)
     page = (tmp_path / "report" / "faithfulness.html").read_text()
@@ -492,6 +517,17 @@ def test_bad_input_is_refused(makers, data, tmp_path):
         read_items(data, "steps", "train", 2)
 
 
+def test_a_missing_picture_of_the_assistant_is_named(data, tmp_path):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in rows:
+        row["image"] = str(data.parent / row["image"])
+        row["assistant_images"] = [row["image"]]
+    rows[1]["assistant_images"].append("crops/gone.png")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match="[Ll]ine 2 of .*data.jsonl: .*must name files.*crops/gone.png is not"):
+        read_items(tmp_path / "data.jsonl", "steps", "train", None)
+
+
 def test_donors_are_followed_by_items_with_latents_alone():
     """Items 0 and 1 took latents and got each other's answer; item 2 took none, so a swap cannot have moved it."""
     step = LatentStep(0, 0, 0, (1, 1), torch.zeros(1, 1), [])
@@ -506,16 +542,41 @@ def test_donors_are_followed_by_items_with_latents_alone():
     }
 
 
-def test_finished_diagnostics_follow_the_assistants_pictures(data, tmp_path):
+def test_finished_diagnostics_follow_the_assistants_pictures(makers, data, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "looked_at.png").write_bytes(b"one")
     options = build_parser().parse_args(["--model", str(tmp_path / "model"), "--data", str(data), "--output", "-"])
     items = read_items(data, "steps", "train", 4)
     items[0].assistant_images = [str(tmp_path / "looked_at.png")]
-    before = key_of(options, items)
-    assert key_of(options, items) == before
+    made = makers["lare"]()
+    before = key_of(options, items, *made)
+    assert key_of(options, items, *made) == before
     (tmp_path / "looked_at.png").write_bytes(b"another")
-    assert key_of(options, items) != before
+    assert key_of(options, items, *made) != before
+
+
+def test_finished_diagnostics_follow_code_and_libraries(makers, data, tmp_path, monkeypatch):
+    """The code of the class that answers, wherever it lies, also where the checkpoint's folder does not hold it."""
+    (tmp_path / "model").mkdir()
+    options = build_parser().parse_args(["--model", str(tmp_path / "model"), "--data", str(data), "--output", "-"])
+    items, (model, processor) = read_items(data, "steps", "train", 4), makers["lare"]()
+    keys = [key_of(options, items, model, processor)]
+    known = entry.version
+    for library in ("torch", "transformers"):
+        with monkeypatch.context() as patch:
+            patch.setattr(entry, "version", lambda name, new=library: "99" if name == new else known(name))
+            keys.append(key_of(options, items, model, processor))
+    (tmp_path / "remote").mkdir()
+    source = tmp_path / "remote" / "modeling_remote.py"
+    for text in ("class Remote: pass\n", "class Remote: pass  # otherwise\n"):
+        source.write_text(text)
+        specification = importlib.util.spec_from_file_location("modeling_remote", source)
+        monkeypatch.setitem(sys.modules, "modeling_remote", importlib.util.module_from_spec(specification))
+        specification.loader.exec_module(sys.modules["modeling_remote"])
+        remote = sys.modules["modeling_remote"].Remote()
+        remote.config = model.config
+        keys.append(key_of(options, items, remote, processor))
+    assert len(set(keys)) == 5 and key_of(options, items, model, processor) == keys[0]
 
 
 def test_results_survive_their_file(tmp_path):
@@ -561,6 +622,20 @@ def test_the_negative_control_does_not_move(squares):
     assert "No loss was measured" in verdict(found.tables["arms"])
     latents = subject.clean[0].latents()
     assert_near(latents, latents[:1].expand_as(latents)) and latents.any()
+
+
+def test_a_control_is_kept_for_the_same_seed_and_steps_alone(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(controls, "train", lambda kind, *made: trained.append((kind, made[-1])))
+    for seed in (0, 0, 1, 1):
+        assert controls.make_control("negative", tmp_path, seed, 8) == tmp_path / "negative"
+    assert trained == [("negative", 150)] * 2
+    monkeypatch.setitem(controls.CONTROLS, "negative", 151)
+    controls.make_control("negative", tmp_path, 1, 8)
+    assert trained[2:] == [("negative", 151)]
+    (tmp_path / "negative" / "made.json").unlink()  # as one that was killed, or made by an earlier version
+    controls.make_control("negative", tmp_path, 1, 8)
+    assert len(trained) == 4
 
 
 def test_verdicts():

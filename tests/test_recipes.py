@@ -12,6 +12,7 @@ from transformers import HfArgumentParser
 from train import ablations, recipes, train_deeplatent_rl, train_lare, train_vedas
 from train.deeplatent import sft
 from train.deeplatent_rl.progress import first_and_last_quarter
+from train.hardware import hardware
 from train.lare.objective import LatentLossArguments
 from train.replay import ReplayArguments
 
@@ -114,6 +115,16 @@ def test_a_recipe_runs_from_nothing(name, tmp_path, monkeypatch):
     scores = json.loads((tmp_path / f"{name}-scores.json").read_text())
     further = {"before RL"} if name == "deeplatent" else set()
     assert set(scores) == {"latents", "noise", "swap", "no latents", "constant"} | further
+
+
+def test_a_command_is_taken_down_with_what_it_ran_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes.subprocess, "run", lambda command, check: None)
+    (tmp_path / "there").touch()
+    commands = [(str(tmp_path / "there"), "train.tasks"), (str(tmp_path / "made"), "train.tasks --n 2")]
+    recipes.run(commands, tmp_path / "times.jsonl")
+    (line,) = map(json.loads, (tmp_path / "times.jsonl").read_text().splitlines())
+    assert line["made"] == str(tmp_path / "made") and line["seconds"] >= 0
+    assert line["hardware"] == hardware() and torch.__version__ in line["hardware"]
 
 
 def test_progress_compares_quarters_of_the_steps_that_sampled():

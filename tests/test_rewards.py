@@ -8,9 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from train.answers import extract_answer, find_box
 from train.deeplatent_rl import rewards
 from train.deeplatent_rl.judge import Judge, JudgeArguments
-from train.deeplatent_rl.rewards import RewardArguments, WeightedRewards, find_box, is_right
+from train.deeplatent_rl.rewards import RewardArguments, WeightedRewards, is_right
+from train.evaluation.scoring import extract
 from train.reasoning_data import ReasoningSample
 
 
@@ -32,6 +34,8 @@ def written(text: str, answer: str = "red", line: int = 1, latents: int = 0) -> 
 )
 def test_the_last_closed_box_counts(text, box):
     assert find_box(text) == box
+    whole = text if box is None else box  # recipes and the report, then the evaluation: the same box
+    assert extract_answer(text) == extract(text)[0] == whole
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,30 @@
 """Questions with known answers as a model gets them, and whether its answers are right."""
 
-import re
 from collections.abc import Sequence
 
 from train.reasoning_data import ReasoningSample
 
 
-BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+BOX = "\\boxed{"
+
+
+def find_box(text: str) -> str | None:
+    """What the last closed `\\boxed{...}` holds, braces inside it included; None without one."""
+    start = text.rfind(BOX)
+    while start >= 0:
+        depth = 1
+        for at in range(start + len(BOX), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[at], 0)
+            if not depth:
+                return text[start + len(BOX) : at].strip()
+        start = text.rfind(BOX, 0, start)
+    return None
 
 
 def extract_answer(text: str) -> str:
-    """What the last `\\boxed{...}` holds; without one, the whole text."""
-    boxed = BOXED.findall(text)
-    return (boxed[-1] if boxed else text).strip()
+    """What the last closed `\\boxed{...}` holds; without one, the whole text."""
+    box = find_box(text)
+    return text.strip() if box is None else box
 
 
 def normalize(answer: str) -> str:

@@ -1,6 +1,6 @@
 """The trained checkpoints that ship: what a recipe left, in bfloat16, with a card that says how it came about.
 
-    python -m train.checkpoints lare --run out/small     # writes checkpoints/lare and its line of checkpoints/SHA256SUMS
+    python -m train.checkpoints lare --run out/small     # writes checkpoints/lare and its lines of checkpoints/SHA256SUMS
     python -m train.checkpoints                          # writes their code beside the weights
 
 The code of a checkpoint is build output and not in git: `make demo` and `make test` write it, so that
@@ -10,16 +10,14 @@ The code of a checkpoint is build output and not in git: `make demo` and `make t
 import argparse
 import hashlib
 import json
-import os
-import platform
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from configuration_latentvlm import DeepLatentConfig, LaReConfig, VedasConfig
+from configuration_latentvlm.hub_code import export_code
 from configuration_latentvlm.model_card import render_model_card
 from train.recipes import RECIPES
 
@@ -39,7 +37,7 @@ From nothing, with procedural questions about pictures (`python -m train.tasks`,
 
     python -m train.recipes {name} --output out/small
 
-on {hardware}, in {minutes:.0f} minutes (data and backbone, which the recipes share, included). {num_weights:.2f}M weights. It knows
+{hardware}in {minutes:.0f} minutes (data and backbone, which the recipes share, included). {num_weights:.2f}M weights. It knows
 this task and nothing else.
 
 ## What it scores
@@ -52,44 +50,51 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def read_sums(folder: Path) -> dict[str, str]:
-    """Hashes of the weights by checkpoint."""
-    path = folder / SUMS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {name.partition("/")[0]: value for value, name in (line.split(maxsplit=1) for line in lines)}
+def read_sums(folder: Path) -> dict[str, dict[str, str]]:
+    """By checkpoint the hashes of its files."""
+    path, sums = folder / SUMS, {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        value, file = line.split(maxsplit=1)
+        name, _, file = file.partition("/")
+        sums.setdefault(name, {})[file] = value
+    return sums
+
+
+def write_sums(name: str, folder: Path) -> None:
+    """Take down what a checkpoint holds: all files but its card, which changes no answer, and its code, which is written anew."""
+    files = [path for path in (folder / name).iterdir() if path.is_file() and path.suffix not in (".md", ".py")]
+    sums = read_sums(folder) | {name: {path.name: digest(path) for path in files}}
+    lines = [f"{sums[one][file]}  {one}/{file}\n" for one in sorted(sums) for file in sorted(sums[one])]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def shipped(name: str, folder: Path = CHECKPOINTS) -> Path:
     """The folder of a checkpoint that is there and whole, with its code.
 
     Raises:
-        ValueError: it is missing, or its weights are not those that were shipped.
+        ValueError: it is missing, or a file of it is missing or not what was shipped.
     """
-    path, known = folder / name, read_sums(folder)
+    path, known = folder / name, read_sums(folder).get(name, {})
     repair = f"`git checkout {folder.name}` brings it back, `make train-{name}` trains it anew."
-    if not (path / WEIGHTS).is_file() or name not in known:
+    if not path.is_dir() or WEIGHTS not in known:
         raise ValueError(f"There is no checkpoint {name!r} in {folder}: {repair}")
-    found = digest(path / WEIGHTS)
-    if found != known[name]:
-        raise ValueError(
-            f"{path / WEIGHTS} is not what was shipped: its sha256 is {found}, {SUMS} says {known[name]}. {repair}"
-        )
+    for file, expected in known.items():
+        if not (path / file).is_file():
+            raise ValueError(f"{path / file} is missing, which {SUMS} lists: {repair}")
+        found = digest(path / file)
+        if found != expected:
+            raise ValueError(
+                f"{path / file} is not what was shipped: its sha256 is {found}, {SUMS} says {expected}. {repair}"
+            )
     return refresh_code(path)
 
 
 def refresh_code(path: Path) -> Path:
-    """Write the code of a checkpoint beside its weights, as `save_pretrained` does."""
+    """Write the code of a checkpoint beside its weights, as `save_pretrained` does, and nothing else."""
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
-    before = (path / "config.json").read_bytes()
-    CONFIGS[config].from_pretrained(path).save_pretrained(path)
-    (path / "config.json").write_bytes(before)
+    for module in {name.rpartition(".")[0] for name in CONFIGS[config].hub_classes.values()}:
+        export_code(module, path)
     return path
-
-
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return f"one {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores ({platform.machine()}, float32, one thread, beside other jobs)"
 
 
 def ship(name: str, run: Path, task: str, folder: Path = CHECKPOINTS) -> Path:
@@ -115,19 +120,20 @@ def ship(name: str, run: Path, task: str, folder: Path = CHECKPOINTS) -> Path:
     steps = [json.loads(line) for line in (run / "times.jsonl").read_text(encoding="utf-8").splitlines()]
     made = [made for made, _ in RECIPES[name][0](run, task, 1.0)]
     own = made[: made.index(f"{source}/config.json") + 1]
+    steps = [step for step in steps if step["made"] in own]
+    # Runs of earlier versions did not take it down, and where this runs says nothing about them.
+    machines = dict.fromkeys(step["hardware"] for step in steps if "hardware" in step)
     table = run / f"{name}.md"
     training = TRAINING.format(
         task=task,
         name=name,
-        hardware=f"{hardware()}, torch {torch.__version__}, transformers {transformers.__version__}",
-        minutes=sum(step["seconds"] for step in steps if step["made"] in own) / 60,
+        hardware=f"on {'; '.join(machines)}, " if machines else "",
+        minutes=sum(step["seconds"] for step in steps) / 60,
         num_weights=model.num_parameters() / 1e6,
         scores=table.read_text(encoding="utf-8") if table.is_file() else "Not measured.",
     )
     (target / "README.md").write_text(render_model_card(model.config) + training, encoding="utf-8")
-    sums = read_sums(folder) | {name: digest(target / WEIGHTS)}
-    lines = [f"{value}  {one}/{WEIGHTS}\n" for one, value in sorted(sums.items())]
-    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    write_sums(name, folder)
     return target
 
 

@@ -26,6 +26,7 @@ from train.answers import accuracy, conversation_of, extract_answer
 from train.deeplatent_rl.progress import describe_progress
 from train.evaluation.answering import AnswerSettings, answer_batch
 from train.evaluation.evaluation import split_batches
+from train.hardware import hardware
 from train.reasoning_data import read_reasoning
 from train.tasks.families import family_of, tasks_of
 
@@ -213,7 +214,7 @@ def run(commands: list[tuple[str, str]], times: Path | None = None) -> None:
     """Run what is not there yet.
 
     Args:
-        times: JSONL that gets a line for every command that ran: what it made, the command, its seconds.
+        times: JSONL that gets a line for every command that ran: what it made, the command, its seconds, what it ran on.
 
     Raises:
         subprocess.CalledProcessError: a command failed; what it wrote is left for the next try.
@@ -225,7 +226,8 @@ def run(commands: list[tuple[str, str]], times: Path | None = None) -> None:
         start = time.perf_counter()
         subprocess.run([sys.executable, "-m", *shlex.split(command)], check=True)
         if times is not None:
-            line = {"made": made, "command": command, "seconds": round(time.perf_counter() - start, 1)}
+            seconds = round(time.perf_counter() - start, 1)
+            line = {"made": made, "command": command, "seconds": seconds, "hardware": hardware()}
             with times.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(line) + "\n")
 

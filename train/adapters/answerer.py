@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from train.deeplatent_rl.rewards import find_box
+from train.answers import find_box
 from train.evaluation.answering import AnswerSettings, answer_batch, check_settings
 from train.evaluation.loading import load_model, load_processor
 from train.reasoning_data import ReasoningSample

@@ -2,6 +2,7 @@
 
     python -m train.adapters.lmms_eval --model latentvlm --model_args pretrained=out/lare --tasks mmvp \
         --batch_size 8 --output_path out/lmms-eval
+    accelerate launch --num_processes 8 -m train.adapters.lmms_eval ...         # a GPU and a share of the questions each
 
 All options are lmms-eval's. `--model_args` takes `pretrained`, `dtype`, `attn_implementation`, `keep_reasoning` and the
 fields of `AnswerSettings`, such as latents=off. The model is put into the harness' registry here: entry points would have
@@ -10,6 +11,7 @@ to be installed, which `train` is not, and `LMMS_EVAL_PLUGINS` is deprecated the
 
 from typing import Any
 
+from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models import MODEL_REGISTRY_V2
@@ -17,6 +19,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
 from train.adapters.answerer import Answerer, as_conversation, cut, generation_settings
+from train.evaluation.processes import Processes
 
 
 class LatentVLM(lmms):
@@ -25,6 +28,11 @@ class LatentVLM(lmms):
     def __init__(self, pretrained: str, batch_size: int | str = 1, device: str | None = None, **settings: Any):
         super().__init__()
         settings.pop("max_batch_size", None)  # always handed over, meant for a batch size that is found out
+        # The harness deals questions to ranks and gathers over `accelerator`. Its own models give the rank on their machine
+        # as `_rank`, so that two machines would answer the same questions.
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        device = Processes(self._rank, self._world_size).device(device)
         self.answerer = Answerer(pretrained, device=device, batch_size=int(batch_size), **settings)
 
     @property

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from train.answers import normalize
+from train.answers import find_box, normalize
 from train.deeplatent_rl.judge import Judge, JudgeArguments
 from train.deeplatent_rl.rollouts import Trajectory
 
@@ -25,7 +25,6 @@ from train.deeplatent_rl.rollouts import Trajectory
 Reward = Callable[[Sequence[Trajectory]], Sequence[float]]
 
 CHOICE = re.compile(r"\(?([A-Z])(?:[).:,].*)?", re.DOTALL)  # A, (A), A. red, (A) red
-BOX = "\\boxed{"
 
 
 @dataclass
@@ -42,19 +41,6 @@ class RewardArguments:
     latent_reward_weight: float = field(
         default=0.0, metadata={"help": "Of a further reward for writing `<latent>`; 0: none."}
     )
-
-
-def find_box(text: str) -> str | None:
-    """What the last closed `\\boxed{...}` holds, braces inside it included; None without one."""
-    start = text.rfind(BOX)
-    while start >= 0:
-        depth = 1
-        for at in range(start + len(BOX), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            if not depth:
-                return text[start + len(BOX) : at].strip()
-        start = text.rfind(BOX, 0, start)
-    return None
 
 
 def is_right(answer: str, truth: str, may_calculate: bool = True) -> bool:

@@ -2,7 +2,8 @@
 
     latents="off"             the matched arm: the same weights without latent blocks or steps
     latent_intervention=X     latents are replaced before they enter the language model (`interventions.py`). "swap" is done
-                              here (`swapping.py`): it needs no blocks that open at the same time, and keeps norms
+                              here (`swapping.py`): it needs no blocks that open at the same time, and keeps norms. An answer
+                              with nobody in its batch to swap with keeps its latents and says so: `not_swapped`
     direct=True               no reasoning in words: the answer begins with `ANSWER_PREFIX`, behind the latents that come first
                               anyway (DeepLatent: those of min_latent_blocks), and ends where the box does
 
@@ -17,16 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.utils import logging
 
 from conversion.backbone import parse_overrides
 from modeling_latentvlm.interventions import INTERVENTIONS
-from train.answers import encode_conversations
-from train.deeplatent_rl.rewards import find_box
+from train.answers import encode_conversations, find_box
 from train.evaluation.swapping import Swap, find_donors
 
 
 ANSWER_PREFIX = "The answer is \\boxed{"
 LATENT_STEPS = {"deeplatent": None, "lare": "num_refocus_steps", "vedas": "num_latent_steps"}  # 0: no latents
+logger = logging.get_logger(__name__)
 OURS = (
     "do_sample",
     "max_new_tokens",
@@ -91,6 +93,7 @@ class Answer:
     num_latent_blocks: int
     num_latents: int
     stop_reason: str
+    not_swapped: bool = False  # under "swap": its latents are its own, as no other row of the batch had any to give
 
 
 class AnswerPrefix(LogitsProcessor):
@@ -120,7 +123,12 @@ class BoxClosed(StoppingCriteria):
 
 
 def check_settings(model, settings: AnswerSettings) -> None:
-    """Raise where a model cannot be asked so."""
+    """Raise where a model cannot be asked so.
+
+    Raises:
+        ValueError: the settings do not fit the model.
+        StrictDataclassError: the config does not take a value of `set`.
+    """
     if model.config.model_type not in LATENT_STEPS and (
         settings.latents == "off" or settings.latent_intervention is not None
     ):
@@ -136,6 +144,8 @@ def check_settings(model, settings: AnswerSettings) -> None:
     unknown = [name for name in parse_overrides(settings.set) if not hasattr(model.config, name)]
     if unknown:
         raise ValueError(f"`set` names {unknown}, which the config of {model.config.model_type!r} has not.")
+    with changed_config(model, settings):
+        model.config.validate()  # a field that is set alone is held to its type, not to the other fields
 
 
 @contextmanager
@@ -194,27 +204,40 @@ def answer_batch(
         wanted["max_new_tokens"] += len(prefix)
     with changed_config(model, settings):
         if settings.latent_intervention == "swap":
-            wanted["latent_intervention"] = find_swap(model, inputs, wanted, conversations, seed, names)
+            wanted["latent_intervention"] = find_swap(model, inputs, wanted, conversations, seed)
         elif settings.latent_intervention is not None:
             wanted["latent_intervention"] = settings.latent_intervention
         torch.manual_seed(seed)
         output = model.generate(**inputs, **wanted, return_dict_in_generate=True)
-    return account(model, processor, output, length, settings.direct)
+    answers = account(model, processor, output, length, settings.direct)
+    if settings.latent_intervention == "swap":
+        note_kept(answers, wanted["latent_intervention"], names)
+    return answers
 
 
-def find_swap(model, inputs, wanted: dict, conversations, seed: int, names) -> Swap:
+def find_swap(model, inputs, wanted: dict, conversations, seed: int) -> Swap:
     """Ask once without a change for the latents that the rows are going to exchange.
 
     Raises:
-        ValueError: beams, of which the first pass keeps one a row; or a row has nobody to exchange latents with.
+        ValueError: beams, of which the first pass keeps one a row.
     """
     beams = wanted.get("num_beams") or model.generation_config.num_beams or 1
     if beams > 1:
         raise ValueError(f"`latent_intervention=swap` is done without beams, but `num_beams` is {beams}.")
     torch.manual_seed(seed)
     trace = model.generate(**inputs, **wanted, return_dict_in_generate=True, output_latents=True).latent_trace
-    names = names or [f"Row {row} of the batch" for row in range(len(conversations))]
-    return Swap(trace, find_donors(trace, conversations, names), getattr(model.config, "latent_mode", None))
+    return Swap(trace, find_donors(trace, conversations), getattr(model.config, "latent_mode", None))
+
+
+def note_kept(answers: list[Answer], swap: Swap, names: Sequence[str] | None) -> None:
+    """Mark the answers that kept their own latents, and warn of them by name."""
+    for row in sorted(swap.kept):
+        answers[row].not_swapped = True
+        logger.warning(
+            f"{names[row] if names else f'Row {row} of the batch'}: not swapped, it keeps its own latents: no other row of "
+            "its batch has another picture and takes latents. A larger `batch_size`, or `generate` with "
+            "min_latent_blocks=1, may help."
+        )
 
 
 def account(model, processor, output, prompt_length: int, is_direct: bool) -> list[Answer]:

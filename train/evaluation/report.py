@@ -39,6 +39,8 @@ def describe(records: list[dict]) -> dict:
         "latent_blocks": mean(record["num_latent_blocks"] for record in records),
         "latents": mean(record["num_latents"] for record in records),
         "rows_with_latents": sum(record["num_latents"] > 0 for record in records),
+        # Results of an earlier version do not say: there such a row ended the evaluation.
+        "not_swapped": sum(record.get("not_swapped", False) for record in records),
         "stop_reasons": dict(sorted(Counter(record["stop_reason"] for record in records).items())),
         "seconds": mean(record["seconds"] for record in records),
         "median_seconds": median(record["seconds"] for record in records),
@@ -76,5 +78,9 @@ def draw_table(summary: dict) -> str:
             f"{name:{width}s} {numbers['rows']:6d}  {100 * numbers['accuracy']:6.1f} %  {low:5.1f} - {high:5.1f} %  "
             f"{numbers['answer_tokens']:7.1f}  {numbers['latent_blocks']:6.2f}  {numbers['latents']:7.1f}  "
             f"{numbers['seconds']:5.2f}  {reasons}"
+        )
+    if kept := summary["all"].get("not_swapped", 0):
+        lines.append(
+            f"{kept} rows were not swapped: they kept their own latents, as none of their batch had any to give."
         )
     return "\n".join(lines)

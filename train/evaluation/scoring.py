@@ -14,8 +14,8 @@ import math
 import re
 from collections.abc import Callable
 
-from train.answers import normalize
-from train.deeplatent_rl.rewards import CHOICE, as_number, find_box, is_right, is_same_mathematics
+from train.answers import find_box, normalize
+from train.deeplatent_rl.rewards import CHOICE, as_number, is_right, is_same_mathematics
 
 
 MARKED = re.compile(r".*\banswer(?:\s+is\s*:?|\s*:)\s*(\S.*)", re.IGNORECASE)  # `.*` first: the last of a line

@@ -7,6 +7,8 @@ goes on where it stopped. `--controls` also trains the two controls of `controls
 """
 
 import argparse
+import inspect
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -43,8 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def key_of(options: argparse.Namespace, items: list[Item]) -> str:
-    """What finished diagnostics depend on: checkpoint, data with their pictures, settings, and the code here."""
+def key_of(options: argparse.Namespace, items: list[Item], model, processor) -> str:
+    """What finished diagnostics depend on: checkpoint, data with their pictures, settings, code, and libraries.
+
+    The code is this package with what it reads answers and data by, and that which model, config and processor come from:
+    the installed packages, or the files of a checkpoint that `trust_remote_code` took.
+    """
     folder, data = Path(options.model), Path(options.data)
     weights = file_digest(*(path for path in folder.iterdir() if path.is_file())) if folder.is_dir() else options.model
     shown = (image for item in items for image in (*item.sample.images, *item.assistant_images))
@@ -52,9 +58,13 @@ def key_of(options: argparse.Namespace, items: list[Item]) -> str:
     asked = file_digest(
         *pictures, *(path for path in ([data] if data.is_file() else data.rglob("*")) if path.is_file())
     )
-    code = file_digest(*Path(__file__).parent.glob("*.py"))
+    here = Path(__file__).parent
+    code = [file_digest(*here.glob("*.py"), here.parent / "answers.py", here.parent / "reasoning_data.py")]
+    sources = {Path(inspect.getfile(type(part))).parent for part in (model, model.config, processor)}
+    code += [file_digest(*source.glob("*.py")) for source in sorted(sources)]
+    libraries = [version(library) for library in ("torch", "transformers", "scikit-learn")]
     names = ("data_format", "split", "limit", "max_new_tokens", "min_latent_blocks", "dtype", "seed")
-    return digest(weights, asked, code, *(getattr(options, name) for name in names))
+    return digest(weights, asked, code, libraries, *(getattr(options, name) for name in names))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -80,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.min_latent_blocks,
         options.seed,
     )
-    results = take_all(subject, tuple(options.arms), output / "finished", key_of(options, items))
+    results = take_all(subject, tuple(options.arms), output / "finished", key_of(options, items, model, processor))
     if options.controls:
         results.append(controls_result(output / "controls", options.seed))
     about = {

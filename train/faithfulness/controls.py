@@ -54,6 +54,7 @@ SIZE, PATCH, SQUARE = 56, 14, 28  # pixels
 CHANCE = 1 / len(COLORS)
 MUST_MOVE = ("zero", "shared", "gaussian", "matched", "swap", "dummy")
 CONTROLS = {"positive": 500, "negative": 150}  # training steps
+MADE = "made.json"  # beside a checkpoint: what it follows from
 
 
 def write_questions(folder: Path, count: int, seed: int) -> Path:
@@ -175,21 +176,26 @@ def train(kind: str, model: LaReForCausalLM, processor: LaReProcessor, data: Pat
 
 
 def make_control(kind: str, folder: Path, seed: int = 0, count: int = 480) -> Path:
-    """Train a control, unless the folder holds it already; returns the folder with its checkpoint.
+    """Train a control, unless the folder holds it, trained just so; returns the folder with its checkpoint.
+
+    One of another seed, of other steps or questions is trained anew in its place: a page must not show it for the one asked for.
 
     Raises:
         ValueError: neither `"positive"` nor `"negative"`.
     """
     if kind not in CONTROLS:
         raise ValueError(f"A control is one of {list(CONTROLS)}, got {kind!r}.")
-    checkpoint = folder / kind
-    if not (checkpoint / "config.json").is_file():
+    checkpoint, record = folder / kind, folder / kind / MADE
+    made = {"seed": seed, "steps": CONTROLS[kind], "questions": count}
+    if not record.is_file() or json.loads(record.read_text(encoding="utf-8")) != made:
+        record.unlink(missing_ok=True)
         data = write_questions(folder / "train", count, seed + 1)
         set_seed(seed)
         model, processor = build(kind)
         train(kind, model, processor, data, CONTROLS[kind])
         processor.save_pretrained(checkpoint)
         model.save_pretrained(checkpoint)
+        record.write_text(json.dumps(made), encoding="utf-8")  # last: a killed training leaves none
     return checkpoint
 
 

@@ -35,7 +35,8 @@ def read_items(path: str | Path, data_format: str, split: str, limit: int | None
     """The first `limit` questions that have an image.
 
     Raises:
-        ValueError: a row that cannot be used, or fewer than 4 questions with an image.
+        ValueError: a row that cannot be used, one that names a picture of the assistant that is not there, or fewer than 4
+            questions with an image.
     """
     path, items = Path(path), []
     for origin, row in read_rows(path, split):
@@ -44,7 +45,10 @@ def read_items(path: str | Path, data_format: str, split: str, limit: int | None
             continue
         boxes = [tuple(box) for box in row.get("boxes") or []]
         pictures = [str(path.parent / name) for name in row.get("assistant_images") or [] if isinstance(name, str)]
-        items.append(Item(sample, boxes, [name for name in pictures if Path(name).is_file()]))
+        missing = [name for name in pictures if not Path(name).is_file()]
+        if missing:
+            raise ValueError(f"{origin}: `assistant_images` must name files that are there, but {missing[0]} is not.")
+        items.append(Item(sample, boxes, pictures))
         if limit is not None and len(items) == limit:
             break
     if len(items) < 4:

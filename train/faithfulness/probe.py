@@ -7,12 +7,14 @@ Features, one vector an item:
     (c) mean latent, question mean (text embeddings of the prompt), visual mean (image tokens)
 
 against the reference answer: StandardScaler, then LogisticRegression (l2, C = 1, lbfgs, 1000 iterations), stratified
-k-fold with k = min(5, smallest class). Of the held-out predictions: accuracy, cross-entropy CE, and
+k-fold with k = min(5, smallest class). Where several questions are about one picture, they lie in one fold: then k is at most
+min(5, fewest pictures of an answer), and the greatest for which every answer can be learned for every fold. Of the held-out
+predictions: accuracy, cross-entropy CE, and
 
     MI_LB = max(0, H(Y) - CE)      H(Y) the entropy of the answers, both in nats
 
-Chance-corrected accuracy is (Acc - largest class) / (1 - largest class); gap G = Acc(a) - Acc(b). Answers that occur once are
-left out: no fold could have learned them.
+Chance-corrected accuracy is (Acc - largest class) / (1 - largest class); gap G = Acc(a) - Acc(b). Answers about one
+picture alone are left out: no fold could have learned them.
 """
 
 import warnings
@@ -24,7 +26,7 @@ from scipy import stats
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -40,10 +42,35 @@ FOLDS = 5
 EMITTING, LAST = "(a) hidden that emits the answer", "(b) last latent"
 
 
-def probe(features: np.ndarray, labels: np.ndarray, seed: int = 0) -> dict:
-    """Accuracy, held-out cross-entropy and MI_LB of features (N, F) for labels (N,), each of which occurs twice or more."""
+def split_folds(labels: np.ndarray, pictures: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of rows to learn from and rows held out. No picture is on both sides, and every answer is learned.
+
+    Raises:
+        NotApplicable: not even two folds can be made so.
+    """
+    shown = Counter(answer for answer, _ in set(zip(labels.tolist(), pictures.tolist())))
+    most, rows = min(FOLDS, min(shown.values())), np.zeros(len(labels))
+    if len(set(pictures.tolist())) == len(pictures):
+        return list(StratifiedKFold(most, shuffle=True, random_state=seed).split(rows, labels))
+    for count in range(most, 1, -1):
+        folds = StratifiedGroupKFold(count, shuffle=True, random_state=seed).split(rows, labels, pictures)
+        folds = [(learned, held) for learned, held in folds if len(held)]
+        if len(folds) == count and all(set(labels[learned]) == set(labels) for learned, _ in folds):
+            return folds
+    raise NotApplicable(
+        f"a probe needs two folds that share no picture and both hold every answer, but {len(set(labels.tolist()))} answers "
+        f"over {len(set(pictures.tolist()))} pictures cannot be split so"
+    )
+
+
+def probe(features: np.ndarray, labels: np.ndarray, seed: int = 0, pictures: np.ndarray | None = None) -> dict:
+    """Accuracy, held-out cross-entropy and MI_LB of features (N, F) for labels (N,).
+
+    Args:
+        pictures: (N,), equal where two rows are about one; each label occurs with two or more. By default all differ.
+    """
     counts = Counter(labels.tolist())
-    folds = StratifiedKFold(min(FOLDS, min(counts.values())), shuffle=True, random_state=seed)
+    folds = split_folds(labels, np.arange(len(labels)) if pictures is None else pictures, seed)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, solver="lbfgs", max_iter=1000))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the definition stops at 1000 iterations
@@ -70,13 +97,16 @@ def measure_probe(subject: Subject, observed: dict[int, Observed]) -> Result:
     """Probe all features.
 
     Raises:
-        NotApplicable: fewer than two answers occur twice or more.
+        NotApplicable: fewer than two answers occur with two pictures or more, or the pictures cannot be split.
     """
     labels = {number: normalize(subject.items[number].answer) for number in observed}
-    counts = Counter(labels.values())
+    pictures = {number: subject.items[number].image_digest() for number in observed}
+    counts = Counter(answer for answer, _ in {(labels[number], pictures[number]) for number in observed})
     kept = [number for number in observed if counts[labels[number]] >= 2]
     if len({labels[number] for number in kept}) < 2:
-        raise NotApplicable("a probe needs two answers that occur twice or more among the questions with latents")
+        raise NotApplicable(
+            "a probe needs two answers, each about two different pictures or more, among the questions with latents"
+        )
     features = {
         EMITTING: [observed[number].emitting for number in kept],
         LAST: [subject.clean[number].latents()[-1] for number in kept],
@@ -84,16 +114,16 @@ def measure_probe(subject: Subject, observed: dict[int, Observed]) -> Result:
         "(c) question mean": [observed[number].question for number in kept],
         "(c) visual mean": [observed[number].visual for number in kept],
     }
-    target = np.array([labels[number] for number in kept])
+    target, shown = (np.array([values[number] for number in kept]) for values in (labels, pictures))
     rows = [
-        {"feature": name} | probe(torch.stack(values).double().numpy(), target, subject.seed)
+        {"feature": name} | probe(torch.stack(values).double().numpy(), target, subject.seed, shown)
         for name, values in features.items()
     ]
     found = {row["feature"]: row["accuracy"] for row in rows}
     result = Result(
         "D5",
         "D5: linear probe of the answer",
-        "StandardScaler and logistic regression (l2, C = 1), stratified folds, held out; MI_LB = "
+        "StandardScaler and logistic regression (l2, C = 1), stratified folds that share no picture, held out; MI_LB = "
         "max(0, H(Y) - CE); G = Acc(a) - Acc(b).",
         tables={
             "probes": rows,
@@ -111,5 +141,7 @@ def measure_probe(subject: Subject, observed: dict[int, Observed]) -> Result:
         notes=["A large G: the model knows the answer where it says it, and its last latent does not hold it."],
     )
     if len(kept) < len(observed):
-        result.notes.append(f"{len(observed) - len(kept)} items whose answer occurs once are left out.")
+        result.notes.append(
+            f"{len(observed) - len(kept)} items whose answer occurs with one picture alone are left out."
+        )
     return result

@@ -1,6 +1,6 @@
 """Take all diagnostics of a subject, each once: what is done is kept in a file and not done again.
 
-A file's name tells diagnostic, model, data and settings apart by a hash, so that a report that was killed goes on, and one on
+A file's name tells diagnostic, model, data, settings, code and libraries apart by a hash, so that a report that was killed goes on, and one on
 another checkpoint starts anew.
 """
 
