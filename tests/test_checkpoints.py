@@ -24,12 +24,13 @@ def test_what_ships_has_a_recipe():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_loads_elsewhere_and_answers_better_than_chance(name, tmp_path):
-    """On 32 new pictures of another seed, in a process that knows nothing of this repository."""
+    """On 32 new questions of either kind and of another seed, and in a process that knows nothing of this repository."""
     folder = shipped(name)
     assert (folder / "model.safetensors").stat().st_size <= LARGEST
     assert "## What it scores" in (folder / "README.md").read_text(encoding="utf-8")
-    data = write_dataset("search_color", 32, 77, tmp_path / "data", "test", recipes.IMAGE_SIZE)
-    assert recipes.score(folder, data, ("latents",))["latents"] >= 0.5  # chance is 0.125
+    for task, least in (("search_color", 0.5), ("jigsaw", 0.55)):  # chance is 0.125 and 0.25
+        data = write_dataset(task, 32, 77, tmp_path / task, "test", recipes.IMAGE_SIZE)
+        assert recipes.score(folder, data, ("latents",))["latents"] >= least
     code = (
         "import torch; from transformers import AutoModel; "
         f"model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True); "
@@ -95,9 +96,12 @@ def test_shipped_weights_are_those_of_the_recipe_in_bfloat16(tmp_path, monkeypat
     ]
     write_times(tmp_path / "run", steps)
     (tmp_path / "run" / "lare.md").write_text("| scores |\n")
+    (tmp_path / "run" / "train").mkdir()
+    (tmp_path / "run" / "train" / "data.jsonl").write_text("{}\n" * 1200)
     target = ship("lare", tmp_path / "run", "search_color", tmp_path / "out")
     card = (target / "README.md").read_text(encoding="utf-8")
     assert "\non 4 CPU cores; one GPU, in 2 minutes" in card and "| scores |" in card
+    assert "task `search_color`, 1,200 samples" in card and "train.recipes lare --task search_color" in card
     model = AutoModel.from_pretrained(shipped("lare", tmp_path / "out"), trust_remote_code=True)
     expected = build().to(torch.bfloat16).state_dict()
     assert model.dtype == torch.bfloat16

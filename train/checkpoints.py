@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoProcessor
 from configuration_latentvlm import DeepLatentConfig, LaReConfig, VedasConfig
 from configuration_latentvlm.hub_code import export_code
 from configuration_latentvlm.model_card import render_model_card
-from train.recipes import RECIPES
+from train.recipes import RECIPES, TASK
 
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
@@ -33,12 +33,12 @@ LARGEST = 8_000_000  # bytes of weights that a shipped checkpoint may have
 TRAINING = """
 ## How it was trained
 
-From nothing, with procedural questions about pictures (`python -m train.tasks`, task `{task}`, 4,000 samples, seed 0), by
+From nothing, with procedural questions about pictures (`python -m train.tasks`, task `{task}`, {samples:,} samples, seed 0), by
 
-    python -m train.recipes {name} --output out/small
+    python -m train.recipes {name} --task {task} --output out/small
 
 {hardware}in {minutes:.0f} minutes (data and backbone, which the recipes share, included). {num_weights:.2f}M weights. It knows
-this task and nothing else.
+these questions and nothing else.
 
 ## What it scores
 
@@ -126,6 +126,7 @@ def ship(name: str, run: Path, task: str, folder: Path = CHECKPOINTS) -> Path:
     table = run / f"{name}.md"
     training = TRAINING.format(
         task=task,
+        samples=len((run / "train" / "data.jsonl").read_text(encoding="utf-8").splitlines()),
         name=name,
         hardware=f"on {'; '.join(machines)}, " if machines else "",
         minutes=sum(step["seconds"] for step in steps) / 60,
@@ -143,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
         "name", nargs="?", choices=sorted(CONFIGS), help="without: write the code of all that are there"
     )
     parser.add_argument("--run", type=Path, help="output of `train.recipes`")
-    parser.add_argument("--task", default="search_color", help="that it was trained on")
+    parser.add_argument("--task", default=TASK, help="that it was trained on")
     parser.add_argument("--output", type=Path, default=CHECKPOINTS)
     args = parser.parse_args(arguments)
     if args.name is None:
