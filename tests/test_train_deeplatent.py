@@ -19,10 +19,11 @@ from transformers import AutoModel, AutoProcessor
 from conversion.convert_deeplatent import convert_deeplatent
 from modeling_latentvlm.latent_former import RowImages
 from train import cache_teacher_states, train_deeplatent
+from train.config_overrides import load_config
 from train.deeplatent import sft
 from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.distillation import SftObjective, align_loss
-from train.deeplatent.sft import PARSER, SftTrainingArguments, load_config
+from train.deeplatent.sft import PARSER, SftTrainingArguments
 from train.small_backbone import texts_of, write_backbone
 from train.tasks import write_dataset
 from train.training_model import LatentTrainer

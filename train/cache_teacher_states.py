@@ -15,8 +15,9 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from train.config_overrides import load_config
 from train.deeplatent.collator import DeepLatentCollator
-from train.deeplatent.sft import DataArguments, load_config, load_model, load_processor, local_folder
+from train.deeplatent.sft import DataArguments, load_model, load_processor, local_folder
 from train.deeplatent.teacher_states import (
     DTYPES,
     TeacherCacheWriter,

@@ -51,8 +51,9 @@ OWN = {
 
 
 def arms_of(model: str) -> dict[str, Arm]:
-    kind = "clip" if model == "lare" else "qwen"
-    text = "lare-stage0" if model == "lare" else "qwen-text"
+    is_lare = model.startswith("lare")
+    kind = "clip" if is_lare else "qwen"
+    text = "lare-stage0" if is_lare else "qwen-text"
     twins = {"direct": Arm("--latents off", f"{kind}-direct"), "text reasoning": Arm("--latents off", text)}
     return OWN | twins
 

@@ -3,6 +3,7 @@
     python -m train.recipes deeplatent --output out/small
     python -m train.recipes vedas --output out/small
     python -m train.recipes lare --output out/small
+    python -m train.recipes lare_blind --output out/small                  # whose answers know the picture through latents alone
     python -m train.recipes deeplatent --task color --output out/color     # smaller pictures, within minutes on a CPU
 
 A recipe is a list of the commands that the README documents; they are printed as they run. What is there already is not
@@ -125,13 +126,26 @@ LARE_STAGES = {
     0: (12, "1e-3 --lr_scheduler_type constant_with_warmup"),
     1: (0.15, "1e-3"),
     2: (0.4, "1e-3"),
-    3: (3, "1e-3"),
+    3: (1, "1e-3"),
     4: (0.25, "3e-4"),
 }
+# An answer that starts on the latents alone has to learn anew what it could see.
+BLIND_STAGES = {stage: LARE_STAGES[stage] for stage in (1, 2, 4)} | {3: (3, "1e-3")}
+
+
+def lare_stage(output: Path, stage: int, before: str, after: str, stages: dict, scale: float) -> tuple[str, str]:
+    size, (epochs, rate) = 32 if scale >= 1 else 8, stages[stage]
+    return (
+        f"{after}/config.json",
+        f"train.train_lare --stage {stage} --model_path {before} --data_format steps "
+        f"--data_path {output}/train/data.jsonl --output_dir {after} --vae_path {output}/clip/vae "
+        f"--crop_size 32 --unet_channels 8 8 16 16 --learning_rate {rate} "
+        f"--num_train_epochs {epochs if scale >= 1 else 1} --per_device_train_batch_size {size} "
+        f"--global_batch_size {size} {SHARED}",
+    )
 
 
 def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
-    size = 32 if scale >= 1 else 8
     data, texts, scenes = make_data(output, task, scale)
     commands = [
         *data,
@@ -146,25 +160,23 @@ def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
         (
             f"{output}/lare/config.json",
             f"conversion.convert_lare --vision-tower {output}/clip/vision --language-model {output}/clip/language "
-            f"--output {output}/lare --set num_refocus_steps=2 window_size=3 extractor_hidden_size=128 "
-            "extractor_num_heads=4 answer_sees_image=false",
+            f"--output {output}/lare --set num_refocus_steps=2 window_size=3 extractor_hidden_size=128 extractor_num_heads=4",
         ),
     ]
-    before = f"{output}/lare"
-    for stage, (epochs, rate) in LARE_STAGES.items():
-        after = f"{output}/lare-stage{stage}"
-        commands.append(
-            (
-                f"{after}/config.json",
-                f"train.train_lare --stage {stage} --model_path {before} --data_format steps "
-                f"--data_path {output}/train/data.jsonl --output_dir {after} --vae_path {output}/clip/vae "
-                f"--crop_size 32 --unet_channels 8 8 16 16 --learning_rate {rate} "
-                f"--num_train_epochs {epochs if scale >= 1 else 1} --per_device_train_batch_size {size} "
-                f"--global_batch_size {size} {SHARED}",
-            )
-        )
-        before = after
-    return commands
+    folders = [f"{output}/lare", *(f"{output}/lare-stage{stage}" for stage in LARE_STAGES)]
+    steps = zip(LARE_STAGES, folders, folders[1:])
+    return [*commands, *(lare_stage(output, *step, LARE_STAGES, scale) for step in steps)]
+
+
+def lare_blind(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
+    """From LaRe's stage 0 on with answers that start on text and latents alone."""
+    folders = [f"{output}/lare-stage0", *(f"{output}/lare-blind-stage{stage}" for stage in sorted(BLIND_STAGES))]
+    (made, command), *further = (
+        lare_stage(output, *step, BLIND_STAGES, scale) for step in zip(sorted(BLIND_STAGES), folders, folders[1:])
+    )
+    common = lare(output, task, scale)
+    common = common[: [made for made, _ in common].index(f"{folders[0]}/config.json") + 1]
+    return [*common, (made, f"{command} --config_overrides answer_sees_image=false"), *further]
 
 
 def deeplatent(output: Path, task: str, scale: float, language: str = "small") -> list[tuple[str, str]]:
@@ -205,6 +217,7 @@ def deeplatent(output: Path, task: str, scale: float, language: str = "small") -
 RECIPES = {
     "deeplatent": (deeplatent, "rl"),
     "lare": (lare, "lare-stage4"),
+    "lare_blind": (lare_blind, "lare-blind-stage4"),
     "vedas": (vedas, "vedas-trained"),
 }
 TASK = "search_color:4,jigsaw"  # a search and a synthesis; the puzzle is learned soon
@@ -278,9 +291,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     build, trained = RECIPES[args.recipe]
-    if args.recipe == "lare" and args.language != "small":
+    is_lare = build in (lare, lare_blind)
+    if is_lare and args.language != "small":
         parser.error("`--language` is for DeepLatent and Vedas")
-    chosen = {} if args.recipe == "lare" else {"language": args.language}
+    chosen = {} if is_lare else {"language": args.language}
     args.output.mkdir(parents=True, exist_ok=True)
     run(build(args.output, args.task, args.scale, **chosen), args.output / "times.jsonl")
     test = args.output / "test" / "data.jsonl"

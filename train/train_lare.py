@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
+from train.config_overrides import load_config
 from train.lare.data import LaReCollator, from_reasoning, read_llava
 from train.lare.objective import LaReObjective, LatentLossArguments
 from train.reasoning_data import read_reasoning
@@ -72,6 +73,12 @@ class ScriptArguments:
         default="float32", metadata={"help": "Of the weights; `--bf16` computes in bfloat16 either way."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, ..."})
+    config_overrides: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Fields of the config as field=value, such as answer_sees_image=false; no sizes of weights."
+        },
+    )
 
     def __post_init__(self):
         if self.stage not in STAGES:
@@ -159,6 +166,8 @@ def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: T
     complete_arguments(args, training_args)
     processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=True)
     attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    if args.config_overrides:
+        attention["config"] = load_config(args.model_path, args.config_overrides)
     model = AutoModel.from_pretrained(args.model_path, trust_remote_code=True, dtype=args.dtype, **attention)
     check_stage(model, args)
     freeze(model, stage)

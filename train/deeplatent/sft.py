@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
+from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from conversion.backbone import parse_overrides
 from modeling_latentvlm.modeling_deeplatent import NEW_WEIGHTS
+from train.config_overrides import load_config
 from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.distillation import SftObjective
 from train.deeplatent.teacher_states import TeacherCache, choose_layers, make_fingerprint
@@ -108,24 +108,6 @@ def load_processor(path: str | Path, config):
     processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
     processor.num_control_tokens = config.num_control_tokens  # the config's mode may have been overridden
     return processor
-
-
-def load_config(path: str | Path, overrides: list[str] = ()):
-    """The config of a checkpoint with some fields changed.
-
-    Raises:
-        ValueError: there is no such field.
-    """
-    fields = parse_overrides(list(overrides))
-    config = AutoConfig.from_pretrained(path, trust_remote_code=True)
-    unknown = sorted(name for name in fields if not hasattr(config, name))
-    if unknown:
-        raise ValueError(f"`config_overrides` names {', '.join(unknown)}, which the config does not have.")
-    fields = {
-        name: float(value) if type(value) is int and isinstance(getattr(config, name), float) else value
-        for name, value in fields.items()
-    }
-    return type(config).from_dict(config.to_dict() | fields)
 
 
 def load_model(path: str | Path, config, dtype: str, attn_implementation: str | None, may_renew: bool = False):
