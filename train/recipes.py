@@ -101,8 +101,9 @@ def make_backbone(output: Path, task: str, scale: float, language: str) -> list[
 
 
 def vedas(output: Path, task: str, scale: float, language: str = "small") -> list[tuple[str, str]]:
-    # The language model starts from nothing, so that it stays longer in the stage that teaches it to speak and to look.
-    plan = "--stages 0 0 0 0 0 1 2 3 --epochs_per_stage 1" if scale >= 1 else "--epochs_per_stage 1"
+    # The language model starts from nothing, so that it stays longer in the stage that teaches it to speak and to look, and in
+    # the last, where it has to solve in latents what it has put into words.
+    plan = "--stages 0 0 0 0 0 1 2 3 3 3 3 --epochs_per_stage 1" if scale >= 1 else "--epochs_per_stage 1"
     return [
         *make_backbone(output, task, scale, language),
         (
