@@ -101,21 +101,31 @@ def make_backbone(output: Path, task: str, scale: float, language: str) -> list[
 
 
 def vedas(output: Path, task: str, scale: float, language: str = "small") -> list[tuple[str, str]]:
-    # The language model starts from nothing, so that it stays longer in the stage that teaches it to speak and to look, and in
-    # the last, where it has to solve in latents what it has put into words.
-    plan = "--stages 0 0 0 0 0 1 2 3 3 3 3 --epochs_per_stage 1" if scale >= 1 else "--epochs_per_stage 1"
+    # The language model starts from nothing, so that it stays longer in the stage that teaches it to speak and to look; and in
+    # the last, on as much of every task, where it has to solve in latents what it has put into words.
+    once = tuple(dict.fromkeys(tasks_of(task)))
+    even = make_set(output, "even", ",".join(once), "train", 4000, scale)
+    rounds = [
+        ("vedas", "vedas-first", "train", "0 0 0 0 0 1 2 3" if scale >= 1 else "0 1 2 3"),
+        ("vedas-first", "vedas-trained", "even", "3 3 3 3 3 3 3 3" if scale >= 1 else "3"),
+    ]
     return [
         *make_backbone(output, task, scale, language),
+        even,
         (
             f"{output}/vedas/config.json",
             f"conversion.convert_vedas --backbone {output}/backbone --output {output}/vedas "
             "--set num_latent_steps=3 num_replay_tokens=4 alpha=8 step_alpha=2",
         ),
-        (
-            f"{output}/vedas-trained/config.json",
-            f"train.train_vedas --model_path {output}/vedas --data_path {output}/train/data.jsonl "
-            f"--output_dir {output}/vedas-trained {plan} --learning_rate {1e-3 * LANGUAGES[language][1]:g} "
-            f"--per_device_train_batch_size 32 --freeze_vision --replay_crop_size 56 {SHARED}",
+        *(
+            (
+                f"{output}/{after}/config.json",
+                f"train.train_vedas --model_path {output}/{before} --data_path {output}/{data}/data.jsonl "
+                f"--output_dir {output}/{after} --stages {stages} --epochs_per_stage 1 "
+                f"--learning_rate {1e-3 * LANGUAGES[language][1]:g} "
+                f"--per_device_train_batch_size 32 --freeze_vision --replay_crop_size 56 {SHARED}",
+            )
+            for before, after, data, stages in rounds
         ),
     ]
 
