@@ -72,7 +72,7 @@ def test_every_file_that_answers_follow_from_is_held_to_its_hash(name, tmp_path)
 
 def test_shipping_needs_a_recipe_that_came_to_its_end(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="holds no trained model: run `python -m train.recipes lare"):
-        ship("lare", tmp_path, "color", tmp_path)
+        ship("lare", tmp_path, tmp_path)
 
 
 def write_times(run: Path, steps: list[dict]) -> None:
@@ -96,9 +96,10 @@ def test_shipped_weights_are_those_of_the_recipe_in_bfloat16(tmp_path, monkeypat
     ]
     write_times(tmp_path / "run", steps)
     (tmp_path / "run" / "lare.md").write_text("| scores |\n")
+    recipes.remember(tmp_path / "run", task="search_color", scale=1.0, language="small")
     (tmp_path / "run" / "train").mkdir()
     (tmp_path / "run" / "train" / "data.jsonl").write_text("{}\n" * 1200)
-    target = ship("lare", tmp_path / "run", "search_color", tmp_path / "out")
+    target = ship("lare", tmp_path / "run", tmp_path / "out")
     card = (target / "README.md").read_text(encoding="utf-8")
     assert "\non 4 CPU cores; one GPU, in 2 minutes" in card and "| scores |" in card
     assert "task `search_color`, 1,200 samples" in card and "train.recipes lare --task search_color" in card
@@ -107,31 +108,34 @@ def test_shipped_weights_are_those_of_the_recipe_in_bfloat16(tmp_path, monkeypat
     assert model.dtype == torch.bfloat16
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     write_times(tmp_path / "run", steps[1:2])
-    ship("lare", tmp_path / "run", "search_color", tmp_path / "out")
+    ship("lare", tmp_path / "run", tmp_path / "out")
     assert "\n\nin 0 minutes" in (target / "README.md").read_text(encoding="utf-8")
 
 
 def summary(right: int) -> dict:
     numbers = {"accuracy": right / 4, "accuracy_low": 0.1, "accuracy_high": 0.9, "answer_tokens": 9.0, "latents": 8.0}
-    return {"all": numbers, "tasks": {"jigsaw": numbers}}
+    return {"all": numbers | {"not_swapped": 2 * (right == 2)}, "tasks": {"jigsaw": numbers, "color": numbers}}
 
 
 def test_the_comparison_asks_every_arm_and_trains_missing_twins(tmp_path, monkeypatch):
     """Direct twins at three rates: the one that is right most often on validation questions is asked the test's."""
     ran, trained = [], []
-    for name in ("lare-stage4", "lare-stage0", "test"):
+    recipes.remember(tmp_path, task="jigsaw:2,color", scale=1.0, language="small")
+    for name in ("lare-stage4", "lare-stage0"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").touch()
-    (tmp_path / "test" / "data.jsonl").write_text(json.dumps({"task": "jigsaw"}) + "\n")
 
     def evaluate(command, check):
         model, folder = (Path(command[command.index(flag) + 1]) for flag in ("--model", "--output"))
         ran.append((model.name, "val" if "val/data" in " ".join(command) else folder.name, "--latents" in command))
         right = {"clip-direct-3e-4": 1, "clip-direct-1e-3": 3, "clip-direct-3e-3": 2}.get(model.name, 4)
+        right = 2 if folder.name == "swap" else right
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "summary.json").write_text(json.dumps(summary(right)))
+        # Two tasks, color always right; every arm finishes its rows in another order.
         rows = [{"id": str(row), "task": "jigsaw", "correct": row < right} for row in (3, 1, 0, 2)]
-        (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows += [{"id": f"c{row}", "task": "color", "correct": True} for row in (1, 0)]
+        (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[right:] + rows[:right]))
 
     def train(commands, times=None):
         trained.extend(Path(made).parent.name for made, _ in commands)
@@ -142,25 +146,32 @@ def test_the_comparison_asks_every_arm_and_trains_missing_twins(tmp_path, monkey
 
     monkeypatch.setattr(comparison.subprocess, "run", evaluate)
     monkeypatch.setattr(comparison, "run", train)
-    comparison.main(["--run", str(tmp_path), "--models", "lare"])
+    comparison.main(["--run", str(tmp_path)])  # of all models the one that is trained there
     assert trained == ["val", "clip-direct-3e-4", "clip-direct-1e-3", "clip-direct-3e-3"]
-    assert ran[:4] == [
-        ("lare-stage4", name, name == "latents-off") for name in ("as-trained", "latents-off", "swap", "noise")
-    ]
+    arms = ("as-trained", "latents-off", "swap", "noise")
+    assert ran[:4] == [("lare-stage4", name, name == "latents-off") for name in arms]
     assert ran[4:7] == [(f"clip-direct-{rate}", "val", True) for rate in comparison.RATES]
     assert ran[7:] == [("clip-direct-1e-3", "direct", True), ("lare-stage0", "text-reasoning", True)]
     assert json.loads((tmp_path / "twins.json").read_text())["clip-direct"]["chosen"] == "1e-3"
     assert (tmp_path / "twins.png").stat().st_size > 5000
     table = (tmp_path / "comparison.md").read_text()
-    assert "| lare | as trained | 100.0 (10.0 to 90.0) | 9.0 | 8.0 | - |" in table
-    assert "| lare | direct | 75.0 (10.0 to 90.0) | 9.0 | 8.0 | +25.0 (+0.0 to +75.0) |" in table
+    assert "| lare | as trained | 100.0 (10.0 to 90.0) | 100.0 (10.0 to 90.0) | 9.0 | 8.0 | - | - |" in table
+    assert "| 9.0 | 8.0 | +0.0 (+0.0 to +0.0) | +25.0 (+0.0 to +75.0) |" in table  # direct: color, jigsaw
+    assert "| lare | swap (2 rows kept their own: nothing to swap with) |" in table
     with pytest.raises(SystemExit):
         comparison.main(["--run", str(tmp_path), "--models", "vedas"])
+    with pytest.raises(ValueError, match="holds no recipe.json"):
+        comparison.main(["--run", str(tmp_path / "val")])
 
 
-def test_twins_are_trained_by_commands_that_the_scripts_take(tmp_path):
+def test_twins_take_the_steps_and_rates_of_their_models(tmp_path):
     from test_recipes import parses
 
-    for folder in ("clip-direct-3e-4", "qwen-direct-3e-4", "qwen-text"):
-        *_, (made, command) = comparison.twin_commands(folder, tmp_path, 1.0, "3e-4")
-        assert made == f"{tmp_path}/{folder}/config.json" and parses(command) and "--learning_rate 3e-4" in command
+    run = comparison.Run(tmp_path, "search_color:4,jigsaw", 1.0, "small")
+    for folder, epochs in (("clip-direct-3e-4", 13.8), ("qwen-direct-3e-4", 9), ("qwen-text", 9)):
+        *_, (made, command) = comparison.twin_commands(folder, run, "3e-4")
+        assert made == f"{tmp_path}/{folder}/config.json" and parses(command)
+        assert "--learning_rate 0.0003 " in command
+        assert float(command.split("--num_train_epochs ")[1].split()[0]) == pytest.approx(epochs)
+    *_, (_, command) = comparison.twin_commands("qwen-text", comparison.Run(tmp_path, "color", 1.0, "smollm2"), "1e-3")
+    assert "--learning_rate 0.0001 " in command and "--num_train_epochs 6 " in command

@@ -7,7 +7,7 @@ import pytest
 from test_recipes import parses
 
 from train import recipes
-from train.comparison import arms_of, twin_commands
+from train.comparison import Run, arms_of, twin_commands
 
 
 @pytest.mark.parametrize("model", sorted(recipes.RECIPES))
@@ -18,7 +18,7 @@ def test_twins_can_be_trained_where_this_model_alone_was(model, tmp_path):
         folder = tmp_path / arms_of(model)[name].folder
         if folder in made:
             continue
-        commands = twin_commands(folder.name, tmp_path, 1.0)
+        commands = twin_commands(folder.name, Run(tmp_path, "color", 1.0, "small"))
         assert Path(commands[-1][0]).parent == folder and parses(commands[-1][1])
         there = set(made)
         for file, command in commands:

@@ -28,9 +28,15 @@ def test_commands_are_what_the_scripts_take(name, tmp_path):
     build, trained = recipes.RECIPES[name]
     commands = build(tmp_path, "color", 1.0)
     assert Path(commands[-1][0]).parent == tmp_path / trained
-    assert sum(parses(command) for _, command in commands) == {"deeplatent": 3, "lare": 5, "lare_blind": 5, "vedas": 2}[name]
+    assert (
+        sum(parses(command) for _, command in commands)
+        == {"deeplatent": 3, "lare": 5, "lare_blind": 5, "vedas": 2}[name]
+    )
     commands = build(tmp_path, "search_color", 1.0)
-    assert sum(parses(command) for _, command in commands) == {"deeplatent": 3, "lare": 5, "lare_blind": 5, "vedas": 2}[name]
+    assert (
+        sum(parses(command) for _, command in commands)
+        == {"deeplatent": 3, "lare": 5, "lare_blind": 5, "vedas": 2}[name]
+    )
     made = [made for made, _ in commands]
     read = {word for _, command in commands for word in command.split() if word.endswith("data.jsonl")}
     assert read <= set(made)  # what a command reads, one before it made
@@ -105,6 +111,14 @@ def test_what_is_there_is_not_made_again(tmp_path, monkeypatch):
     (tmp_path / "made").touch()
     recipes.run([(str(tmp_path / "made"), "a --x 1"), (str(tmp_path / "other"), "b --y '2 3'")])
     assert ran == [["b", "--y", "2 3"]]
+
+
+def test_a_folder_is_gone_on_with_by_what_began_it_alone(tmp_path, monkeypatch):
+    recipes.remember(tmp_path, task="color", scale=1.0, language="small")
+    recipes.remember(tmp_path, task="color", scale=1.0, language="small")
+    monkeypatch.setattr("sys.argv", ["recipes", "lare", "--output", str(tmp_path)])
+    with pytest.raises(ValueError, match="was begun with .*'color'.*, not with .*search_color:4,jigsaw"):
+        recipes.main()
 
 
 @pytest.mark.slow

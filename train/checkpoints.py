@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoProcessor
 from configuration_latentvlm import DeepLatentConfig, LaReConfig, VedasConfig
 from configuration_latentvlm.hub_code import export_code
 from configuration_latentvlm.model_card import render_model_card
-from train.recipes import RECIPES, TASK
+from train.recipes import RECIPES, SETTINGS
 
 
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
@@ -35,7 +35,7 @@ TRAINING = """
 
 From nothing, with procedural questions about pictures (`python -m train.tasks`, task `{task}`, {samples:,} samples, seed 0), by
 
-    python -m train.recipes {name} --task {task} --output out/small
+    python -m train.recipes {name} --task {task}{language} --output out/small
 
 {hardware}in {minutes:.0f} minutes (data and backbone, which the recipes share, included). {num_weights:.2f}M weights. It knows
 these questions and nothing else.
@@ -97,7 +97,7 @@ def refresh_code(path: Path) -> Path:
     return path
 
 
-def ship(name: str, run: Path, task: str, folder: Path = CHECKPOINTS) -> Path:
+def ship(name: str, run: Path, folder: Path = CHECKPOINTS) -> Path:
     """Write what a recipe trained as a checkpoint that ships.
 
     Args:
@@ -118,7 +118,10 @@ def ship(name: str, run: Path, task: str, folder: Path = CHECKPOINTS) -> Path:
     model.save_pretrained(target)
     AutoProcessor.from_pretrained(source, trust_remote_code=True).save_pretrained(target)
     steps = [json.loads(line) for line in (run / "times.jsonl").read_text(encoding="utf-8").splitlines()]
-    made = [made for made, _ in RECIPES[name][0](run, task, 1.0)]
+    settings = json.loads((run / SETTINGS).read_text(encoding="utf-8"))
+    task, language = settings["task"], settings["language"]
+    chosen = {} if language == "small" else {"language": language}
+    made = [made for made, _ in RECIPES[name][0](run, task, settings["scale"], **chosen)]
     own = made[: made.index(f"{source}/config.json") + 1]
     steps = [step for step in steps if step["made"] in own]
     # Runs of earlier versions did not take it down, and where this runs says nothing about them.
@@ -128,6 +131,7 @@ def ship(name: str, run: Path, task: str, folder: Path = CHECKPOINTS) -> Path:
         task=task,
         samples=len((run / "train" / "data.jsonl").read_text(encoding="utf-8").splitlines()),
         name=name,
+        language="".join(f" --language {one}" for one in chosen.values()),
         hardware=f"on {'; '.join(machines)}, " if machines else "",
         minutes=sum(step["seconds"] for step in steps) / 60,
         num_weights=model.num_parameters() / 1e6,
@@ -144,7 +148,6 @@ def main(arguments: list[str] | None = None) -> None:
         "name", nargs="?", choices=sorted(CONFIGS), help="without: write the code of all that are there"
     )
     parser.add_argument("--run", type=Path, help="output of `train.recipes`")
-    parser.add_argument("--task", default=TASK, help="that it was trained on")
     parser.add_argument("--output", type=Path, default=CHECKPOINTS)
     args = parser.parse_args(arguments)
     if args.name is None:
@@ -153,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if args.run is None:
         parser.error("`--run` is needed to ship a checkpoint")
-    print(ship(args.name, args.run, args.task, args.output))
+    print(ship(args.name, args.run, args.output))
 
 
 if __name__ == "__main__":

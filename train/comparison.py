@@ -11,11 +11,13 @@
 | direct         | the same backbone, trained by the same script on the same data to answer without any reasoning |
 | text reasoning | the same, trained to reason in words                                                            |
 
-Twins that are missing are trained first, as many steps as the model took: the direct one at each of three learning rates, of
-which the best on questions of the split "val" counts (`twins.json`, curves in `twins.png`); the reasoning one at the recipe's
-rate. "LaRe, latents off" answers with the picture in sight, also where the model as trained answers from its latents alone.
-What was measured already is not measured again. Writes `comparison.md` and a table for each model into the run: accuracy with
-95 % intervals, and how much more often the model is right than each arm on the same questions (bootstrap of the differences).
+Twins that are missing are trained first, on the same data with the same optimizer: the direct one at each of three learning
+rates, of which the best on questions of the split "val" counts (`twins.json`, curves in `twins.png`), the reasoning one at the
+recipe's. LaRe's direct twin takes as many steps as LaRe; those of Qwen's backbone as many as DeepLatent, and Vedas takes more.
+LaRe's reasoning twin is its stage 0. "Latents off" of a LaRe answers with the picture in sight, also where the model as trained
+answers from its latents alone. What was measured already is not measured again. Writes `comparison.md` and a table for each
+model into the run: accuracy with 95 % intervals, and how much more often the model is right than each arm on the same questions
+(bootstrap of the differences).
 """
 
 import argparse
@@ -28,10 +30,11 @@ from pathlib import Path
 
 from train.checkpoints import ENDS
 from train.faithfulness.statistics import paired
-from train.recipes import LARE_STAGES, RECIPES, SHARED, make_set, run
+from train.recipes import LANGUAGES, LARE_STAGES, RECIPES, SETTINGS, SHARED, make_set, run, sft_epochs
+from train.tasks.families import tasks_of
 
 
-RATES = ("3e-4", "1e-3", "3e-3")  # of direct twins; the recipes' own is the middle one
+RATES = ("3e-4", "1e-3", "3e-3")  # of direct twins of small models; the recipes' own is the middle one
 
 
 @dataclass(frozen=True)
@@ -58,31 +61,60 @@ def arms_of(model: str) -> dict[str, Arm]:
     return OWN | twins
 
 
-def twin_commands(folder: str, output: Path, scale: float, rate: str = RATES[1]) -> list[tuple[str, str]]:
+@dataclass(frozen=True)
+class Run:
+    """A folder of recipes, and what it was begun with."""
+
+    output: Path
+    task: str
+    scale: float
+    language: str
+    batch_size: int = 40
+
+    def rate(self, rate: str) -> str:
+        return f"{float(rate) * LANGUAGES[self.language][1]:g}"
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(tasks_of(self.task)))
+
+
+def open_run(output: Path, batch_size: int) -> Run:
+    """Raises:
+    ValueError: no recipe has begun there.
+    """
+    path = output / SETTINGS
+    if not path.is_file():
+        raise ValueError(f"{output} holds no {SETTINGS}: it must be the output of `train.recipes`.")
+    return Run(output, **json.loads(path.read_text(encoding="utf-8")), batch_size=batch_size)
+
+
+def twin_commands(folder: str, of: Run, rate: str = RATES[1]) -> list[tuple[str, str]]:
     """How a twin is trained from the backbone that the recipes made; the language twins of Qwen-VL are DeepLatent without blocks.
 
     Args:
         folder: `clip-direct`, `qwen-direct` or `qwen-text`, with anything behind it.
     """
-    epochs = 1
-    if scale >= 1:
-        epochs = sum(share for share, _ in LARE_STAGES.values()) if folder.startswith("clip") else 9
+    output, is_clip = of.output, folder.startswith("clip")
+    epochs = sum(sft_epochs(of.task, of.scale))
+    if is_clip:
+        epochs = sum(share for share, _ in LARE_STAGES.values()) if of.scale >= 1 else 1
+    size = 32 if of.scale >= 1 else 8
     data = f"--data_path {output}/train/data.jsonl --output_dir {output}/{folder} --num_train_epochs {epochs}"
-    common = f"{data} --learning_rate {rate} --per_device_train_batch_size {32 if scale >= 1 else 8} {SHARED}"
-    if folder.startswith("clip-direct"):
-        size, before = 32 if scale >= 1 else 8, []
+    common = f"{data} --learning_rate {of.rate(rate)} --per_device_train_batch_size {size} {SHARED}"
+    if is_clip:
         command = (
             f"train.train_lare --stage 0 --direct_answers --data_format steps --model_path {output}/lare "
-            f"--global_batch_size {size} {common}"
+            f"--lr_scheduler_type constant_with_warmup --global_batch_size {size} {common}"
         )
-    else:
-        chain = "none" if folder.startswith("qwen-direct") else "text"
-        converted = f"{output}/deeplatent/config.json"  # not there where Vedas alone was trained
-        before = [one for one in RECIPES["deeplatent"][0](output, "color", scale) if one[0] == converted]
-        command = (
-            f"train.train_deeplatent --stage sft1 --chain_of_thought {chain} --model_path {output}/deeplatent "
-            f"--gradient_accumulation_steps 1 {common}"
-        )
+        return [(f"{output}/{folder}/config.json", command)]
+    chain = "none" if folder.startswith("qwen-direct") else "text"
+    converted = f"{output}/deeplatent/config.json"  # not there where Vedas alone was trained
+    before = [one for one in RECIPES["deeplatent"][0](output, of.task, of.scale, of.language) if one[0] == converted]
+    command = (
+        f"train.train_deeplatent --stage sft1 --chain_of_thought {chain} --model_path {output}/deeplatent "
+        f"--gradient_accumulation_steps 1 {common}"
+    )
     return [*before, (f"{output}/{folder}/config.json", command)]
 
 
@@ -90,17 +122,14 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def choose_rate(folder: str, output: Path, scale: float, batch_size: int) -> str:
+def choose_rate(folder: str, of: Run) -> str:
     """Train a twin at every rate that is not there yet, and return that which is right most often on validation questions."""
-    rows = read_lines(output / "test" / "data.jsonl")
-    tasks = ",".join(dict.fromkeys(row["task"] for row in rows))
-    run([make_set(output, "val", tasks, "val", len(rows), 1.0)])
-    found = {}
+    output, found = of.output, {}
+    run([make_set(output, "val", ",".join(of.tasks), "val", 400 * len(of.tasks), of.scale)])
     for rate in RATES:
         name = f"{folder}-{rate}"
-        run(twin_commands(name, output, scale, rate), output / "times.jsonl")
-        arm = Arm("--latents off", name)
-        found[rate] = evaluate(arm, name, "val", output / "scores" / name, output, batch_size)["all"]["accuracy"]
+        run(twin_commands(name, of, rate), output / "times.jsonl")
+        found[rate] = evaluate(Arm("--latents off"), name, "val", output / "scores" / name, of)["all"]["accuracy"]
     best = max(RATES, key=found.get)
     path = output / "twins.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -127,27 +156,27 @@ def draw_curves(output: Path) -> Path:
     return output / "twins.png"
 
 
-def evaluate(arm: Arm, folder: str, split: str, scores: Path, output: Path, batch_size: int) -> dict:
+def evaluate(arm: Arm, folder: str, split: str, scores: Path, of: Run) -> dict:
     """The summary of `train.evaluate`."""
     command = (
-        f"train.evaluate --model {output}/{folder} --data {output}/{split}/data.jsonl --output {scores} {arm.options} "
-        f"--max_new_tokens 96 --batch_size {batch_size} --dtype float32"
+        f"train.evaluate --model {of.output}/{folder} --data {of.output}/{split}/data.jsonl --output {scores} {arm.options} "
+        f"--max_new_tokens 96 --batch_size {of.batch_size} --dtype float32"
     )
     print(f"$ python -m {command}", flush=True)
     subprocess.run([sys.executable, "-m", *shlex.split(command)], check=True)
     return json.loads((scores / "summary.json").read_text(encoding="utf-8"))
 
 
-def measure(model: str, name: str, output: Path, scale: float, batch_size: int) -> tuple[dict, list[dict]]:
-    """The summary of one arm, and its rows in the order of the test set."""
+def measure(model: str, name: str, of: Run) -> tuple[dict, list[dict]]:
+    """The summary of one arm, and its rows by id."""
     arm = arms_of(model)[name]
     folder = arm.folder or ENDS[model]
     if name == "direct":
-        folder = f"{folder}-{choose_rate(folder, output, scale, batch_size)}"
-    elif arm.folder is not None and not (output / folder / "config.json").is_file():
-        run(twin_commands(folder, output, scale), output / "times.jsonl")
-    scores = output / "scores" / model / name.replace(" ", "-")
-    summary = evaluate(arm, folder, "test", scores, output, batch_size)
+        folder = f"{folder}-{choose_rate(folder, of)}"
+    elif arm.folder is not None and not (of.output / folder / "config.json").is_file():
+        run(twin_commands(folder, of), of.output / "times.jsonl")
+    scores = of.output / "scores" / model / name.replace(" ", "-")
+    summary = evaluate(arm, folder, "test", scores, of)
     return summary, sorted(read_lines(scores / "results.jsonl"), key=lambda row: row["id"])
 
 
@@ -175,31 +204,31 @@ def draw(measured: dict[tuple[str, str], tuple[dict, list[dict]]]) -> str:
         own = measured.get((model, "as trained"))
         is_other = own is not None and arm != "as trained"
         cells += [gain(own[1], rows, task) if is_other and task in summary["tasks"] else "-" for task in tasks]
-        lines.append("| " + " | ".join([model, arm, *cells]) + " |")
+        kept = summary["all"].get("not_swapped", 0)
+        note = f" ({kept} rows kept their own: nothing to swap with)" if kept else ""
+        lines.append("| " + " | ".join([model, arm + note, *cells]) + " |")
     return "\n".join(lines) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="output of `train.recipes`")
-    parser.add_argument("--models", nargs="+", choices=sorted(RECIPES), default=sorted(RECIPES))
+    parser.add_argument("--models", nargs="+", choices=sorted(RECIPES), help="by default those that are trained there")
     parser.add_argument("--arms", nargs="+", choices=list(arms_of("lare")), default=list(arms_of("lare")))
     parser.add_argument("--batch-size", type=int, default=40)
-    parser.add_argument("--scale", type=float, default=1.0, help="that of the recipes")
     args = parser.parse_args(arguments)
-    for model in args.models:
-        if not (args.run / ENDS[model] / "config.json").is_file():
-            parser.error(
-                f"{args.run} has no trained {model}: run `python -m train.recipes {model} --output {args.run}`."
-            )
-    measured = {
-        (model, arm): measure(model, arm, args.run, args.scale, args.batch_size)
-        for model in args.models
-        for arm in args.arms
-    }
+    of = open_run(args.run, args.batch_size)
+    there = [model for model in sorted(RECIPES) if (args.run / ENDS[model] / "config.json").is_file()]
+    missing = [model for model in args.models or sorted(RECIPES)[:1] * (not there) if model not in there]
+    if missing:
+        parser.error(
+            f"{args.run} has no trained {missing[0]}: run `python -m train.recipes {missing[0]} --output {args.run}`."
+        )
+    models = args.models or there
+    measured = {(model, arm): measure(model, arm, of) for model in models for arm in args.arms}
     if list(args.run.glob("*-direct-*")):
         draw_curves(args.run)
-    for model in args.models:
+    for model in models:
         (args.run / f"{model}.md").write_text(
             draw({key: summary for key, summary in measured.items() if key[0] == model}), encoding="utf-8"
         )

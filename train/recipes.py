@@ -47,6 +47,7 @@ SMALL_RL = (
     "--adam_beta2 0.98 --max_grad_norm 0.3 --weight_decay 0 --kl_weight 0 --continuous_logprob mean"
 )
 RL_STEPS = 64
+SETTINGS = "recipe.json"
 
 
 # What the backbones of DeepLatent and Vedas start from: the command, and its share of the learning rates.
@@ -190,8 +191,13 @@ def lare_blind(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
     return [*common, (made, f"{command} --config_overrides answer_sees_image=false"), *further]
 
 
+def sft_epochs(task: str, scale: float) -> tuple[int, int]:
+    """Of SFT 1 and SFT 2."""
+    return (1, 1) if scale < 1 else (7 if is_search(task) else 4, 2)
+
+
 def deeplatent(output: Path, task: str, scale: float, language: str = "small") -> list[tuple[str, str]]:
-    epochs = 1 if scale < 1 else 7 if is_search(task) else 4
+    first, second = sft_epochs(task, scale)
     training = f"--per_device_train_batch_size 32 --gradient_accumulation_steps 1 {SHARED}"
     data, share = f"--data_path {output}/train/data.jsonl", LANGUAGES[language][1]
     return [
@@ -204,7 +210,7 @@ def deeplatent(output: Path, task: str, scale: float, language: str = "small") -
         (
             f"{output}/sft1/config.json",
             f"train.train_deeplatent --stage sft1 --model_path {output}/deeplatent {data} --output_dir {output}/sft1 "
-            f"--num_train_epochs {epochs} --learning_rate {1e-3 * share:g} {training}",
+            f"--num_train_epochs {first} --learning_rate {1e-3 * share:g} {training}",
         ),
         (
             f"{output}/teacher/index.json",
@@ -214,7 +220,7 @@ def deeplatent(output: Path, task: str, scale: float, language: str = "small") -
         (
             f"{output}/sft2/config.json",
             f"train.train_deeplatent --stage sft2 --model_path {output}/sft1 {data} --teacher_states {output}/teacher "
-            f"--output_dir {output}/sft2 --num_train_epochs {2 if scale >= 1 else 1} --learning_rate {5e-4 * share:g} {training}",
+            f"--output_dir {output}/sft2 --num_train_epochs {second} --learning_rate {5e-4 * share:g} {training}",
         ),
         (
             f"{output}/rl/config.json",
@@ -254,6 +260,19 @@ def run(commands: list[tuple[str, str]], times: Path | None = None) -> None:
             line = {"made": made, "command": command, "seconds": seconds, "hardware": hardware()}
             with times.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(line) + "\n")
+
+
+def remember(output: Path, **settings) -> None:
+    """Write down what a folder is made with: what is there is not made again, so it must not be something else.
+
+    Raises:
+        ValueError: the folder was begun with other settings.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / SETTINGS
+    if path.is_file() and (before := json.loads(path.read_text(encoding="utf-8"))) != settings:
+        raise ValueError(f"{output} was begun with {before}, not with {settings}: name another folder.")
+    path.write_text(json.dumps(settings), encoding="utf-8")
 
 
 ARMS: dict[str, dict] = {
@@ -306,7 +325,7 @@ def main() -> None:
     if is_lare and args.language != "small":
         parser.error("`--language` is for DeepLatent and Vedas")
     chosen = {} if is_lare else {"language": args.language}
-    args.output.mkdir(parents=True, exist_ok=True)
+    remember(args.output, task=args.task, scale=args.scale, language=args.language)
     run(build(args.output, args.task, args.scale, **chosen), args.output / "times.jsonl")
     test = args.output / "test" / "data.jsonl"
     scores = score(args.output / trained, test)
