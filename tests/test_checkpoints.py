@@ -174,4 +174,4 @@ def test_twins_take_the_steps_and_rates_of_their_models(tmp_path):
         assert "--learning_rate 0.0003 " in command
         assert float(command.split("--num_train_epochs ")[1].split()[0]) == pytest.approx(epochs)
     *_, (_, command) = comparison.twin_commands("qwen-text", comparison.Run(tmp_path, "color", 1.0, "smollm2"), "1e-3")
-    assert "--learning_rate 0.0001 " in command and "--num_train_epochs 6 " in command
+    assert "--learning_rate 0.0001 " in command and "--num_train_epochs 9 " in command
