@@ -259,6 +259,23 @@ def test_a_plain_model_has_no_latents_to_change(loaded, rows):
         evaluate_rows(*loaded["plain"], rows, AnswerSettings(set=["nonsense=1"]))
 
 
+@pytest.mark.parametrize("name", ["step_limit", "to_dict"])
+def test_methods_and_properties_of_a_config_are_not_set(loaded, rows, name):
+    model, processor = loaded["lare"]
+    assert hasattr(model.config, name)
+    with pytest.raises(ValueError, match=rf"`set` names \['{name}'\]"):
+        evaluate_rows(model, processor, rows, AnswerSettings(set=[f"{name}=0"]))
+
+
+def test_whole_numbers_are_floats_where_a_field_is_one(loaded):
+    """Which a strict config would refuse otherwise, and which says the same as in training."""
+    model, _ = loaded["lare"]
+    settings = AnswerSettings(set=["stop_threshold=1"])
+    answering.check_settings(model, settings)
+    with answering.changed_config(model, settings):
+        assert type(model.config.stop_threshold) is float and model.config.stop_threshold == 1
+
+
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
