@@ -28,12 +28,29 @@ def test_commands_are_what_the_scripts_take(name, tmp_path):
     build, trained = recipes.RECIPES[name]
     commands = build(tmp_path, "color", 1.0)
     assert Path(commands[-1][0]).parent == tmp_path / trained
-    assert sum(parses(command) for _, command in commands) == {"deeplatent": 3, "lare": 5, "lare_blind": 5, "vedas": 2}[name]
+    assert (
+        sum(parses(command) for _, command in commands)
+        == {"deeplatent": 3, "lare": 5, "lare_blind": 5, "vedas": 2}[name]
+    )
     commands = build(tmp_path, "search_color", 1.0)
-    assert sum(parses(command) for _, command in commands) == {"deeplatent": 3, "lare": 5, "lare_blind": 5, "vedas": 2}[name]
+    assert (
+        sum(parses(command) for _, command in commands)
+        == {"deeplatent": 3, "lare": 5, "lare_blind": 5, "vedas": 2}[name]
+    )
     made = [made for made, _ in commands]
     read = {word for _, command in commands for word in command.split() if word.endswith("data.jsonl")}
     assert read <= set(made)  # what a command reads, one before it made
+
+
+def test_blind_answers_begin_with_the_first_stage_behind_stage_0(tmp_path):
+    """What it saves, the later stages read; stage 0 is shared with `lare`, whose answers see the picture."""
+    commands = [command for _, command in recipes.RECIPES["lare_blind"][0](tmp_path, "color", 1.0)]
+    trained = [shlex.split(command) for command in commands if command.startswith("train.train_lare ")]
+    assert [words[words.index("--stage") + 1] for words in trained] == ["0", "1", "2", "3", "4"]
+    changed = [words[words.index("--config_overrides") + 1 :] for words in trained if "--config_overrides" in words]
+    assert changed == [["answer_sees_image=false"]] and "--config_overrides" in trained[1]
+    assert sum("config_overrides" in command for command in commands) == 1
+    assert not any("config_overrides" in command for _, command in recipes.RECIPES["lare"][0](tmp_path, "color", 1.0))
 
 
 @pytest.mark.parametrize("name", ["deeplatent", "vedas"])
