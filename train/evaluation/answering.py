@@ -94,7 +94,7 @@ class Answer:
     num_latent_blocks: int
     num_latents: int
     stop_reason: str
-    not_swapped: bool = False  # under "swap": its latents are its own, as no other row of the batch had any to give
+    not_swapped: bool = False  # under "swap": no other row of the batch has another picture and takes latents
 
 
 class AnswerPrefix(LogitsProcessor):
