@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -615,6 +616,22 @@ def test_finished_diagnostics_follow_code_and_libraries(makers, data, tmp_path, 
         remote.config = model.config
         keys.append(key_of(options, items, remote, processor))
     assert len(set(keys)) == 5 and key_of(options, items, model, processor) == keys[0]
+
+
+def test_finished_diagnostics_follow_all_of_train_that_they_call(makers, data, tmp_path, monkeypatch):
+    """But for `small_backbone`, whose models the controls train: those are no diagnostics, and are not kept."""
+    (tmp_path / "model").mkdir()
+    options = build_parser().parse_args(["--model", str(tmp_path / "model"), "--data", str(data), "--output", "-"])
+    hashed, file_digest = set(), entry.file_digest
+    monkeypatch.setattr(entry, "file_digest", lambda *paths: hashed.update(paths) or file_digest(*paths))
+    key_of(options, read_items(data, "steps", "train", 4), *makers["lare"]())
+    package = Path(entry.__file__).parent
+    sources = [path.read_text() for path in package.glob("*.py")]
+    modules = {name for text in sources for name in re.findall(r"^from (train\.\S+) import", text, re.M)}
+    assert {"train.data", "train.analyses.collection", "train.faithfulness.arms"} <= modules
+    root = package.parent.parent
+    called = {root / f"{name.replace('.', '/')}.py" for name in modules - {"train.small_backbone"}}
+    assert called <= hashed
 
 
 def test_results_survive_their_file(tmp_path):
