@@ -154,18 +154,22 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
             hidden = decoder.run(input_ids, embeds, mask.bool() & ~self._delimiters(input_ids), places)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels.masked_fill(self._delimiters(input_ids), -100),
-                vocab_size=self.config.get_text_config().vocab_size,
-                **kwargs,
-            )
+        loss = self._take_loss(logits, labels, input_ids, kwargs)
         output = LaReCausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=decoder.returned_cache)
         if not is_generating and output_latents:
             self._add_latents(output, latent_context, features)
         return output
+
+    def _take_loss(self, logits: Tensor, labels: Tensor | None, input_ids: Tensor, kwargs: dict) -> Tensor | None:
+        """The next-token loss of `labels`, to which `<bot>` and `<eot>` do not count; None without labels."""
+        if labels is None:
+            return None
+        return self.loss_function(
+            logits=logits,
+            labels=labels.masked_fill(self._delimiters(input_ids), -100),
+            vocab_size=self.config.get_text_config().vocab_size,
+            **kwargs,
+        )
 
     def _add_latents(self, output: LaReCausalLMOutputWithPast, context: RefocusContext, features: list) -> None:
         rows = len(output.logits)

@@ -134,6 +134,22 @@ def test_a_swap_gives_the_donors_latents_at_the_norm_of_ones_own(loaded, rows, k
         assert not torch.allclose(got[0], own[0])
 
 
+def test_a_swap_looks_at_the_picture_of_every_row_itself(loaded, rows, monkeypatch):
+    """Of three rows the first two show one picture, so that both need the third's latents."""
+    model, processor = loaded["lare"]
+    conversations = [conversation_of(row) for row in (rows[0], replace(rows[0], id="again"), rows[1])]
+    donors = []
+
+    class Seen(Swap):
+        def __init__(self, trace, given, latent_mode):
+            donors.append(given)
+            super().__init__(trace, given, latent_mode)
+
+    monkeypatch.setattr(answering, "Swap", Seen)
+    answers = answer_batch(model, processor, conversations, AnswerSettings(latent_intervention="swap", **SHORT))
+    assert donors == [{0: 2, 1: 2, 2: 0}] and not any(answer.not_swapped for answer in answers)
+
+
 def test_a_row_without_a_donor_keeps_its_latents_and_says_so(loaded, rows):
     model, processor = loaded["lare"]
     rows = [rows[0], replace(rows[0], id="again")]
@@ -168,6 +184,7 @@ def test_a_row_that_alone_opens_a_block_does_not_end_a_swap(loaded, rows, monkey
     assert len(warned) == 1 and "Line 2 of" in warned[0] and "not swapped" in warned[0]
     summary = summarize(records)
     assert summary["all"]["not_swapped"] == 1
+    assert all("another picture" in text and "takes latents" in text for text in (warned[0], draw_table(summary)))
     assert "1 rows were not swapped" in draw_table(summary) and "not swapped" not in draw_table(summarize(records[:1]))
     for record in records:
         del record["not_swapped"]  # as earlier versions wrote them
@@ -257,6 +274,23 @@ def test_a_plain_model_has_no_latents_to_change(loaded, rows):
             evaluate_rows(*loaded["plain"], rows, AnswerSettings(**settings))
     with pytest.raises(ValueError, match=r"`set` names \['nonsense'\]"):
         evaluate_rows(*loaded["plain"], rows, AnswerSettings(set=["nonsense=1"]))
+
+
+@pytest.mark.parametrize("name", ["step_limit", "to_dict"])
+def test_methods_and_properties_of_a_config_are_not_set(loaded, rows, name):
+    model, processor = loaded["lare"]
+    assert hasattr(model.config, name)
+    with pytest.raises(ValueError, match=rf"`set` names \['{name}'\]"):
+        evaluate_rows(model, processor, rows, AnswerSettings(set=[f"{name}=0"]))
+
+
+def test_whole_numbers_are_floats_where_a_field_is_one(loaded):
+    """Which a strict config would refuse otherwise, and which says the same as in training."""
+    model, _ = loaded["lare"]
+    settings = AnswerSettings(set=["stop_threshold=1"])
+    answering.check_settings(model, settings)
+    with answering.changed_config(model, settings):
+        assert type(model.config.stop_threshold) is float and model.config.stop_threshold == 1
 
 
 @pytest.mark.parametrize(

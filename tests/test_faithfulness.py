@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import CHAT_TEMPLATE, build_model, build_tokenizer
 from helpers import assert_near
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
@@ -37,12 +39,13 @@ from train.faithfulness.interventions_report import follow, measure_intervention
 from train.faithfulness.items import Item, NotApplicable, read_items
 from train.faithfulness.norms import measure_norms
 from train.faithfulness.observation import ANSWER, IMAGE, LATENT, REPLAY, TEXT, Observed, observe
-from train.faithfulness.probe import measure_probe, probe, split_folds
+from train.faithfulness.probe import group_by_pictures, measure_probe, probe, split_folds
 from train.faithfulness.replacement import measure_replacement, ranking, replaced, split_units
 from train.faithfulness.result import Result
 from train.faithfulness.slots import measure_slots, shared_lead
 from train.faithfulness.statistics import mean_interval, paired
 from train.faithfulness.subject import CLEAN, Answer, Arm, Subject, compare, without_latents
+from train.reasoning_data import ReasoningSample
 
 
 KINDS = ("lare", "vedas", "deeplatent", "autoregressive")
@@ -164,8 +167,44 @@ def test_a_probe_never_learns_from_a_picture_that_it_is_asked_about():
     assert len(split_folds(labels, pictures, 0)) == 5
     assert probe(features, labels)["accuracy"] > 0.9  # it knows the picture again
     assert probe(features, labels, pictures=pictures)["accuracy"] < 0.75
-    with pytest.raises(NotApplicable, match="3 answers over 3 pictures cannot be split so"):
+    with pytest.raises(NotApplicable, match="3 answers over 3 groups that share no picture cannot be split so"):
         split_folds(np.array(list("aabbcc")), np.array([0, 1, 1, 2, 0, 2]), 0)
+
+
+def probed(items: list[Item], features: np.ndarray):
+    """What `measure_probe` says of features that are all the same vectors."""
+    rows = [torch.from_numpy(row) for row in features]
+    observed = {number: Observed(emitting=row, question=row, visual=row) for number, row in enumerate(rows)}
+    clean = {number: SimpleNamespace(latents=lambda row=row: row[None]) for number, row in enumerate(rows)}
+    return measure_probe(SimpleNamespace(items=items, seed=0, clean=clean), observed)
+
+
+def item_about(answer: str, *colors: int) -> Item:
+    images = [Image.new("RGB", (4, 4), (color, 0, 0)) for color in colors]
+    return Item(ReasoningSample(images, "what?", [], answer, "row"))
+
+
+def test_the_pictures_of_repeated_questions_are_kept_apart():
+    """Questions about one picture lie in one fold, so that knowing it again does not help."""
+    rng = np.random.default_rng(0)
+    answers, pictures = rng.permutation(["a", "b"] * 10), np.repeat(np.arange(20), 4)
+    features = rng.standard_normal((20, 64))[pictures]
+    repeated = probed([item_about(answers[picture], int(picture)) for picture in pictures], features)
+    assert all(row["accuracy"] < 0.75 for row in repeated.tables["probes"])
+    other = probed([item_about(answers[picture], number) for number, picture in enumerate(pictures)], features)
+    assert all(row["accuracy"] > 0.9 for row in other.tables["probes"])
+
+
+def test_rows_that_share_one_of_their_pictures_are_of_one_group():
+    """Also where two rows have none in common and a third has one of each."""
+    assert group_by_pictures(["ab", "cd", "ac", "e", "fg", "g", "e"]).tolist() == [0, 0, 0, 1, 2, 2, 1]
+    assert group_by_pictures([]).tolist() == []
+    rng = np.random.default_rng(0)
+    answers, pictures = rng.permutation(["a", "b"] * 10), np.repeat(np.arange(20), 4)
+    features = rng.standard_normal((20, 64))[pictures]
+    items = [item_about(answers[one], int(one), 100 + number) for number, one in enumerate(pictures)]
+    assert len({item.image_digest() for item in items}) == 80
+    assert all(row["accuracy"] < 0.75 for row in probed(items, features).tables["probes"])
 
 
 def test_an_answer_about_one_picture_alone_is_not_probed(data):
@@ -577,6 +616,22 @@ def test_finished_diagnostics_follow_code_and_libraries(makers, data, tmp_path, 
         remote.config = model.config
         keys.append(key_of(options, items, remote, processor))
     assert len(set(keys)) == 5 and key_of(options, items, model, processor) == keys[0]
+
+
+def test_finished_diagnostics_follow_all_of_train_that_they_call(makers, data, tmp_path, monkeypatch):
+    """But for `small_backbone`, whose models the controls train: those are no diagnostics, and are not kept."""
+    (tmp_path / "model").mkdir()
+    options = build_parser().parse_args(["--model", str(tmp_path / "model"), "--data", str(data), "--output", "-"])
+    hashed, file_digest = set(), entry.file_digest
+    monkeypatch.setattr(entry, "file_digest", lambda *paths: hashed.update(paths) or file_digest(*paths))
+    key_of(options, read_items(data, "steps", "train", 4), *makers["lare"]())
+    package = Path(entry.__file__).parent
+    sources = [path.read_text() for path in package.glob("*.py")]
+    modules = {name for text in sources for name in re.findall(r"^from (train\.\S+) import", text, re.M)}
+    assert {"train.data", "train.analyses.collection", "train.faithfulness.arms"} <= modules
+    root = package.parent.parent
+    called = {root / f"{name.replace('.', '/')}.py" for name in modules - {"train.small_backbone"}}
+    assert called <= hashed
 
 
 def test_results_survive_their_file(tmp_path):

@@ -42,6 +42,17 @@ def test_commands_are_what_the_scripts_take(name, tmp_path):
     assert read <= set(made)  # what a command reads, one before it made
 
 
+def test_blind_answers_begin_with_the_first_stage_behind_stage_0(tmp_path):
+    """What it saves, the later stages read; stage 0 is shared with `lare`, whose answers see the picture."""
+    commands = [command for _, command in recipes.RECIPES["lare_blind"][0](tmp_path, "color", 1.0)]
+    trained = [shlex.split(command) for command in commands if command.startswith("train.train_lare ")]
+    assert [words[words.index("--stage") + 1] for words in trained] == ["0", "1", "2", "3", "4"]
+    changed = [words[words.index("--config_overrides") + 1 :] for words in trained if "--config_overrides" in words]
+    assert changed == [["answer_sees_image=false"]] and "--config_overrides" in trained[1]
+    assert sum("config_overrides" in command for command in commands) == 1
+    assert not any("config_overrides" in command for _, command in recipes.RECIPES["lare"][0](tmp_path, "color", 1.0))
+
+
 @pytest.mark.parametrize("name", ["deeplatent", "vedas"])
 def test_the_larger_variant_differs_in_backbone_and_rates(name, tmp_path):
     build, _ = recipes.RECIPES[name]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from conversion.convert_vedas import convert_vedas
+from train.lare.small import write_small
 from train.small_backbone import texts_of, write_backbone
 from train.tasks import generate_sample, write_dataset
 from train.tasks.shapes import COLORS, DIGITS, GRID, SHAPES
@@ -54,6 +55,15 @@ def test_the_vision_tower_learns_what_stands_in_the_cells(backbone, data):
     after = CellFeatures(backbone).model.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved and all(name.startswith("model.visual.") for name in moved)
+
+
+def test_a_clip_tower_alone_learns_where_a_cell_lies(backbone, data, tmp_path):
+    """The language model of a Qwen backbone knows rows and columns of its pictures."""
+    tower = write_small(texts_of(data), tmp_path / "small", 64, 2, 400) / "vision"
+    scores = pretrain(tower, data, epochs=20, batch_size=8, learning_rate=2e-3)
+    assert list(scores) == ["color", "shape", "digit", "place"] and scores["place"] > 0.5  # chance is 1 / 4
+    assert json.loads((tower / "vision_pretraining.json").read_text()) == scores
+    assert list(pretrain(backbone, data, epochs=1, batch_size=8)) == ["color", "shape", "digit"]
 
 
 def test_the_folder_converts_like_a_published_one(backbone, tmp_path):

@@ -62,7 +62,7 @@ def test_every_name_has_a_function_and_a_family():
     assert tasks_of("maze") == FAMILIES["maze"] and tasks_of("maze_goal") == ("maze_goal",)
     assert not tasks_of("color", "hard") and not tasks_of("describe_search", "hard") and not tasks_of("colour")
     assert family_of("chart_value") == "chart"
-    assert {family_of(task) for task in PRETRAINING} == {"describe", "search"}
+    assert {family_of(task) for task in PRETRAINING} == {"describe"}
     assert [generate_sample("all", 0, index, image_size=112).request.task for index in range(17)] == list(TASKS)
 
 
@@ -479,14 +479,9 @@ def test_scenes_that_cannot_teach_about_cells_are_refused(tmp_path):
         read_scenes(hard)
 
 
-def test_lessons_are_searches_among_few():
-    counts = Counter(len(make("color_of_few", index, image_size=112).objects) for index in range(60))
-    assert set(counts) == {2, 3, 4}
-    assert "color_of_few" not in tasks_of("all") and tasks_of("search_color, jigsaw") == ("search_color", "jigsaw")
-
-
 def test_shares_deal_a_task_more_often_and_repeat_no_sample():
     """What a task gives is what it gives alone, sample by sample, whatever else is dealt."""
+    assert tasks_of("search_color, jigsaw") == ("search_color", "jigsaw")
     assert tasks_of("search_color:2, jigsaw") == ("search_color", "search_color", "jigsaw")
     assert not tasks_of("jigsaw:0") and not tasks_of("jigsaw:many") and not tasks_of("puzzle:2")
     dealt = [make("search_color:2,jigsaw", index, image_size=112) for index in range(6)]

@@ -475,7 +475,7 @@ def test_wrong_arguments_raise(small, taught, tmp_path):
         run(teacher_states=str(tmp_path))
     with pytest.raises(ValueError, match=r"`align_layers` must be distinct numbers within 1\.\.2, got \[3\]"):
         run(teacher_path=str(taught[0]), align_layers=[3])
-    with pytest.raises(ValueError, match="names no_field"):
+    with pytest.raises(ValueError, match=r"`config_overrides` names \['no_field'\]"):
         run(config_overrides=["no_field=1"])
     with pytest.raises(SystemExit):
         train_deeplatent.main(["--stage", "sft3"])
@@ -485,6 +485,13 @@ def test_overrides_keep_their_kind(small):
     config = load_config(small[0], ["log_sigma_init=-2", "latentformer_layers=2"])
     assert config.log_sigma_init == -2.0 and isinstance(config.log_sigma_init, float)
     assert config.latentformer_layers == 2
+
+
+@pytest.mark.parametrize("name", ["to_dict", "use_return_dict"])
+def test_methods_and_properties_of_a_config_are_no_fields(small, name):
+    assert hasattr(load_config(small[0]), name)
+    with pytest.raises(ValueError, match=rf"`config_overrides` names \['{name}'\]"):
+        load_config(small[0], [f"{name}=3"])
 
 
 CONFIGS = sorted((ROOT / "train" / "accelerate").glob("*.yaml"))

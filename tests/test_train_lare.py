@@ -298,6 +298,30 @@ def test_a_fresh_objective_is_taken_where_the_user_says_so(bases, run, tmp_path)
     assert "image_loss" not in trainer.state.log_history[0]
 
 
+def test_a_field_of_the_config_may_be_changed_and_is_saved(bases, run, tmp_path):
+    trainer = run(1, bases["tied"], tmp_path / "out", config_overrides="answer_sees_image=false")
+    assert trainer.model.model.config.answer_sees_image is False
+    assert json.loads((bases["tied"] / "config.json").read_text())["answer_sees_image"] is True
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["answer_sees_image"] is False
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("extractor_num_layers=5", r"got \d+ missing, first refocus\.layers\.\d\S+$"),
+        ("use_extractor=false", r"got \d+ unexpected, first refocus\.\S+$"),
+        ("extractor_intermediate_size=20", r"got \d+ mismatched, first refocus\.\S+$"),
+        ("bot_token_id=5", r"cannot change \['bot_token_id'\]"),
+        ("image_token_index=5", r"cannot change \['image_token_index'\]"),
+        ("no_field=5", "no_field"),
+    ],
+)
+def test_changes_that_do_not_fit_the_weights_are_refused(bases, run, tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        run(1, bases["tied"], tmp_path / "out", config_overrides=override)
+    assert not (tmp_path / "out").exists()
+
+
 # Runs
 
 

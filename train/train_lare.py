@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
+from conversion.backbone import parse_overrides
 from train.config_overrides import load_config
 from train.lare.data import LaReCollator, from_reasoning, read_llava
 from train.lare.objective import LaReObjective, LatentLossArguments
@@ -50,6 +51,7 @@ STAGES = {
     3: Stage(2e-5, 128, None, "llava"),
     4: Stage(2e-5, 128, None, "steps"),
 }
+TOKEN_IDS = ("_token_id", "_token_index")  # endings of config fields
 
 
 @dataclass
@@ -76,7 +78,7 @@ class ScriptArguments:
     config_overrides: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Fields of the config as field=value, such as answer_sees_image=false; no sizes of weights."
+            "help": "Fields of the config as field=value, such as answer_sees_image=false; no sizes of weights, no tokens."
         },
     )
 
@@ -136,6 +138,37 @@ def freeze(model: nn.Module, stage: Stage) -> None:
         parameter.requires_grad_(is_chosen)
 
 
+def load_model(args: ScriptArguments) -> nn.Module:
+    """The model of `model_path`, with the fields of its config that `config_overrides` changes.
+
+    Raises:
+        ValueError: there is no such field, it is the id of a token, or the weights are not those that the config asks for.
+    """
+    options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    if args.config_overrides:
+        tokens = [name for name in parse_overrides(args.config_overrides) if name.endswith(TOKEN_IDS)]
+        if tokens:
+            raise ValueError(f"`config_overrides` cannot change {tokens}: the ids of tokens are the processor's.")
+        options["config"] = load_config(args.model_path, args.config_overrides)
+    model, info = AutoModel.from_pretrained(
+        args.model_path,
+        trust_remote_code=True,
+        dtype=args.dtype,
+        ignore_mismatched_sizes=True,  # they are named below
+        output_loading_info=True,
+        **options,
+    )
+    wrong = {kind: sorted(info[f"{kind}_keys"]) for kind in ("missing", "unexpected")}
+    wrong["mismatched"] = sorted(name for name, *_ in info["mismatched_keys"])
+    found = [f"{len(names)} {kind}, first {names[0]}" for kind, names in wrong.items() if names]
+    if found:
+        raise ValueError(
+            f"The weights of {args.model_path} must be those that its config asks for, with `config_overrides` "
+            f"{args.config_overrides}, got {'; '.join(found)}."
+        )
+    return model
+
+
 def check_stage(model: nn.Module, args: ScriptArguments) -> None:
     """Raise a `ValueError` where a checkpoint lacks what a stage needs."""
     if STAGES[args.stage].has_latents and not model.config.step_limit:
@@ -165,10 +198,7 @@ def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: T
     stage = STAGES[args.stage]
     complete_arguments(args, training_args)
     processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=True)
-    attention = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
-    if args.config_overrides:
-        attention["config"] = load_config(args.model_path, args.config_overrides)
-    model = AutoModel.from_pretrained(args.model_path, trust_remote_code=True, dtype=args.dtype, **attention)
+    model = load_model(args)
     check_stage(model, args)
     freeze(model, stage)
     objective = LaReObjective(model, processor.image_processor, loss_args, stage.has_latents, args.stage == 2)

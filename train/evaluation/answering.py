@@ -23,6 +23,7 @@ from transformers.utils import logging
 from conversion.backbone import parse_overrides
 from modeling_latentvlm.interventions import INTERVENTIONS
 from train.answers import encode_conversations, find_box
+from train.config_overrides import fields_of
 from train.evaluation.swapping import Swap, find_donors
 
 
@@ -93,7 +94,7 @@ class Answer:
     num_latent_blocks: int
     num_latents: int
     stop_reason: str
-    not_swapped: bool = False  # under "swap": its latents are its own, as no other row of the batch had any to give
+    not_swapped: bool = False  # under "swap": no other row of the batch has another picture and takes latents
 
 
 class AnswerPrefix(LogitsProcessor):
@@ -141,17 +142,18 @@ def check_settings(model, settings: AnswerSettings) -> None:
         steps = LATENT_STEPS[model.config.model_type] or "max_latent_blocks"
         if given.get(steps, 0) != 0:
             raise ValueError(f"`latents=off` takes no latents, but `{steps}` is set to {given[steps]}.")
-    unknown = [name for name in parse_overrides(settings.set) if not hasattr(model.config, name)]
-    if unknown:
-        raise ValueError(f"`set` names {unknown}, which the config of {model.config.model_type!r} has not.")
     with changed_config(model, settings):
         model.config.validate()  # a field that is set alone is held to its type, not to the other fields
 
 
 @contextmanager
 def changed_config(model, settings: AnswerSettings) -> Iterator[None]:
-    """The config as the arm wants it; afterwards it is as before."""
-    wanted = parse_overrides(settings.set)
+    """The config as the arm wants it; afterwards it is as before.
+
+    Raises:
+        ValueError: `set` names what is no field.
+    """
+    wanted = fields_of(model.config, settings.set, "set")
     steps = LATENT_STEPS.get(model.config.model_type)
     if settings.latents == "off" and steps is not None:
         wanted[steps] = 0

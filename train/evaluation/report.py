@@ -81,6 +81,7 @@ def draw_table(summary: dict) -> str:
         )
     if kept := summary["all"].get("not_swapped", 0):
         lines.append(
-            f"{kept} rows were not swapped: they kept their own latents, as none of their batch had any to give."
+            f"{kept} rows were not swapped: they kept their own latents, as no other row of their batch has another picture "
+            "and takes latents."
         )
     return "\n".join(lines)

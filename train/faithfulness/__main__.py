@@ -24,6 +24,9 @@ from train.faithfulness.subject import Subject
 from train.reasoning_data import ADAPTERS
 
 
+CALLED = ("answers.py", "data.py", "reasoning_data.py", "analyses/collection.py")  # of `train`, that diagnostics call
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m train.faithfulness", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder or hub id of a checkpoint with latents")
@@ -48,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
 def key_of(options: argparse.Namespace, items: list[Item], model, processor) -> str:
     """What finished diagnostics depend on: checkpoint, data with their pictures, settings, code, and libraries.
 
-    The code is this package with what it reads answers and data by, and that which model, config and processor come from:
+    The code is this package with the modules of `train` that it calls, and that which model, config and processor come from:
     the installed packages, or the files of a checkpoint that `trust_remote_code` took.
     """
     folder, data = Path(options.model), Path(options.data)
@@ -59,7 +62,7 @@ def key_of(options: argparse.Namespace, items: list[Item], model, processor) -> 
         *pictures, *(path for path in ([data] if data.is_file() else data.rglob("*")) if path.is_file())
     )
     here = Path(__file__).parent
-    code = [file_digest(*here.glob("*.py"), here.parent / "answers.py", here.parent / "reasoning_data.py")]
+    code = [file_digest(*here.glob("*.py"), *(here.parent / name for name in CALLED))]
     sources = {Path(inspect.getfile(type(part))).parent for part in (model, model.config, processor)}
     code += [file_digest(*source.glob("*.py")) for source in sorted(sources)]
     libraries = [version(library) for library in ("torch", "transformers", "scikit-learn")]

@@ -25,10 +25,13 @@ class Item:
         return self.sample.answer
 
     def image_digest(self) -> str:
-        digest = hashlib.sha256()
-        for image in self.sample.load_images():
-            digest.update(repr(image.size).encode() + image.tobytes())
-        return digest.hexdigest()
+        """Of all images together."""
+        return hashlib.sha256("".join(self.image_digests()).encode()).hexdigest()
+
+    def image_digests(self) -> list[str]:
+        """Of every image by itself, in order."""
+        images = self.sample.load_images()
+        return [hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest() for image in images]
 
 
 def read_items(path: str | Path, data_format: str, split: str, limit: int | None) -> list[Item]:

@@ -7,9 +7,9 @@ Features, one vector an item:
     (c) mean latent, question mean (text embeddings of the prompt), visual mean (image tokens)
 
 against the reference answer: StandardScaler, then LogisticRegression (l2, C = 1, lbfgs, 1000 iterations), stratified
-k-fold with k = min(5, smallest class). Where several questions are about one picture, they lie in one fold: then k is at most
-min(5, fewest pictures of an answer), and the greatest for which every answer can be learned for every fold. Of the held-out
-predictions: accuracy, cross-entropy CE, and
+k-fold with k = min(5, smallest class). Questions that share a picture, by themselves or by way of other questions, lie in
+one fold and count as about one picture: then k is at most min(5, fewest pictures of an answer), and the greatest for which
+every answer can be learned for every fold. Of the held-out predictions: accuracy, cross-entropy CE, and
 
     MI_LB = max(0, H(Y) - CE)      H(Y) the entropy of the answers, both in nats
 
@@ -19,10 +19,13 @@ picture alone are left out: no fold could have learned them.
 
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from scipy import stats
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
@@ -42,8 +45,25 @@ FOLDS = 5
 EMITTING, LAST = "(a) hidden that emits the answer", "(b) last latent"
 
 
+def group_by_pictures(shown: Sequence[Sequence[str]]) -> np.ndarray:
+    """(N,) numbers, equal where two rows share a picture or are tied by rows that do.
+
+    Args:
+        shown: what names every picture of a row.
+    """
+    numbers: dict[str, int] = {}
+    ties = [(row, numbers.setdefault(name, len(numbers))) for row, names in enumerate(shown) for name in names]
+    rows, pictures = np.array(ties, dtype=int).reshape(-1, 2).T
+    size = len(shown) + len(numbers)  # rows and pictures are the nodes
+    graph = coo_array((np.ones(len(ties)), (rows, len(shown) + pictures)), shape=(size, size))
+    return connected_components(graph, directed=False)[1][: len(shown)]
+
+
 def split_folds(labels: np.ndarray, pictures: np.ndarray, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Pairs of rows to learn from and rows held out. No picture is on both sides, and every answer is learned.
+
+    Args:
+        pictures: (N,) of `group_by_pictures`: equal where two rows share one.
 
     Raises:
         NotApplicable: not even two folds can be made so.
@@ -59,7 +79,7 @@ def split_folds(labels: np.ndarray, pictures: np.ndarray, seed: int) -> list[tup
             return folds
     raise NotApplicable(
         f"a probe needs two folds that share no picture and both hold every answer, but {len(set(labels.tolist()))} answers "
-        f"over {len(set(pictures.tolist()))} pictures cannot be split so"
+        f"over {len(set(pictures.tolist()))} groups that share no picture cannot be split so"
     )
 
 
@@ -67,7 +87,7 @@ def probe(features: np.ndarray, labels: np.ndarray, seed: int = 0, pictures: np.
     """Accuracy, held-out cross-entropy and MI_LB of features (N, F) for labels (N,).
 
     Args:
-        pictures: (N,), equal where two rows are about one; each label occurs with two or more. By default all differ.
+        pictures: (N,), equal where two rows share one; each label occurs with two or more. By default all differ.
     """
     counts = Counter(labels.tolist())
     folds = split_folds(labels, np.arange(len(labels)) if pictures is None else pictures, seed)
@@ -100,7 +120,8 @@ def measure_probe(subject: Subject, observed: dict[int, Observed]) -> Result:
         NotApplicable: fewer than two answers occur with two pictures or more, or the pictures cannot be split.
     """
     labels = {number: normalize(subject.items[number].answer) for number in observed}
-    pictures = {number: subject.items[number].image_digest() for number in observed}
+    groups = group_by_pictures([subject.items[number].image_digests() for number in observed])
+    pictures = dict(zip(observed, groups.tolist()))
     counts = Counter(answer for answer, _ in {(labels[number], pictures[number]) for number in observed})
     kept = [number for number in observed if counts[labels[number]] >= 2]
     if len({labels[number] for number in kept}) < 2:

@@ -21,7 +21,6 @@ from train.tasks.photos import PHOTOS
 from train.tasks.relation import ask_beside, ask_side
 from train.tasks.sample import PATCH_MULTIPLE, Request, Sample, Step
 from train.tasks.search import (
-    ask_color_of_few,
     ask_search_color,
     ask_search_count,
     ask_search_position,
@@ -70,7 +69,6 @@ TASKS: dict[str, Callable[[Request], Sample]] = {
 PRETRAINING = {  # no part of "all"
     "describe": describe_scene,
     "describe_search": describe_large_scene,
-    "color_of_few": ask_color_of_few,
 }
 ALL = "all"
 SPLITS = tuple(PHOTOS)

@@ -11,7 +11,7 @@ FAMILIES = {
 }
 SEARCH = ("search", "chart", "relation")  # families: the answer stands in a small part of the picture
 SYNTHESIS = ("jigsaw", "maze")  # families: the answer stands in a picture that has to be made first
-PRETRAINING = ("describe", "describe_search", "color_of_few")  # tasks that teach to see and to look; no part of "all"
+PRETRAINING = ("describe", "describe_search")  # tasks that teach to see; no part of "all"
 LEVELS = ("easy", "hard")
 ONE_LEVEL = ("shapes",)  # families that have no hard level
 
@@ -38,6 +38,4 @@ def tasks_of(name: str, level: str = "easy") -> tuple[str, ...]:
 
 def family_of(task: str) -> str:
     """The family of a task; "describe" for those that only teach to see."""
-    if task == "color_of_few":
-        return "search"
     return next((family for family, tasks in FAMILIES.items() if task in tasks), "describe")

@@ -107,14 +107,6 @@ def ask_search_text(request: Request) -> Sample:
     return ask_digit(request, paint_large_scene, _crowd(request), signs, kind)
 
 
-def ask_color_of_few(request: Request) -> Sample:
-    """A search among two to four things: what a model that has never looked can begin with.
-
-    Never one thing alone: it has so few layouts that a split may hold none of them.
-    """
-    return ask_color(request, paint_large_scene, (1, 3))
-
-
 def describe_large_scene(request: Request) -> Sample:
     """What is where, with a quarter to a half of all cells filled: every picture teaches much about seeing."""
     cells = num_cells(request) ** 2
