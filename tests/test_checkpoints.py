@@ -28,7 +28,7 @@ def test_a_checkpoint_loads_elsewhere_and_answers_better_than_chance(name, tmp_p
     folder = shipped(name)
     assert (folder / "model.safetensors").stat().st_size <= LARGEST
     assert "## What it scores" in (folder / "README.md").read_text(encoding="utf-8")
-    for task, least in (("search_color", 0.5), ("jigsaw", 0.55)):  # chance is 0.125 and 0.25
+    for task, least in (("search_color", 0.5), ("jigsaw", 0.45)):  # chance is 0.125 and 0.25
         data = write_dataset(task, 32, 77, tmp_path / task, "test", recipes.IMAGE_SIZE)
         assert recipes.score(folder, data, ("latents",))["latents"] >= least
     code = (
