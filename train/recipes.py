@@ -46,7 +46,7 @@ SMALL_RL = (
     "--micro_batch_size 64 --temperature 1.5 --learning_rate 1e-4 --lr_scheduler_type constant_with_warmup --warmup_steps 6 "
     "--adam_beta2 0.98 --max_grad_norm 0.3 --weight_decay 0 --kl_weight 0 --continuous_logprob mean"
 )
-RL_STEPS = 48
+RL_STEPS = 40
 SETTINGS = "recipe.json"
 
 
