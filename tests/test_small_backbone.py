@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
 
 from conversion.convert_vedas import convert_vedas
 from train.lare.small import write_small
@@ -39,6 +40,18 @@ def test_a_description_names_every_thing_in_its_cell():
                 assert said[row][column] == expected
     assert len(NAMES["color"]) == len(COLORS) + 1 and len(NAMES["shape"]) == len(SHAPES) + 1
     assert len(NAMES["digit"]) == len(DIGITS) + 1
+
+
+def test_a_backbone_keeps_its_dtype(backbone, data, tmp_path):
+    """SmolLM2's weights are bfloat16; the tower learns in float32."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(backbone, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    AutoImageProcessor.from_pretrained(backbone).save_pretrained(tmp_path)
+    before = model.model.visual.merger.mlp[0].weight.clone()
+    pretrain(tmp_path, data, epochs=1, batch_size=8)
+    after = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype="auto")
+    assert after.dtype == torch.bfloat16
+    assert not torch.equal(after.model.visual.merger.mlp[0].weight, before)
 
 
 def test_places_are_quadrants_and_the_middle_lines_are_none():

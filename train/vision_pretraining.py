@@ -51,6 +51,8 @@ class CellFeatures(nn.Module):
         self.is_clip = AutoConfig.from_pretrained(folder).model_type == "clip_vision_model"
         loader = CLIPVisionModel if self.is_clip else Qwen2_5_VLForConditionalGeneration
         self.model = loader.from_pretrained(folder)
+        self.kept_dtype = self.model.dtype
+        self.model.float()  # steps of training are lost on weights of few digits
         self.processor = AutoImageProcessor.from_pretrained(folder)
         config = self.model.config if self.is_clip else self.model.config.vision_config
         self.size = config.hidden_size if self.is_clip else config.out_hidden_size
@@ -174,7 +176,7 @@ def pretrain(
                 right[k] += ((one.argmax(-1) == target[..., k]) & there).sum()
                 seen[k] += there.sum()
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    tower.model.save_pretrained(folder)
+    tower.model.to(tower.kept_dtype).save_pretrained(folder)
     scores = {name: float(count / total) for name, count, total in zip(names, right, seen.clamp(min=1))}
     (Path(folder) / "vision_pretraining.json").write_text(json.dumps(scores))
     return scores
