@@ -93,7 +93,7 @@ def test_ablations_are_what_the_scripts_take(name, tmp_path):
 
 
 def test_ablations_run_what_they_need_and_tabulate(tmp_path, monkeypatch):
-    for needed in ("sft1/config.json", "train/data.jsonl", "test/data.jsonl"):
+    for needed in ("sft1/config.json", "train/data.jsonl", "questions/data.jsonl", "test/data.jsonl"):
         (tmp_path / needed).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / needed).touch()
     trained = []

@@ -463,8 +463,8 @@ def test_towers_learn_from_several_files_of_one_size(tmp_path):
     assert len(paths) == 24 and labels.shape == (24, 4, 4, len(NAMES)) and labels.dtype == torch.long
     model = write_backbone(texts_of(scenes), tmp_path / "model", hidden_size=64, num_layers=2)
     scores = pretrain(model, [scenes, puzzles, mazes], epochs=1, batch_size=8)
-    assert list(scores) == ["color", "shape", "digit", "home", "walls"]
-    assert list(pretrain(model, scenes, epochs=1, batch_size=8)) == ["color", "shape", "digit"]
+    assert list(scores) == ["color", "shape", "digit", "home", "walls", "place"]
+    assert list(pretrain(model, scenes, epochs=1, batch_size=8)) == ["color", "shape", "digit", "place"]
 
 
 def test_scenes_that_cannot_teach_about_cells_are_refused(tmp_path):

@@ -13,7 +13,7 @@ import json
 import statistics
 from pathlib import Path
 
-from train.recipes import RL_STEPS, SMALL_RL, run, score
+from train.recipes import BATCH, RL_STEPS, SMALL_RL, run, score
 
 
 SFT2 = "--stage sft2 --teacher_path {base}/sft1"
@@ -53,9 +53,9 @@ def commands(
     """
     start, flags = (part.format(base=base, seed=seed_folder) for part in VARIANTS[name])
     output = seed_folder / name.replace(" ", "-").replace(",", "")
-    further = rl if "--stage rl" in flags else sft
+    data, further = ("questions", rl) if "--stage rl" in flags else ("train", sft)
     command = (
-        f"train.train_deeplatent {flags} --model_path {start} --data_path {base}/train/data.jsonl --output_dir {output} "
+        f"train.train_deeplatent {flags} --model_path {start} --data_path {base}/{data}/data.jsonl --output_dir {output} "
         f"--seed {seed} --report_to none --save_strategy no {further}"
     )
     return output, [(f"{output}/config.json", command)]
@@ -80,11 +80,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    sft = "--num_train_epochs 2 --learning_rate 5e-4 --per_device_train_batch_size 32 --gradient_accumulation_steps 1"
+    sft = f"--num_train_epochs 2 --learning_rate 5e-4 --per_device_train_batch_size {BATCH} --gradient_accumulation_steps 1"
     parser.add_argument("--sft", default=sft, help="further flags of SFT")
     parser.add_argument("--rl", default=f"--max_steps {RL_STEPS}", help="further flags of reinforcement learning")
     args = parser.parse_args(arguments)
-    for needed in ("sft1/config.json", "train/data.jsonl", "test/data.jsonl"):
+    for needed in ("sft1/config.json", *(f"{name}/data.jsonl" for name in ("train", "questions", "test"))):
         if not (args.base / needed).is_file():
             raise ValueError(
                 f"`base` must be what `train.recipes deeplatent` wrote, but {args.base / needed} is missing."

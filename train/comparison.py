@@ -30,7 +30,7 @@ from pathlib import Path
 
 from train.checkpoints import ENDS
 from train.faithfulness.statistics import paired
-from train.recipes import LANGUAGES, LARE_STAGES, RECIPES, SETTINGS, SHARED, make_set, run, sft_epochs
+from train.recipes import BATCH, LANGUAGES, LARE_STAGES, RECIPES, SETTINGS, SHARED, make_set, run, sft_epochs
 from train.tasks.families import tasks_of
 
 
@@ -99,7 +99,7 @@ def twin_commands(folder: str, of: Run, rate: str = RATES[1]) -> list[tuple[str,
     epochs = sum(sft_epochs(of.task, of.scale))
     if is_clip:
         epochs = sum(share for share, _ in LARE_STAGES.values()) if of.scale >= 1 else 1
-    size = 32 if of.scale >= 1 else 8
+    size = (32 if of.scale >= 1 else 8) if is_clip else BATCH
     data = f"--data_path {output}/train/data.jsonl --output_dir {output}/{folder} --num_train_epochs {epochs}"
     common = f"{data} --learning_rate {of.rate(rate)} --per_device_train_batch_size {size} {SHARED}"
     if is_clip:

@@ -4,7 +4,7 @@
     python -m train.recipes vedas --output out/small
     python -m train.recipes lare --output out/small
     python -m train.recipes lare_blind --output out/small                  # whose answers know the picture through latents alone
-    python -m train.recipes deeplatent --task search_color --output out/search   # less to learn: a quarter of an hour on a CPU
+    python -m train.recipes deeplatent --task search_color --output out/search   # less to learn: minutes on a CPU
 
 A recipe is a list of the commands that the README documents; they are printed as they run. What is there already is not
 made again, so a recipe that was killed goes on, stages from their last checkpoint, and recipes of one task that write into one
@@ -42,11 +42,12 @@ SHARED = (
 # Summed over the elements of latents, noise that earns nothing here drowns the words: the mean does not. And this vocabulary
 # is so small that what SFT 2 leaves to learn within minutes is to answer well when it samples boldly: hence the temperature.
 SMALL_RL = (
-    "--max_new_tokens 48 --num_generations 8 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 "
-    "--micro_batch_size 64 --temperature 1.5 --learning_rate 1e-4 --lr_scheduler_type constant_with_warmup --warmup_steps 6 "
+    "--max_new_tokens 96 --num_generations 8 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 "
+    "--micro_batch_size 64 --temperature 1.2 --learning_rate 1e-4 --lr_scheduler_type constant_with_warmup --warmup_steps 6 "
     "--adam_beta2 0.98 --max_grad_norm 0.3 --weight_decay 0 --kl_weight 0 --continuous_logprob mean"
 )
 RL_STEPS = 40
+BATCH = 16  # of Qwen's models: they learn by the number of steps, and 32 take nearly twice as long for one
 SETTINGS = "recipe.json"
 
 
@@ -57,46 +58,50 @@ LANGUAGES = {
 }
 
 
-def make_set(output: Path, name: str, task: str, split: str, count: int, scale: float) -> tuple[str, str]:
+def make_set(
+    output: Path, name: str, task: str, split: str, count: int, scale: float, seed: int = 0
+) -> tuple[str, str]:
     return (
         f"{output}/{name}/data.jsonl",
-        f"train.tasks --task {task} --n {max(16, int(count * scale))} --seed 0 --split {split} --image-size {IMAGE_SIZE} "
+        f"train.tasks --task {task} --n {max(16, int(count * scale))} --seed {seed} --split {split} --image-size {IMAGE_SIZE} "
         f"--output {output}/{name} --force",
     )
 
 
 def is_search(task: str) -> bool:
-    """Whether a large scene has to be searched, which takes longer to learn."""
+    """Whether a large scene has to be searched."""
     return any(family_of(name) == "search" for name in tasks_of(task))
 
 
-def is_one_search(task: str) -> bool:
-    """Whether there is nothing else to learn, which takes shorter again."""
-    return is_search(task) and len(set(tasks_of(task))) == 1
+def is_one_task(task: str) -> bool:
+    """Whether there is nothing else to learn, which takes shorter."""
+    return len(set(tasks_of(task))) == 1
 
 
 def make_data(output: Path, task: str, scale: float) -> tuple[list[tuple[str, str]], str, str]:
     """(what it makes, command) for scenes to learn to see, questions to learn from, and unseen ones; and the files that
-    teach tokenizer and tower."""
+    teach tokenizer and tower. One task's own pictures teach its tower."""
     names = tasks_of(task)
-    scenes = {"scenes": ("describe_search" if is_search(task) else "describe", 6000)}
-    if "jigsaw" in names:
-        scenes["puzzles"] = ("jigsaw", 3000)
-    sets = {name: (kind, "train", count) for name, (kind, count) in scenes.items()}
     once = tuple(dict.fromkeys(names))  # whatever their shares
+    scenes = {}
+    if not is_one_task(task):
+        scenes["scenes"] = ("describe_search" if is_search(task) else "describe", 6000)
+        if "jigsaw" in names:
+            scenes["puzzles"] = ("jigsaw", 3000)
+    sets = {name: (kind, "train", count) for name, (kind, count) in scenes.items()}
     sets |= {
-        "train": (task, "train", max(4000, 1000 * len(names))),
+        "train": (task, "train", 6000 if is_one_task(task) else max(4000, 1000 * len(names))),
         "test": (",".join(once), "test", 400 * len(once)),
     }
     commands = [make_set(output, name, kind, split, count, scale) for name, (kind, split, count) in sets.items()]
-    seen = " ".join(f"{output}/{name}/data.jsonl" for name in scenes)
-    return commands, f"{output}/train/data.jsonl {seen}", seen
+    seen = " ".join(f"{output}/{name}/data.jsonl" for name in scenes or ("train",))
+    return commands, " ".join(dict.fromkeys([f"{output}/train/data.jsonl", *seen.split()])), seen
 
 
 def make_backbone(output: Path, task: str, scale: float, language: str) -> list[tuple[str, str]]:
     """Data, and a Qwen2.5-VL that sees, its language model as `LANGUAGES` has it."""
     data, texts, scenes = make_data(output, task, scale)
-    epochs = 1 if scale < 1 else 3 if is_one_search(task) else 5
+    epochs = 3 if scale >= 1 else 1
     return [
         *data,
         (f"{output}/backbone/config.json", LANGUAGES[language][0].format(texts=texts, output=output)),
@@ -113,8 +118,8 @@ def vedas(output: Path, task: str, scale: float, language: str = "small") -> lis
     once = tuple(dict.fromkeys(tasks_of(task)))
     even = make_set(output, "even", ",".join(once), "train", 4000, scale)
     rounds = [
-        ("vedas", "vedas-first", "train", "0 0 0 0 0 1 2 3" if scale >= 1 else "0 1 2 3"),
-        ("vedas-first", "vedas-trained", "even", "3 3 3 3 3 3 3 3" if scale >= 1 else "3"),
+        ("vedas", "vedas-first", "train", "0 0 0 1 2 3" if scale >= 1 else "0 1 2 3"),
+        ("vedas-first", "vedas-trained", "even", "3 3 3 3 3" if scale >= 1 else "3"),
     ]
     return [
         *make_backbone(output, task, scale, language),
@@ -130,7 +135,7 @@ def vedas(output: Path, task: str, scale: float, language: str = "small") -> lis
                 f"train.train_vedas --model_path {output}/{before} --data_path {output}/{data}/data.jsonl "
                 f"--output_dir {output}/{after} --stages {stages} --epochs_per_stage 1 "
                 f"--learning_rate {1e-3 * LANGUAGES[language][1]:g} "
-                f"--per_device_train_batch_size 32 --freeze_vision --replay_crop_size 56 {SHARED}",
+                f"--per_device_train_batch_size {BATCH} --freeze_vision --replay_crop_size 56 {SHARED}",
             )
             for before, after, data, stages in rounds
         ),
@@ -173,7 +178,8 @@ def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
         ),
         (
             f"{output}/clip/vision/vision_pretraining.json",
-            f"train.vision_pretraining --model {output}/clip/vision --data {scenes} --epochs {8 if scale >= 1 else 1}",
+            f"train.vision_pretraining --model {output}/clip/vision --data {scenes} --epochs {8 if scale >= 1 else 1} "
+            "--batch-size 64 --learning-rate 1e-3",
         ),
         (
             f"{output}/lare/config.json",
@@ -199,15 +205,18 @@ def lare_blind(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
 
 def sft_epochs(task: str, scale: float) -> tuple[int, int]:
     """Of SFT 1 and SFT 2."""
-    return (1, 1) if scale < 1 else (5 if is_one_search(task) else 7, 2)
+    return (1, 1) if scale < 1 else (3, 1) if is_one_task(task) else (5, 2)
 
 
 def deeplatent(output: Path, task: str, scale: float, language: str = "small") -> list[tuple[str, str]]:
     first, second = sft_epochs(task, scale)
-    training = f"--per_device_train_batch_size 32 --gradient_accumulation_steps 1 {SHARED}"
+    training = f"--per_device_train_batch_size {BATCH} --gradient_accumulation_steps 1 {SHARED}"
     data, share = f"--data_path {output}/train/data.jsonl", LANGUAGES[language][1]
+    once = ",".join(dict.fromkeys(tasks_of(task)))
     return [
         *make_backbone(output, task, scale, language),
+        # Rewards compare answers to questions that SFT has not shown, as many of every task.
+        make_set(output, "questions", once, "train", 16 * RL_STEPS, scale, seed=1),
         (
             f"{output}/deeplatent/config.json",
             f"conversion.convert_deeplatent --backbone {output}/backbone --output {output}/deeplatent "
@@ -230,7 +239,8 @@ def deeplatent(output: Path, task: str, scale: float, language: str = "small") -
         ),
         (
             f"{output}/rl/config.json",
-            f"train.train_deeplatent --stage rl --model_path {output}/sft2 {data} --output_dir {output}/rl "
+            f"train.train_deeplatent --stage rl --model_path {output}/sft2 "
+            f"--data_path {output}/questions/data.jsonl --output_dir {output}/rl "
             f"{SMALL_RL} --max_steps {RL_STEPS if scale >= 1 else 8} --report_to none --save_strategy no --seed 0",
         ),
     ]

@@ -67,7 +67,8 @@ def build_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int, num_layer
             "initializer_range": hidden_size
             ** -0.5,  # the usual 0.02 is for widths of thousands: here attention would start flat
             "max_position_embeddings": 2048,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+            # Columns of a picture get the slowest six of 16 frequencies: at 1e4 those of four columns differ by 0.01 in angle.
+            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "mrope_section": [4, 6, 6]},
             "tie_word_embeddings": True,
             "bos_token_id": None,
             "eos_token_id": token("<|im_end|>"),
