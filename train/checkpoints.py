@@ -25,8 +25,7 @@ from train.recipes import RECIPES, SETTINGS
 CHECKPOINTS = Path(__file__).parent.parent / "checkpoints"
 SUMS = "SHA256SUMS"
 WEIGHTS = "model.safetensors"
-# What ships of a recipe that has more than one end: reinforcement learning of so small a model unlearns to open blocks.
-ENDS = {name: trained for name, (_, trained) in RECIPES.items()} | {"deeplatent": "sft2"}
+ENDS = {name: trained for name, (_, trained) in RECIPES.items()}  # folders of a recipe's output
 CONFIGS = {"deeplatent": DeepLatentConfig, "lare": LaReConfig, "vedas": VedasConfig}
 LARGEST = 8_000_000  # bytes of weights that a shipped checkpoint may have
 
