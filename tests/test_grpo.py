@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch.distributions import Categorical, Normal, kl_divergence
 from transformers import AutoModel, HfArgumentParser
 
 from modeling_latentvlm.generation_rules import LatentBlockLimits
-from train.deeplatent_rl import rollouts
+from train.deeplatent_rl import grpo_trainer, rollouts
 from train.deeplatent_rl.actions import (
     act,
     categorical_divergence,
@@ -275,6 +276,21 @@ def test_a_rollout_is_a_function_of_its_seed(policy, processor, questions, traje
     assert [one.tokens.tolist() for one in again] == [one.tokens.tolist() for one in trajectories]
     assert [one.tokens.tolist() for one in other] != [one.tokens.tolist() for one in trajectories]
     assert not policy.training
+
+
+def test_answers_that_were_cut_off_are_known_and_told(
+    policy, tokenizer, processor, samples, trajectories, tmp_path, monkeypatch
+):
+    """An answer that had no room for its end earns nothing, however well it began."""
+    ends = policy.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    assert [one.is_truncated for one in trajectories] == [int(one.tokens[-1]) not in ends for one in trajectories]
+    told = []
+    monkeypatch.setattr(grpo_trainer.logger, "warning_once", told.append)
+    short = replace(ROLLOUT, max_new_tokens=1)
+    trainer = train(build_model(tokenizer), processor, samples, tmp_path, first_letter, rollout=short)
+    assert trainer.state.log_history[0]["truncated"] >= 0.25
+    assert "100 % of the answers" in told[0] and "`max_new_tokens`=1" in told[0]
 
 
 # The objective
@@ -558,6 +574,7 @@ def test_gradients_are_clipped_apart_and_logged(tokenizer, processor, samples, t
         assert sum(float(weight.grad.square().sum()) for weight in weights) ** 0.5 == pytest.approx(1e-3, rel=1e-3)
     first, second = (entry for entry in trainer.state.log_history if "loss" in entry)
     wanted = {"reward", "reward_own", "reward_std", "groups_without_signal", "blocks_per_sample", "tokens_per_sample"}
+    wanted |= {"truncated"}
     learned = {"clip_text", "clip_latent", "kl_text", "kl_latent", "ratio_text", "ratio_latent", "entropy"}
     norms = {"grad_norm_language_model", "grad_norm_modulation"}
     assert wanted | learned | norms <= first.keys()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import TrainingArguments
+from transformers.utils import logging
 
 from train.deeplatent_rl.actions import group_advantages, mix
 from train.deeplatent_rl.dump import RolloutDump
@@ -32,6 +33,8 @@ from train.training_model import LatentTrainer
 
 MODULATION = ("query_modulation", "image_modulation")
 ROLLOUTS_FILE = "rollouts_{}.pt"  # of a process
+MANY_TRUNCATED = 0.25  # share of answers from which on a run is told so
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -215,6 +218,12 @@ class GRPOTrainer(LatentTrainer):
         self.add_sums({name: torch.tensor([float(norm), 1.0], dtype=torch.float64) for name, norm in norms.items()})
 
     def note_rollouts(self, trajectories: list[Trajectory], groups: Tensor) -> None:
+        truncated = sum(one.is_truncated for one in trajectories) / len(trajectories)
+        if truncated >= MANY_TRUNCATED:
+            logger.warning_once(
+                f"{100 * truncated:.0f} % of the answers sampled in step {self.state.global_step} were cut off at `max_new_tokens`="
+                f"{self.objective.rollout.max_new_tokens} and earn nothing for it: is that long enough? See `truncated` in the logs."
+            )
         values = {
             "reward": groups.flatten(),
             "reward_std": groups.std(-1),
@@ -222,6 +231,7 @@ class GRPOTrainer(LatentTrainer):
             "blocks_per_sample": torch.tensor([len(one.grids) for one in trajectories]),
             "latents_per_block": torch.tensor([height * width for one in trajectories for height, width in one.grids]),
             "tokens_per_sample": torch.tensor([len(one.tokens) for one in trajectories]),
+            "truncated": torch.tensor([one.is_truncated for one in trajectories]),
         }
         for name in self.rewards.weights:
             values[f"reward_{name}"] = torch.tensor([one.rewards[name] for one in trajectories])

@@ -41,6 +41,7 @@ class Trajectory:
     grids: list[tuple[int, int]]  # of the blocks that were built
     statistics: BlockStatistics  # what the latents were drawn from
     num_latent_tokens: int  # `<latent>` written; the last may not have been built
+    is_truncated: bool = False  # `max_new_tokens` came before its end
     rewards: dict[str, float] = field(default_factory=dict)
     reward: float = 0.0
     advantage: float = 0.0
@@ -190,6 +191,7 @@ def roll_out(model, processor, batch: dict, arguments: RolloutArguments, seed: i
                 grids=[next(grids) for _ in range(num_blocks)],
                 statistics=drawn.statistics[row],
                 num_latent_tokens=int((tokens == model.config.latent_start_token_id).sum()),
+                is_truncated=output.stop_reason[row] == "max_length",
             )
         )
     return trajectories
