@@ -168,10 +168,11 @@ def test_twins_take_the_steps_and_rates_of_their_models(tmp_path):
     from test_recipes import parses
 
     run = comparison.Run(tmp_path, "search_color:4,jigsaw", 1.0, "small")
-    for folder, epochs in (("clip-direct-3e-4", 13.8), ("qwen-direct-3e-4", 9), ("qwen-text", 9)):
+    for folder, epochs in (("clip-direct-3e-4", 13.8), ("qwen-direct-3e-4", 7), ("qwen-text", 7)):
         *_, (made, command) = comparison.twin_commands(folder, run, "3e-4")
         assert made == f"{tmp_path}/{folder}/config.json" and parses(command)
         assert "--learning_rate 0.0003 " in command
         assert float(command.split("--num_train_epochs ")[1].split()[0]) == pytest.approx(epochs)
+        assert f"--per_device_train_batch_size {32 if 'clip' in folder else 16} " in command
     *_, (_, command) = comparison.twin_commands("qwen-text", comparison.Run(tmp_path, "color", 1.0, "smollm2"), "1e-3")
-    assert "--learning_rate 0.0001 " in command and "--num_train_epochs 9 " in command
+    assert "--learning_rate 0.0001 " in command and "--num_train_epochs 4 " in command

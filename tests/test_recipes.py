@@ -15,6 +15,7 @@ from train.deeplatent_rl.progress import first_and_last_quarter
 from train.hardware import hardware
 from train.lare.objective import LatentLossArguments
 from train.replay import ReplayArguments
+from train.tasks.families import tasks_of
 
 
 PARSERS = {
@@ -40,6 +41,25 @@ def test_commands_are_what_the_scripts_take(name, tmp_path):
     made = [made for made, _ in commands]
     read = {word for _, command in commands for word in command.split() if word.endswith("data.jsonl")}
     assert read <= set(made)  # what a command reads, one before it made
+
+
+@pytest.mark.parametrize("task", ["color", "search_color", "shapes", recipes.TASK])
+def test_rewards_are_for_questions_that_sft_has_not_shown(task, tmp_path):
+    commands = [shlex.split(command) for _, command in recipes.RECIPES["deeplatent"][0](tmp_path, task, 1.0)]
+    value = lambda words, flag: words[words.index(flag) + 1]  # noqa: E731
+    stages = {value(words, "--stage"): words for words in commands if "--stage" in words}
+    sets = {value(words, "--output"): words for words in commands if words[0] == "train.tasks"}
+    read = {stage: str(Path(value(words, "--data_path")).parent) for stage, words in stages.items()}
+    assert read["sft1"] == read["sft2"] != read["rl"]
+    assert value(sets[read["rl"]], "--split") == "train"
+    assert value(sets[read["rl"]], "--seed") != value(sets[read["sft1"]], "--seed")
+    asked, seen = (value(sets[read[stage]], "--task") for stage in ("rl", "sft1"))
+    assert ":" not in asked and set(tasks_of(asked)) == set(tasks_of(seen))
+    # Towers see as much whatever the task: a pretraining of 18,000 pictures instead of 30,000 cost 20 points.
+    (vision,) = (words for words in commands if words[0] == "train.vision_pretraining")
+    teach = {str(Path(word).parent) for word in vision if word.endswith("data.jsonl")}
+    pictures = sum(int(value(sets[folder], "--n")) for folder in teach) * int(value(vision, "--epochs"))
+    assert pictures == pytest.approx(recipes.PICTURES_SEEN, rel=0.1)
 
 
 def test_blind_answers_begin_with_the_first_stage_behind_stage_0(tmp_path):
@@ -90,6 +110,8 @@ def test_ablations_are_what_the_scripts_take(name, tmp_path):
         name, tmp_path, tmp_path / "seed0", 0, "--max_steps 2", "--max_steps 1"
     )
     assert Path(made).parent == folder and parses(command)
+    data = "questions" if "GRPO" in name else "train"
+    assert f"--data_path {tmp_path}/{data}/data.jsonl " in command
 
 
 def test_ablations_run_what_they_need_and_tabulate(tmp_path, monkeypatch):

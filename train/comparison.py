@@ -30,11 +30,22 @@ from pathlib import Path
 
 from train.checkpoints import ENDS
 from train.faithfulness.statistics import paired
-from train.recipes import BATCH, LANGUAGES, LARE_STAGES, RECIPES, SETTINGS, SHARED, make_set, run, sft_epochs
+from train.recipes import (
+    ANSWER_TOKENS,
+    BATCH,
+    LANGUAGES,
+    LARE_STAGES,
+    RECIPES,
+    SETTINGS,
+    SHARED,
+    make_set,
+    run,
+    sft_epochs,
+)
 from train.tasks.families import tasks_of
 
 
-RATES = ("3e-4", "1e-3", "3e-3")  # of direct twins of small models; the recipes' own is the middle one
+RATES = ("3e-4", "1e-3", "3e-3")  # of direct twins of small models
 
 
 @dataclass(frozen=True)
@@ -160,7 +171,7 @@ def evaluate(arm: Arm, folder: str, split: str, scores: Path, of: Run) -> dict:
     """The summary of `train.evaluate`."""
     command = (
         f"train.evaluate --model {of.output}/{folder} --data {of.output}/{split}/data.jsonl --output {scores} {arm.options} "
-        f"--max_new_tokens 96 --batch_size {of.batch_size} --dtype float32"
+        f"--max_new_tokens {ANSWER_TOKENS} --batch_size {of.batch_size} --dtype float32"
     )
     print(f"$ python -m {command}", flush=True)
     subprocess.run([sys.executable, "-m", *shlex.split(command)], check=True)

@@ -41,13 +41,15 @@ SHARED = (
 # by the learning rate, whatever the evidence, so that it warms up and sees 128 answers. A reference costs a third of a step.
 # Summed over the elements of latents, noise that earns nothing here drowns the words: the mean does not. And this vocabulary
 # is so small that what SFT 2 leaves to learn within minutes is to answer well when it samples boldly: hence the temperature.
+ANSWER_TOKENS = 96  # puzzles take 54
 SMALL_RL = (
-    "--max_new_tokens 96 --num_generations 8 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 "
+    f"--max_new_tokens {ANSWER_TOKENS} --num_generations 8 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 "
     "--micro_batch_size 64 --temperature 1.2 --learning_rate 1e-4 --lr_scheduler_type constant_with_warmup --warmup_steps 6 "
     "--adam_beta2 0.98 --max_grad_norm 0.3 --weight_decay 0 --kl_weight 0 --continuous_logprob mean"
 )
 RL_STEPS = 40
 BATCH = 16  # of Qwen's models: they learn by the number of steps, and 32 take nearly twice as long for one
+PICTURES_SEEN = 30_000  # by a vision tower in its pretraining, the same ones several times
 SETTINGS = "recipe.json"
 
 
@@ -78,9 +80,9 @@ def is_one_task(task: str) -> bool:
     return len(set(tasks_of(task))) == 1
 
 
-def make_data(output: Path, task: str, scale: float) -> tuple[list[tuple[str, str]], str, str]:
-    """(what it makes, command) for scenes to learn to see, questions to learn from, and unseen ones; and the files that
-    teach tokenizer and tower. One task's own pictures teach its tower."""
+def make_data(output: Path, task: str, scale: float) -> tuple[list[tuple[str, str]], str, str, int]:
+    """(what it makes, command) for scenes to learn to see, questions to learn from, and unseen ones; the files that teach
+    tokenizer and tower, and how many pictures those for the tower have. One task's own pictures teach its tower."""
     names = tasks_of(task)
     once = tuple(dict.fromkeys(names))  # whatever their shares
     scenes = {}
@@ -89,19 +91,21 @@ def make_data(output: Path, task: str, scale: float) -> tuple[list[tuple[str, st
         if "jigsaw" in names:
             scenes["puzzles"] = ("jigsaw", 3000)
     sets = {name: (kind, "train", count) for name, (kind, count) in scenes.items()}
+    num_samples = 6000 if is_one_task(task) else max(4000, 1000 * len(names))
     sets |= {
-        "train": (task, "train", 6000 if is_one_task(task) else max(4000, 1000 * len(names))),
+        "train": (task, "train", num_samples),
         "test": (",".join(once), "test", 400 * len(once)),
     }
     commands = [make_set(output, name, kind, split, count, scale) for name, (kind, split, count) in sets.items()]
     seen = " ".join(f"{output}/{name}/data.jsonl" for name in scenes or ("train",))
-    return commands, " ".join(dict.fromkeys([f"{output}/train/data.jsonl", *seen.split()])), seen
+    num_pictures = sum(count for _, count in scenes.values()) or num_samples
+    return commands, " ".join(dict.fromkeys([f"{output}/train/data.jsonl", *seen.split()])), seen, num_pictures
 
 
 def make_backbone(output: Path, task: str, scale: float, language: str) -> list[tuple[str, str]]:
     """Data, and a Qwen2.5-VL that sees, its language model as `LANGUAGES` has it."""
-    data, texts, scenes = make_data(output, task, scale)
-    epochs = 1 if scale < 1 else 5 if is_one_task(task) else 3  # about 30,000 pictures
+    data, texts, scenes, num_pictures = make_data(output, task, scale)
+    epochs = round(PICTURES_SEEN / num_pictures) if scale >= 1 else 1
     return [
         *data,
         (f"{output}/backbone/config.json", LANGUAGES[language][0].format(texts=texts, output=output)),
@@ -152,8 +156,8 @@ LARE_STAGES = {
     3: (1, "3e-4"),
     4: (0.25, "1e-4"),
 }
-# An answer that starts on the latents alone has to learn anew what it could see.
-BLIND_STAGES = {stage: LARE_STAGES[stage] for stage in (1, 2, 4)} | {3: (3, "1e-3")}
+# An answer that starts on the latents alone has to learn anew what it could see: as long and as fast as that takes.
+BLIND_STAGES = {stage: LARE_STAGES[stage] for stage in (1, 2)} | {3: (3, "1e-3"), 4: (0.25, "3e-4")}
 
 
 def lare_stage(output: Path, stage: int, before: str, after: str, stages: dict, scale: float) -> tuple[str, str]:
@@ -169,7 +173,7 @@ def lare_stage(output: Path, stage: int, before: str, after: str, stages: dict, 
 
 
 def lare(output: Path, task: str, scale: float) -> list[tuple[str, str]]:
-    data, texts, scenes = make_data(output, task, scale)
+    data, texts, scenes, _ = make_data(output, task, scale)
     commands = [
         *data,
         (
@@ -310,7 +314,7 @@ def score(folder: Path, data: Path, names: tuple[str, ...] = tuple(ARMS)) -> dic
     samples = read_reasoning(data)
     scores = {}
     for name in names:
-        settings = AnswerSettings(batch_size=32, max_new_tokens=64, **ARMS[name])
+        settings = AnswerSettings(batch_size=32, max_new_tokens=ANSWER_TOKENS, **ARMS[name])
         answers = []
         for seed, batch in enumerate(tqdm(split_batches(samples, settings), desc=name)):
             conversations = [conversation_of(sample) for sample in batch]

@@ -65,6 +65,7 @@ def describe(trajectory: Trajectory, processor, config) -> dict:
         "text": "".join(parts),
         "blocks": [{"token": column, "grid": list(grid)} for column, grid in zip(columns, trajectory.grids)],
         "num_tokens": len(trajectory.tokens),
+        "is_truncated": trajectory.is_truncated,
         "rewards": trajectory.rewards,
         "reward": trajectory.reward,
         "advantage": trajectory.advantage,

@@ -221,8 +221,8 @@ class GRPOTrainer(LatentTrainer):
         truncated = sum(one.is_truncated for one in trajectories) / len(trajectories)
         if truncated >= MANY_TRUNCATED:
             logger.warning_once(
-                f"{100 * truncated:.0f} % of the answers sampled in step {self.state.global_step} were cut off at `max_new_tokens`="
-                f"{self.objective.rollout.max_new_tokens} and earn nothing for it: is that long enough? See `truncated` in the logs."
+                f"More than {100 * MANY_TRUNCATED:.0f} % of the answers sampled in a step were cut off at `max_new_tokens`="
+                f"{self.objective.rollout.max_new_tokens}, perhaps before they said anything: `truncated` in the logs has their share."
             )
         values = {
             "reward": groups.flatten(),
