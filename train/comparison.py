@@ -161,7 +161,7 @@ def draw_curves(output: Path) -> Path:
             points = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
             if points:
                 axis.plot(*zip(*points), label=rate)
-        axis.set(title=f"{kind} twin", xlabel="step", ylabel="loss of the answer")
+        axis.set(title=f"{kind}, the twin that answers at once", xlabel="step", ylabel="loss", yscale="log")
         axis.legend(title="learning rate")
     figure.savefig(output / "twins.png", dpi=110)
     return output / "twins.png"
