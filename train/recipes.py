@@ -37,18 +37,18 @@ SHARED = (
     "--report_to none --save_strategy epoch --save_total_limit 1 --logging_steps 25 --weight_decay 0.01 "
     "--resume_from_checkpoint last --seed 0"
 )
+ANSWER_TOKENS = 96  # puzzles take 54
 # Reinforcement learning of a small model, where the script's defaults are the paper's for 7B. One step of Adam moves every weight
 # by the learning rate, whatever the evidence, so that it warms up and sees 128 answers. A reference costs a third of a step.
 # Summed over the elements of latents, noise that earns nothing here drowns the words: the mean does not. And this vocabulary
 # is so small that what SFT 2 leaves to learn within minutes is to answer well when it samples boldly: hence the temperature.
-ANSWER_TOKENS = 96  # puzzles take 54
 SMALL_RL = (
     f"--max_new_tokens {ANSWER_TOKENS} --num_generations 8 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 "
     "--micro_batch_size 64 --temperature 1.2 --learning_rate 1e-4 --lr_scheduler_type constant_with_warmup --warmup_steps 6 "
     "--adam_beta2 0.98 --max_grad_norm 0.3 --weight_decay 0 --kl_weight 0 --continuous_logprob mean"
 )
 RL_STEPS = 40
-BATCH = 16  # of Qwen's models: they learn by the number of steps, and 32 take nearly twice as long for one
+BATCH = 16  # of Qwen's models; steps of 32 take nearly twice as long
 PICTURES_SEEN = 30_000  # by a vision tower in its pretraining, the same ones several times
 SETTINGS = "recipe.json"
 

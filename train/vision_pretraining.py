@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--model", dest="folder", required=True, help="folder of a backbone or of a CLIP tower")
     parser.add_argument("--data", nargs="+", required=True, help="JSONL of `train.tasks`, pictures of one size")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=16)  # 64 take three times as long to tell small shapes apart
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     print(json.dumps(pretrain(**vars(parser.parse_args()))))
