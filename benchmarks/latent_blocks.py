@@ -15,6 +15,7 @@ from benchmarks.measuring import Arm, Setting, decoding_steps, interleave, timed
 from benchmarks.models import Pair, deeplatent, qwen_inputs
 from benchmarks.report import Row
 from benchmarks.sizes import Sizes
+from configuration_latentvlm.transformers_api import cache_keyword
 from modeling_latentvlm.latent_former import LatentFormerAttention, RowImages
 
 
@@ -34,7 +35,7 @@ def forward_arm(pair: Pair, seen: int, count: int) -> Arm:
     @torch.no_grad()
     def fill() -> None:
         if cache.get_seq_length() == 0:
-            text_model(inputs_embeds=states[:, :seen], past_key_values=cache, use_cache=True)
+            text_model(inputs_embeds=states[:, :seen], use_cache=True, **cache_keyword(cache))
         surplus = cache.get_seq_length() - seen
         if surplus:
             cache.crop(-surplus)
@@ -42,7 +43,7 @@ def forward_arm(pair: Pair, seen: int, count: int) -> Arm:
     @torch.no_grad()
     def run() -> None:
         new = text_model(
-            inputs_embeds=states[:, :count], position_ids=positions, past_key_values=cache, use_cache=True
+            inputs_embeds=states[:, :count], position_ids=positions, use_cache=True, **cache_keyword(cache)
         ).last_hidden_state
         pair.ours.lm_head(new[:, -1:])
 

@@ -12,6 +12,7 @@ from benchmarks.measuring import Setting, interleave, timed
 from benchmarks.models import Pair, lare, lare_inputs, qwen_inputs, vedas
 from benchmarks.report import Row
 from benchmarks.sizes import Sizes
+from configuration_latentvlm.transformers_api import cache_keyword
 from modeling_latentvlm.refocus_decoding import Places, RefocusContext, RefocusDecoder
 
 
@@ -23,10 +24,10 @@ def plain_steps(pair: Pair, embeds: torch.Tensor) -> None:
     """Prefill, then a forward on the cache for every step."""
     config, text_model = pair.ours.config, pair.text_model
     cache = DynamicCache(config=text_model.config)
-    text_model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+    text_model(inputs_embeds=embeds, use_cache=True, **cache_keyword(cache))
     for _ in range(config.num_refocus_steps):
         step = embeds[:, : config.num_step_latents]
-        text_model(inputs_embeds=step, past_key_values=cache, use_cache=True)
+        text_model(inputs_embeds=step, use_cache=True, **cache_keyword(cache))
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLCo
 
 from configuration_latentvlm.hub_code import HubCodeMixin, __version__
 from configuration_latentvlm.model_card import write_model_card
+from configuration_latentvlm.transformers_api import CACHE_NAMES
 
 
 _MODEL = "modeling_latentvlm.modeling_deeplatent.DeepLatentForConditionalGeneration"
@@ -72,7 +73,13 @@ class DeepLatentConfig(HubCodeMixin, Qwen2_5_VLConfig):
     """
 
     model_type = "deeplatent"
-    keys_to_ignore_at_inference = ["past_key_values", "scale_loss", "scale_logits", "latent_trace", "latent_states"]
+    keys_to_ignore_at_inference = [
+        *CACHE_NAMES,
+        "scale_loss",
+        "scale_logits",
+        "latent_trace",
+        "latent_states",
+    ]
     hub_classes: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_latentvlm.configuration_deeplatent.DeepLatentConfig",
         "AutoProcessor": "processing_latentvlm.processing_deeplatent.DeepLatentProcessor",

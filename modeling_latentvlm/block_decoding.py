@@ -67,7 +67,7 @@ class Decoded:
 
     last_hidden_state: Tensor  # (B, S, D)
     hidden_states: tuple[Tensor, ...] | None
-    past_key_values: Cache | None
+    cache: Cache | None
     scale_logits: tuple[Tensor, Tensor] | None = None  # 2 x (blocks, G)
     scale_targets: Tensor | None = None  # (blocks, 2)
     trace: LatentTrace | None = None

@@ -24,7 +24,7 @@ class LastTokens(StoppingCriteria):
     def __init__(self):
         self.tokens, self.copied = None, None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         last = input_ids[:, -1]
         if last.device.type == "cuda":
             self.tokens = torch.empty(last.shape, dtype=last.dtype, pin_memory=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from configuration_latentvlm.model_card import write_model_card
+from configuration_latentvlm.transformers_api import CACHE_NAMES, cache_keyword, one_cache
 
 
 logger = logging.get_logger(__name__)
@@ -18,6 +19,8 @@ logger = logging.get_logger(__name__)
 
 class LatentDecodingMixin:
     """For a class that brings `forward(..., latent_context=...)` and lies before `GenerationMixin`."""
+
+    _skip_keys_device_placement = list(CACHE_NAMES)  # with a `device_map`, each layer's part stays where the layer is
 
     def _input_device(self, inputs: Tensor) -> torch.device:
         """Where inputs belong: offloaded weights lie on `meta` and are fetched to where the caller put the inputs."""
@@ -61,12 +64,15 @@ class LatentDecodingMixin:
         position_ids=None,
         is_first_iteration=False,
         latent_context=None,
+        *,
+        cache=None,
         **kwargs,
     ):
         """What is new since the cache; masks and positions of later steps belong to the cache's `latent_state`."""
-        state = getattr(past_key_values, "latent_state", None)
+        cache = one_cache(past_key_values, cache)
+        state = getattr(cache, "latent_state", None)
         seen = 0 if state is None else state.num_tokens
-        model_inputs = {"past_key_values": past_key_values, "latent_context": latent_context, **kwargs}
+        model_inputs = {"latent_context": latent_context, **cache_keyword(cache), **kwargs}
         if is_first_iteration:
             model_inputs |= {"attention_mask": attention_mask, "position_ids": position_ids}
             if inputs_embeds is not None:
@@ -82,10 +88,10 @@ class LatentDecodingMixin:
         model_kwargs |= {"attention_mask": None, "position_ids": None}
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
-    def _reorder_cache(self, past_key_values, beam_idx: Tensor):
-        past_key_values.reorder_cache(beam_idx)
-        past_key_values.latent_state.reorder(beam_idx)
-        return past_key_values
+    def _reorder_cache(self, cache, beam_idx: Tensor):
+        cache.reorder_cache(beam_idx)
+        cache.latent_state.reorder(beam_idx)
+        return cache
 
     def _valid_auto_compile_criteria(self, model_kwargs, generation_config) -> bool:
         # What a forward does depends on the data, so it is no one graph. Compile the part that is:

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
+from configuration_latentvlm.transformers_api import CACHE, cache_keyword, take_cache
 from modeling_latentvlm.block_decoding import LatentContext
 from modeling_latentvlm.block_sites import check_grid, find_block_sites
 from modeling_latentvlm.generation_rules import (
@@ -67,6 +68,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
         Raises:
             ValueError: a decoding mode that cannot work with latents, or inputs that do not fit together.
         """
+        kwargs |= cache_keyword(take_cache(kwargs))
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         check_settings(settings, kwargs, output_latents, self.device)
         low, high = self._block_limits(settings, min_latent_blocks, max_latent_blocks)
@@ -159,7 +161,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
         if attention_mask is None:
             attention_mask = infer_attention_mask(input_ids, settings)
         self._check_length(input_ids, attention_mask)
-        cache, expand = kwargs.get("past_key_values"), expansion(settings)
+        cache, expand = kwargs.get(CACHE), expansion(settings)
         state = find_state(cache)
         seen = 0 if state is None else state.num_tokens
         if state is not None:
@@ -171,7 +173,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
         if lone and state is None and latent_grid_hw is None:
             raise ValueError(
                 f"Row {lone[0].row} of the prompt opens a latent block at column {lone[0].column}, but `latent_grid_hw` is not "
-                "given. Pass the grids, or the `past_key_values`, that `generate` returned with the sequences."
+                f"given. Pass the grids, or the `{CACHE}`, that `generate` returned with the sequences."
             )
         context.prompt_sites = [row for row in sites for _ in range(expand)]
         if state is not None:
@@ -195,7 +197,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
         if context is not None:
             rows = batch_size * expansion(generation_config)
             room = rows * context.max_blocks * self._largest_block(context.grid)
-            check_room(model_kwargs.get("past_key_values"), max_cache_length + room)
+            check_room(model_kwargs.get(CACHE), max_cache_length + room)
             max_cache_length += room
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

@@ -32,6 +32,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForCond
 from transformers.utils import can_return_tuple
 
 from configuration_latentvlm.configuration_deeplatent import DeepLatentConfig
+from configuration_latentvlm.transformers_api import BothCacheNames, cache_keyword, one_cache
 from modeling_latentvlm.block_decoding import BlockDecoder, LatentContext
 from modeling_latentvlm.block_sites import find_block_sites
 from modeling_latentvlm.interventions import Intervention, check_intervention
@@ -65,7 +66,7 @@ NEW_WEIGHTS = ("latent_control.", "latent_blocks.")
 
 
 @dataclass
-class DeepLatentCausalLMOutputWithPast(CausalLMOutputWithPast):
+class DeepLatentCausalLMOutputWithPast(BothCacheNames, CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` with what belongs to the blocks of this forward, in the order of `latent_grid_hw`.
 
     Args:
@@ -152,6 +153,8 @@ class DeepLatentForConditionalGeneration(
         output_latents: bool = False,
         latent_state_layers: Sequence[int] = (),
         latent_context: LatentContext | None = None,
+        *,
+        cache: Cache | None = None,
         **kwargs,
     ) -> DeepLatentCausalLMOutputWithPast | CausalLMOutputWithPast:
         """Run the model over text, images and the latent blocks that stand in `input_ids`.
@@ -173,6 +176,7 @@ class DeepLatentForConditionalGeneration(
         Raises:
             ValueError: blocks, grids, placeholders or images do not fit together; the message names the row.
         """
+        cache = one_cache(past_key_values, cache)
         vision = {
             "pixel_values": pixel_values,
             "image_grid_thw": image_grid_thw,
@@ -180,7 +184,7 @@ class DeepLatentForConditionalGeneration(
             "video_grid_thw": video_grid_thw,
             "second_per_grid_ts": second_per_grid_ts,
         }
-        state = find_state(past_key_values) if latent_context is None else None
+        state = find_state(cache) if latent_context is None else None
         sites = self._find_sites(input_ids, latent_grid_hw, latent_context)
         lockstep, idle = None, []
         if latent_context is None and is_sharded(self):
@@ -194,12 +198,12 @@ class DeepLatentForConditionalGeneration(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 labels=labels,
                 use_cache=use_cache,
                 mm_token_type_ids=mm_token_type_ids,
                 logits_to_keep=logits_to_keep,
+                **cache_keyword(cache),
                 **vision,
                 **kwargs,
             )
@@ -213,7 +217,7 @@ class DeepLatentForConditionalGeneration(
             latent_context.state_layers = tuple(latent_state_layers)
             latent_context.lockstep, latent_context.idle = lockstep, idle
             position_ids = self._rope_positions(input_ids, attention_mask, vision)
-        decoder = BlockDecoder(self, latent_context, past_key_values, use_cache, kwargs)
+        decoder = BlockDecoder(self, latent_context, cache, use_cache, kwargs)
         decoded = decoder.run(input_ids, inputs_embeds, attention_mask, position_ids, sites)
         return self._predict(decoded, input_ids, labels, logits_to_keep, kwargs)
 
@@ -281,12 +285,12 @@ class DeepLatentForConditionalGeneration(
         return DeepLatentCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=decoded.past_key_values,
             hidden_states=decoded.hidden_states,
             scale_loss=scale_loss,
             scale_logits=decoded.scale_logits,
             latent_trace=decoded.trace,
             latent_states=decoded.latent_states,
+            **cache_keyword(decoded.cache),
         )
 
     def _agree_on_work(self, sites, vision: dict) -> Lockstep:

@@ -33,6 +33,7 @@ from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrained
 from transformers.utils import can_return_tuple
 
 from configuration_latentvlm.configuration_lare import LaReConfig
+from configuration_latentvlm.transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache, take_cache
 from modeling_latentvlm.generation_rules import check_settings, infer_attention_mask, stop_reasons
 from modeling_latentvlm.interventions import Intervention, check_intervention
 from modeling_latentvlm.latent_decoding import LatentDecodingMixin
@@ -43,7 +44,7 @@ from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOut
 
 
 @dataclass
-class LaReCausalLMOutputWithPast(CausalLMOutputWithPast):
+class LaReCausalLMOutputWithPast(BothCacheNames, CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` with the latents, where `output_latents=True`. N is the most steps that a row took;
     in training with `adaptive_stop`, that a row may take.
 
@@ -109,6 +110,8 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         latent_intervention: str | Intervention | None = None,
         output_latents: bool = False,
         latent_context: RefocusContext | None = None,
+        *,
+        cache: Cache | None = None,
         **kwargs,
     ) -> LaReCausalLMOutputWithPast:
         """Run the model over a prompt, its refocusing steps, and an answer.
@@ -128,10 +131,11 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         """
         if input_ids is None:
             raise ValueError("`input_ids` are needed: refocusing steps look for image tokens among them.")
+        cache = one_cache(past_key_values, cache)
         is_generating = latent_context is not None
         if not is_generating:
             check_intervention(latent_intervention, one_at_a_time=False)
-            for name, value in (("position_ids", position_ids), ("past_key_values", past_key_values)):
+            for name, value in (("position_ids", position_ids), (CACHE, cache)):
                 if value is not None:
                     raise ValueError(
                         f"`{name}` cannot be given: refocusing steps take positions and cache of their own."
@@ -141,7 +145,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
                 images, placeholders, intervention=latent_intervention, output_latents=output_latents
             )
         features = [row.features for row in latent_context.images if row is not None]
-        decoder = RefocusDecoder(self, latent_context, past_key_values, use_cache, kwargs)
+        decoder = RefocusDecoder(self, latent_context, cache, use_cache, kwargs)
         is_prompt = latent_context.decode_step < 0
         embeds = self._embed_prompt(self._with_bot(input_ids) if is_prompt else input_ids, latent_context)
         if self.training and pixel_values is None:
@@ -155,7 +159,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden[:, kept])
         loss = self._take_loss(logits, labels, input_ids, kwargs)
-        output = LaReCausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=decoder.returned_cache)
+        output = LaReCausalLMOutputWithPast(loss=loss, logits=logits, **cache_keyword(decoder.returned_cache))
         if not is_generating and output_latents:
             self._add_latents(output, latent_context, features)
         return output
@@ -278,13 +282,14 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         Raises:
             ValueError: a decoding mode that cannot work with latents, or inputs that do not fit together.
         """
+        cache = take_cache(kwargs)
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         check_settings(settings, kwargs, output_latents, self.device)
         check_intervention(latent_intervention, one_at_a_time=False)
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if input_ids is None:
             raise ValueError("`input_ids` are needed: refocusing steps look for image tokens among them.")
-        if kwargs.get("past_key_values") is not None or settings.cache_implementation is not None:
+        if cache is not None or settings.cache_implementation is not None:
             raise ValueError(
                 "Refocusing steps start on a cache of their own: give neither `past_key_values` nor `cache_implementation`."
             )

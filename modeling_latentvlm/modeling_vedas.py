@@ -32,6 +32,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from transformers.utils import can_return_tuple
 
 from configuration_latentvlm.configuration_vedas import VedasConfig
+from configuration_latentvlm.transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache, take_cache
 from modeling_latentvlm.generation_rules import check_settings, infer_attention_mask, stop_reasons
 from modeling_latentvlm.interventions import Intervention, check_intervention
 from modeling_latentvlm.latent_decoding import LatentDecodingMixin
@@ -59,7 +60,7 @@ BACKBONES = {
 
 
 @dataclass
-class VedasCausalLMOutputWithPast(CausalLMOutputWithPast):
+class VedasCausalLMOutputWithPast(BothCacheNames, CausalLMOutputWithPast):
     """`CausalLMOutputWithPast` with what `output_latents=True` asks for.
 
     Args:
@@ -141,6 +142,8 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         latent_intervention: str | Intervention | None = None,
         output_latents: bool = False,
         latent_context: StepContext | None = None,
+        *,
+        cache: Cache | None = None,
         **kwargs,
     ) -> VedasCausalLMOutputWithPast:
         """Run the model over a prompt, the latent slots behind it, and an answer.
@@ -157,6 +160,7 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         Raises:
             ValueError: slots are not one run of equal length in every row, or images do not fit their placeholders.
         """
+        cache = one_cache(past_key_values, cache)
         vision = {
             "pixel_values": pixel_values,
             "image_grid_thw": image_grid_thw,
@@ -168,16 +172,14 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
             check_intervention(latent_intervention, one_at_a_time=True)
             if position_ids is not None:
                 raise ValueError("`position_ids` cannot be given: latent steps take positions of their own.")
-            if past_key_values is not None:
-                raise ValueError(
-                    "`past_key_values` belongs to `generate`: latent steps cannot be taken on a foreign cache."
-                )
+            if cache is not None:
+                raise ValueError(f"`{CACHE}` belongs to `generate`: latent steps cannot be taken on a foreign cache.")
             images, placeholders = self._encode_images(input_ids, vision)
             latent_context = StepContext(
                 images, placeholders, intervention=latent_intervention, output_latents=output_latents
             )
             latent_context.position_ids = self._rope_positions(input_ids, attention_mask, vision)
-        decoder = StepDecoder(self, latent_context, past_key_values, use_cache, kwargs)
+        decoder = StepDecoder(self, latent_context, cache, use_cache, kwargs)
         embeds = self._embed_prompt(input_ids, latent_context)
         if latent_context.decode_step >= 0:
             hidden = decoder.go_on(input_ids, embeds)
@@ -195,7 +197,7 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size, **kwargs
             )
-        output = VedasCausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=decoder.returned_cache)
+        output = VedasCausalLMOutputWithPast(loss=loss, logits=logits, **cache_keyword(decoder.returned_cache))
         if latent_context.output_latents:
             output.latent_trace = LatentTrace(len(input_ids), sorted_steps(latent_context))
             output.replays = tuple(decoder.replays)
@@ -242,13 +244,14 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         Raises:
             ValueError: a decoding mode that cannot work with latents, or inputs that do not fit together.
         """
+        cache = take_cache(kwargs)
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         check_settings(settings, kwargs, output_latents, self.device)
         check_intervention(latent_intervention, one_at_a_time=True)
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if input_ids is None:
             raise ValueError("`input_ids` are needed: latent steps look for image tokens among them.")
-        if kwargs.get("past_key_values") is not None or settings.cache_implementation is not None:
+        if cache is not None or settings.cache_implementation is not None:
             raise ValueError(
                 "Latent steps start on a cache of their own: give neither `past_key_values` nor `cache_implementation`."
             )

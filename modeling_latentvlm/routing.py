@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoderLayer
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLDecoderLayer
 
+from configuration_latentvlm.transformers_api import cache_keyword
 from modeling_latentvlm.saliency import SUFFIX
 
 
@@ -75,7 +76,10 @@ class MemoryView:
         self.memory, self.place, self.own_mask = memory, place, attended
         self.pieces = memory.earlier.get(place, [])
 
-    def update(self, keys: Tensor, values: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, kwargs: dict | None = None
+    ) -> tuple[Tensor, Tensor]:
+        # `kwargs` are those of the attention (transformers >= 5.24), of which plain tensors need none.
         self.memory.own.setdefault(self.place, Piece(keys, values, self.own_mask))
         return (
             torch.cat([*(piece.keys for piece in self.pieces), keys], dim=-2),
@@ -172,7 +176,7 @@ class RoutedLayerMixin:
             seen = attended if view is None else view.attended()
             mask = selected_mask(seen, columns.shape[1], implementation, states.dtype)
             refined = super().forward(
-                refined, attention_mask=mask, position_embeddings=tables, past_key_values=view, use_cache=False
+                refined, attention_mask=mask, position_embeddings=tables, use_cache=False, **cache_keyword(view)
             )
             change = change + gates * refined * scale
         index = target[..., None].expand_as(change)

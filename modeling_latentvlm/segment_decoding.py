@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
+from configuration_latentvlm.transformers_api import CACHE, cache_keyword
 from modeling_latentvlm.interventions import Intervention, intervene
 from modeling_latentvlm.latent_former import RowImages
 from modeling_latentvlm.segments import LatentState, first_segment_cache, next_segment_cache
@@ -68,7 +69,7 @@ class SegmentDecoder:
             self.returned_cache = self.cache if self.use_cache else None
         elif self.cache is not None and self.is_checkpointing():
             raise ValueError(
-                "Gradient checkpointing runs layers twice: it cannot extend the `past_key_values` that were given."
+                f"Gradient checkpointing runs layers twice: it cannot extend the `{CACHE}` that were given."
             )
         self.is_segmented = self.cache is not None and self.returned_cache is None and torch.is_grad_enabled()
         self.state = getattr(self.cache, "latent_state", None)
@@ -76,16 +77,14 @@ class SegmentDecoder:
             seen = 0 if self.cache is None else int(self.cache.get_seq_length())
             if seen:
                 raise ValueError(
-                    f"`past_key_values` holds {seen} positions but no `latent_state`: it was not filled by this model's `generate` "
+                    f"`{CACHE}` holds {seen} positions but no `latent_state`: it was not filled by this model's `generate` "
                     "or by a forward with latents."
                 )
             self.state = LatentState.empty(rows, embeds.device, [])
             if self.cache is not None and not self.is_segmented:
                 self.cache.latent_state = self.state
         if self.state.attention_mask.shape[0] != rows:
-            raise ValueError(
-                f"`past_key_values` holds {self.state.attention_mask.shape[0]} rows, but {rows} rows were given."
-            )
+            raise ValueError(f"`{CACHE}` holds {self.state.attention_mask.shape[0]} rows, but {rows} rows were given.")
 
     def start_afresh(self) -> None:
         """Drop keys and values of everything so far; what comes next starts at position 0."""
@@ -125,8 +124,8 @@ class SegmentDecoder:
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 position_ids=positions,
-                past_key_values=self.cache,
                 use_cache=self.cache is not None and not self.is_segmented,
+                **cache_keyword(self.cache),
                 **(self.kwargs | kwargs),
             )
         if self.is_segmented:

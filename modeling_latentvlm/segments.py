@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from configuration_latentvlm.transformers_api import CACHE
 from modeling_latentvlm.block_sites import BlockSite
 
 
@@ -142,9 +143,7 @@ def find_state(cache: Cache | None) -> LatentState | None:
         del cache.latent_state
         return None
     if held != known:
-        raise ValueError(
-            f"`past_key_values` holds {held} positions, but its `latent_state` knows {known}: it was changed."
-        )
+        raise ValueError(f"`{CACHE}` holds {held} positions, but its `latent_state` knows {known}: it was changed.")
     return state
 
 
@@ -153,7 +152,7 @@ def check_continuation(cache: Cache, state: LatentState, input_ids: Tensor, atte
     rows, seen = state.tokens.shape
     if rows != input_ids.shape[0] or input_ids.shape[1] <= seen:
         raise ValueError(
-            f"`past_key_values` holds {rows} rows of {seen} tokens; `input_ids` must be the same rows from their "
+            f"`{CACHE}` holds {rows} rows of {seen} tokens; `input_ids` must be the same rows from their "
             f"start, with new tokens behind, but its shape is {tuple(input_ids.shape)}."
         )
     attended = state.attention_mask[state.is_token].view(rows, seen)
@@ -163,7 +162,7 @@ def check_continuation(cache: Cache, state: LatentState, input_ids: Tensor, atte
     if differs.any():
         row, column = differs.nonzero()[0].tolist()
         raise ValueError(
-            f"`input_ids` do not continue `past_key_values`: row {row} has token {int(input_ids[row, column])} at column "
+            f"`input_ids` do not continue `{CACHE}`: row {row} has token {int(input_ids[row, column])} at column "
             f"{column}, the cache has {int(state.tokens[row, column])}."
         )
 
@@ -179,7 +178,8 @@ class SegmentLayer(DynamicLayer):
         super().__init__()
         self.pieces, self.own = pieces, None
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, kwargs: dict | None = None) -> tuple[Tensor, Tensor]:
+        # `kwargs` are those of the attention (transformers >= 5.24), of which a layer of plain tensors needs none.
         if self.own is None:
             self.own = (key_states, value_states)
         keys, values = zip(*self.pieces, (key_states, value_states))

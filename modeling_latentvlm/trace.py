@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 
+from configuration_latentvlm.transformers_api import BothCacheNames
+
 
 @dataclass
 class LatentStep:
@@ -60,7 +62,7 @@ class LatentTrace:
 
 
 @dataclass
-class LatentGenerateOutput(GenerateDecoderOnlyOutput):
+class LatentGenerateOutput(BothCacheNames, GenerateDecoderOnlyOutput):
     """What `generate(..., return_dict_in_generate=True)` returns, with an account of the latents.
 
     Args:
@@ -82,7 +84,7 @@ class LatentGenerateOutput(GenerateDecoderOnlyOutput):
 
 
 @dataclass
-class LatentGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
+class LatentGenerateBeamOutput(BothCacheNames, GenerateBeamDecoderOnlyOutput):
     """[`LatentGenerateOutput`] for beam search."""
 
     num_latent_blocks: torch.LongTensor | None = None

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from configuration_latentvlm.transformers_api import CACHE
 from modeling_latentvlm.saliency import SaliencyRecorder, attention_row, record_attention
 from train.faithfulness.arms import table_of
 from train.faithfulness.subject import Arm, Subject
@@ -99,7 +100,7 @@ class Watcher:
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict):
         """Tell the new columns apart and have their attention recorded."""
         embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         is_cached = cache is not None
         seen = int(cache.get_seq_length()) if is_cached else 0  # less than before where an answer starts afresh (LaRe)
         earlier = self.cached[:, :seen]
