@@ -3,6 +3,12 @@
 Paper: DeepLatent: Think with Images via Parallel Latent Visual Reasoning (`modeling_deeplatent.py` says how it works).
 """
 
+from configuration_latentvlm.transformers_contract import check_contract
+
+
+check_contract("configuration")  # before the imports below: what they miss is said here
+
+
 from pathlib import Path
 from typing import ClassVar
 

@@ -3,6 +3,12 @@
 Paper: Visual Enhanced Depth Scaling for Multimodal Latent Reasoning (`modeling_vedas.py` says how it works).
 """
 
+from configuration_latentvlm.transformers_contract import check_contract
+
+
+check_contract("configuration")  # before the imports below: what they miss is said here
+
+
 import math
 from pathlib import Path
 from typing import Any, ClassVar

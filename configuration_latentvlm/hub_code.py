@@ -3,7 +3,7 @@
 `save_pretrained`, `push_to_hub` and `Trainer.save_model` all end in `config.to_json_file` before anything is uploaded, so
 that is the one place where the code is written. The loader (`transformers/dynamic_module_utils.py`) follows only
 relative imports of sibling files; the sources import each other absolutely, by the one form the pattern below knows,
-and the copies get that line rewritten. The copies are build output: never edited, never committed.
+and the copies get that line rewritten. The copies are build output: never edited.
 """
 
 import re
@@ -18,16 +18,42 @@ SOURCES = Path(__file__).parent.parent  # read and not imported: a long run may 
 _IMPORT = re.compile(rf"^(\s*from )((?:{'|'.join(PACKAGES)})\.(\w+))(?= import\b)", re.MULTILINE)
 
 
-def export_code(module: str, folder: Path) -> None:
-    """Write `module` and every project module it imports, flat, into `folder`."""
-    pending, done = [module], set()
+def read_source(module: str) -> str:
+    return (SOURCES / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
+
+
+def flat_code(hub_classes: dict[str, str]) -> dict[str, str]:
+    """The text of every file that a checkpoint needs, by file name: its classes' modules and all that they import."""
+    pending, files = [name.rpartition(".")[0] for name in hub_classes.values()], {}
     while pending:
         module = pending.pop()
-        done.add(module)
-        source = (SOURCES / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
-        pending += {found for _, found, _ in _IMPORT.findall(source)} - done
-        target = folder / f"{module.rpartition('.')[2]}.py"
-        target.write_text(_IMPORT.sub(r"\1.\3", source), encoding="utf-8")
+        source = read_source(module)
+        files[f"{module.rpartition('.')[2]}.py"] = _IMPORT.sub(r"\1.\3", source)
+        found = {found for _, found, _ in _IMPORT.findall(source)}
+        pending += [name for name in found if f"{name.rpartition('.')[2]}.py" not in files]
+    return files
+
+
+def export_code(hub_classes: dict[str, str], folder: Path) -> None:
+    """Write the code of `hub_classes`, flat, into `folder`."""
+    for name, text in flat_code(hub_classes).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def find_stale_code(folder: str | Path, hub_classes: dict[str, str]) -> str | None:
+    """The first file of a checkpoint folder's code that is not as this library writes it, or None."""
+    folder = Path(folder)
+    if not any(folder.glob("*.py")):
+        return None
+    for name, text in sorted(flat_code(hub_classes).items()):
+        if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != text:
+            return name
+    return None
+
+
+def map_classes(hub_classes: dict[str, str]) -> dict[str, str]:
+    """The `auto_map` of a config: `module.Class` of the flat code by auto class."""
+    return {auto_class: name.split(".", 1)[1] for auto_class, name in hub_classes.items()}
 
 
 class HubCodeMixin:
@@ -40,12 +66,10 @@ class HubCodeMixin:
 
     def to_dict(self) -> dict[str, Any]:
         # Here and not while saving, so that a saved and reloaded object equals the one in memory.
-        auto_map = {auto_class: name.split(".", 1)[1] for auto_class, name in self.hub_classes.items()}
-        return super().to_dict() | {"auto_map": auto_map}
+        return super().to_dict() | {"auto_map": map_classes(self.hub_classes)}
 
     def to_json_file(self, json_file_path, *args, **kwargs) -> None:
         super().to_json_file(json_file_path, *args, **kwargs)
         # An object loaded from a checkpoint has flat code already, which transformers itself copies along.
         if type(self).__module__.startswith(PACKAGES):
-            for module in {name.rpartition(".")[0] for name in self.hub_classes.values()}:
-                export_code(module, Path(json_file_path).parent)
+            export_code(self.hub_classes, Path(json_file_path).parent)

@@ -55,6 +55,7 @@ from conversion.checkpoint_io import (
     replaced_folder,
     write_weights,
 )
+from conversion.known_answers import record_answers
 from conversion.projector_weights import PROJECTOR, load_projector
 from conversion.qwen_backbone import dtype_of_new_weights, report
 from modeling_latentvlm import LaReForCausalLM
@@ -268,6 +269,7 @@ def convert_lare(
         processor.save_pretrained(folder)
         copy_legal_files(folder, language)
         copy_legal_files(folder, tower, ".vision_tower")
+        record_answers(folder, output)
     report_conversion(config, weights, added, text.vocab_size, projector)
     return output
 

@@ -42,6 +42,7 @@ from conversion.checkpoint_io import (
     replaced_folder,
     write_weights,
 )
+from conversion.known_answers import record_answers
 
 
 VISION = "model.visual."
@@ -215,6 +216,7 @@ def convert_backbone(
         write_weights(partial_folder, source.weights, edits, new_weights, cast_to)
         fields = architecture.processor_fields(config)
         save_side_files(partial_folder, source, config, architecture.processor_class, **fields)
+        record_answers(partial_folder, output)
     report_conversion(source, config, architecture.tokens, new_weights)
     return output
 

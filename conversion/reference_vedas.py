@@ -28,6 +28,7 @@ from conversion.backbone import (
     write_generation_config,
 )
 from conversion.checkpoint_io import check_output, replaced_folder
+from conversion.known_answers import record_answers
 from conversion.qwen_backbone import rename_weight, report
 from modeling_latentvlm import VedasForConditionalGeneration
 from processing_latentvlm import VedasProcessor
@@ -195,6 +196,7 @@ def convert_reference(
         model.save_pretrained(partial_folder)
         write_generation_config(partial_folder, folder, model.config)
         save_processor(partial_folder, folder, model.config.get_text_config().vocab_size)
+        record_answers(partial_folder, output)
         if training:
             (partial_folder / TRAINING_FILE).parent.mkdir()
             renamed = {name.replace("tokenSR.", "replay_predictor."): value for name, value in training.items()}

@@ -6,6 +6,7 @@ In turn the color of one shape among many is asked for, and which piece of a puz
 """
 
 import argparse
+import sys
 from pathlib import Path
 from textwrap import shorten
 
@@ -16,6 +17,7 @@ from examples.looking import (
     NAMES,
     answer_with_trace,
     ask_about,
+    check_checkpoints,
     count_latents,
     draw_sample,
     is_right,
@@ -28,10 +30,11 @@ from train.tasks import Sample
 
 
 SEED = 2026  # chosen before any checkpoint was trained
+LEAST_RIGHT = 2 / 3  # share of right answers below which the demo fails
 
 
-def show(name: str, folder: Path, samples: list[Sample], output: Path) -> str:
-    """Ask one checkpoint, print its answers, draw its traces; return the line that sums it up."""
+def show(name: str, folder: Path, samples: list[Sample], output: Path) -> int:
+    """Ask one checkpoint, print its answers, draw its traces; return how many are right."""
     model, processor = load_checkpoint(name, folder)
     answers, trace = answer_with_trace(
         model, processor, [ask_about(sample.image, sample.question) for sample in samples]
@@ -48,7 +51,7 @@ def show(name: str, folder: Path, samples: list[Sample], output: Path) -> str:
             path = output / f"{name}-{row + 1}.png"
             draw_trace(trace, [sample.image], path, row=row)
             print(f"  Trace:    {path}")
-    return f"{name}: {right} of {len(samples)} right"
+    return right
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,8 +70,13 @@ def main(arguments: list[str] | None = None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     for old in args.output.glob("*-*.png"):
         old.unlink()  # a trace of an earlier run would pass for one of this
-    lines = [show(name, args.checkpoints, samples, args.output) for name in NAMES]
-    print("\n" + "\n".join(lines))
+    check_checkpoints(args.checkpoints)
+    right = {name: show(name, args.checkpoints, samples, args.output) for name in NAMES}
+    print("\n" + "\n".join(f"{name}: {count} of {args.n} right" for name, count in right.items()))
+    total = args.n * len(NAMES)
+    if sum(right.values()) < LEAST_RIGHT * total:
+        print(f"Only {sum(right.values())} of {total} are right: something is wrong here. Chance is about 1 in 6.")
+        sys.exit(1)
 
 
 if __name__ == "__main__":

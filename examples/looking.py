@@ -4,6 +4,7 @@
 split "test": by construction none of them was in the training data.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -51,6 +52,19 @@ def load_checkpoint(name: str, folder: Path = CHECKPOINTS):
     path = str(shipped(name, folder))
     # bfloat16 is how the weights are stored; CPUs are faster, and every machine nearer to the others, in float32.
     return load_model(path, "float32"), load_processor(path)
+
+
+def check_checkpoints(folder: Path = CHECKPOINTS) -> None:
+    """End the program with a table and status 1 unless every checkpoint that ships answers as it did when it was written.
+
+    Under another version of a library, code may run without an error and answer nonsense.
+    """
+    for name in NAMES:
+        model, processor = load_checkpoint(name, folder)
+        report = model.check_known_answers(processor)
+        if not report.passed:
+            print(report)
+            sys.exit(1)
 
 
 def draw_sample(kind: str, seed: int, index: int = 0) -> Sample:

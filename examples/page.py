@@ -12,7 +12,18 @@ import secrets
 from functools import partial
 from pathlib import Path
 
-from examples.looking import LONGEST, NAMES, Look, count_latents, draw_sample, is_right, load_checkpoint, look, told
+from examples.looking import (
+    LONGEST,
+    NAMES,
+    Look,
+    check_checkpoints,
+    count_latents,
+    draw_sample,
+    is_right,
+    load_checkpoint,
+    look,
+    told,
+)
 from train.checkpoints import CHECKPOINTS
 
 
@@ -133,8 +144,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
     args = parser.parse_args()
-    for name in NAMES:  # what is missing is said now, and the first question does not wait
-        load_checkpoint(name, args.checkpoints)
+    check_checkpoints(args.checkpoints)  # what is missing is said now, and the first question does not wait
     print(f"http://127.0.0.1:{args.port}", flush=True)
     launch(build_page(args.checkpoints), args.port)
 

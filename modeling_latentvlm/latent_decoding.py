@@ -4,20 +4,18 @@ What the decoding needs beyond tokens lives on the cache (`LatentState`) and fol
 call wants lives in a context object that is handed through as `latent_context`. Nothing stays on the model.
 """
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from configuration_latentvlm.model_card import write_model_card
 from configuration_latentvlm.transformers_api import CACHE_NAMES, cache_keyword, one_cache
+from modeling_latentvlm.answered_model import KnownAnswersMixin
 
 
 logger = logging.get_logger(__name__)
 
 
-class LatentDecodingMixin:
+class LatentDecodingMixin(KnownAnswersMixin):
     """For a class that brings `forward(..., latent_context=...)` and lies before `GenerationMixin`."""
 
     _skip_keys_device_placement = list(CACHE_NAMES)  # with a `device_map`, each layer's part stays where the layer is
@@ -102,8 +100,3 @@ class LatentDecodingMixin:
 
     def generate_batch(self, *args, **kwargs):
         raise ValueError("Continuous batching cannot decode latents: use `generate` on a batch instead.")
-
-    def _upload_modified_files(self, working_dir, *args, **kwargs):
-        # transformers has just put its empty card in the place of ours.
-        write_model_card(self.config, Path(working_dir))
-        return super()._upload_modified_files(working_dir, *args, **kwargs)

@@ -102,6 +102,11 @@ class LatentGenerationMixin(LatentDecodingMixin):
             return output
         return self._account(output, context, prompt_length, settings, kwargs)
 
+    def known_answer_settings(self, grids: Tensor | None) -> dict:
+        blocks = min(1, self.config.max_latent_blocks)
+        grid = {} if grids is None else {"latent_grid": tuple(grids[0].tolist())}
+        return {"min_latent_blocks": blocks, "max_latent_blocks": blocks, **grid}
+
     def _check_blind_prompt(self, kwargs: dict, low: int, grid, grids) -> Tensor | list:
         """A prompt of embeddings alone (or none) has no images that a block could look at."""
         needless = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")

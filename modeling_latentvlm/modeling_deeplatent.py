@@ -19,6 +19,12 @@ image of h x w merged patches would, and `</latent>` takes p + max(h, w).
 Shapes: B rows, S new tokens, N latents of a block, D hidden size, G largest grid side.
 """
 
+from configuration_latentvlm.transformers_contract import check_contract
+
+
+check_contract("deeplatent")  # before the imports below: what they miss is said here
+
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +38,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForCond
 from transformers.utils import can_return_tuple
 
 from configuration_latentvlm.configuration_deeplatent import DeepLatentConfig
-from configuration_latentvlm.transformers_api import BothCacheNames, cache_keyword, one_cache
+from configuration_latentvlm.transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache
 from modeling_latentvlm.block_decoding import BlockDecoder, LatentContext
 from modeling_latentvlm.block_sites import find_block_sites
 from modeling_latentvlm.interventions import Intervention, check_intervention
@@ -156,7 +162,7 @@ class DeepLatentForConditionalGeneration(
         *,
         cache: Cache | None = None,
         **kwargs,
-    ) -> DeepLatentCausalLMOutputWithPast | CausalLMOutputWithPast:
+    ) -> DeepLatentCausalLMOutputWithPast:
         """Run the model over text, images and the latent blocks that stand in `input_ids`.
 
         Without any block this is the backbone's own forward. With blocks, each segment between them is one forward of
@@ -207,10 +213,14 @@ class DeepLatentForConditionalGeneration(
                 **vision,
                 **kwargs,
             )
-            output.logits = touch(output.logits, idle)
-            if output.loss is not None:
-                output.loss = self._touch_latents(touch(output.loss, idle))
-            return output
+            loss = output.loss
+            return DeepLatentCausalLMOutputWithPast(
+                loss=None if loss is None else self._touch_latents(touch(loss, idle)),
+                logits=touch(output.logits, idle),
+                hidden_states=output.hidden_states,
+                attentions=output.attentions,
+                **cache_keyword(output.get(CACHE)),
+            )
         if latent_context is None:
             self._check_inputs(input_ids, attention_mask, position_ids, state, kwargs)
             latent_context = self._new_context(input_ids, vision, state, latent_intervention, output_latents)

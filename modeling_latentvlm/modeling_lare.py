@@ -21,6 +21,12 @@ A row without an image refocuses on nothing: the Extractor's cross-attention add
 Shapes: B rows, S columns of `input_ids`, N steps, K latents of a step, W windows of a step, D hidden size.
 """
 
+from configuration_latentvlm.transformers_contract import check_contract
+
+
+check_contract("lare")  # before the imports below: what they miss is said here
+
+
 from dataclasses import dataclass
 
 import torch

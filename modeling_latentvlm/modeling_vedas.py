@@ -18,6 +18,12 @@ prompt holds none.
 Shapes: B rows, S columns of `input_ids`, D hidden size.
 """
 
+from configuration_latentvlm.transformers_contract import check_contract
+
+
+check_contract("vedas")  # before the imports below: what they miss is said here
+
+
 from dataclasses import dataclass
 
 import torch

@@ -10,6 +10,8 @@ a layer that runs again under gradient checkpointing must find it.
 Shapes: B rows, T new tokens, S keys (cached and new), A query heads, H head dim.
 """
 
+import sys
+
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
@@ -85,7 +87,7 @@ def recording_attention(base: str) -> str:
         return name
 
     def attend(module: nn.Module, query, key, value, attention_mask, *args, saliency=None, **kwargs):
-        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager_attention)
+        kernel = ALL_ATTENTION_FUNCTIONS.get_interface(base, eager_attention(module))
         if saliency is not None:
             saliency.record(module.layer_idx, query, key, attention_mask, kwargs["scaling"])
         return kernel(module, query, key, value, attention_mask, *args, **kwargs)
@@ -95,16 +97,9 @@ def recording_attention(base: str) -> str:
     return name
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out, as every model file of transformers has it for `attn_implementation="eager"`."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
+def eager_attention(module: nn.Module):
+    """The attention written out that stands beside a layer's attention, as in every model file of transformers."""
+    return sys.modules[type(module).__module__].eager_attention_forward
 
 
 def record_attention(text_model: nn.Module) -> None:

@@ -5,6 +5,12 @@ A block of an earlier answer stands in a message as `{"type": "latent", "grid": 
 `<latent>` and `</latent>` are spelled with bars in the vocabulary, so that they stay plain text where somebody writes them.
 """
 
+from configuration_latentvlm.transformers_contract import check_contract
+
+
+check_contract("processing")  # before the imports below: what they miss is said here
+
+
 import re
 from typing import ClassVar
 

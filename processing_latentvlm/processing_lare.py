@@ -6,6 +6,12 @@ The paper's `<bot>`, `<eot>` and LLaVA's `<image>` are spelled with bars, so tha
 writes them.
 """
 
+from configuration_latentvlm.transformers_contract import check_contract
+
+
+check_contract("processing")  # before the imports below: what they miss is said here
+
+
 from typing import ClassVar
 
 from transformers.feature_extraction_utils import BatchFeature

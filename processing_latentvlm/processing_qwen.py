@@ -1,5 +1,11 @@
 """What the processors on Qwen-VL backbones share: no need of torchvision."""
 
+from configuration_latentvlm.transformers_contract import check_contract
+
+
+check_contract("processing")  # before the imports below: what they miss is said here
+
+
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
 from transformers.utils import is_torchvision_available

@@ -4,6 +4,12 @@ The steps behind a prompt stand in a message as `{"type": "latent", "steps": T}`
 rendered text as T times `<|latent|>`. `generate` needs none of them: it takes the steps behind any prompt.
 """
 
+from configuration_latentvlm.transformers_contract import check_contract
+
+
+check_contract("processing")  # before the imports below: what they miss is said here
+
+
 from typing import ClassVar
 
 from processing_latentvlm.processing_qwen import QwenLatentProcessor

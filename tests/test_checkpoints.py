@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoProcessor
 
+from configuration_latentvlm.hub_code import flat_code
 from train import checkpoints, comparison, recipes
 from train.checkpoints import CHECKPOINTS, LARGEST, read_sums, ship, shipped
 from train.tasks import write_dataset
@@ -51,14 +52,14 @@ def test_missing_or_changed_weights_are_named_with_what_brings_them_back(tmp_pat
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_file_that_answers_follow_from_is_held_to_its_hash(name, tmp_path):
-    held = {path.name for path in (CHECKPOINTS / name).iterdir() if path.suffix != ".py"}
-    files = sorted(held - {"README.md", "__pycache__"})
-    assert sorted(read_sums(CHECKPOINTS)[name]) == files and "config.json" in files
-    shutil.copytree(CHECKPOINTS, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.py"))
+    shutil.copytree(CHECKPOINTS, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    held = {path.relative_to(tmp_path / name).as_posix() for path in (tmp_path / name).rglob("*") if path.is_file()}
+    files = sorted(held - {"README.md"})
+    assert sorted(read_sums(CHECKPOINTS)[name]) == files
+    assert {"config.json", "known_answers/answers.safetensors", f"modeling_{name}.py"} <= set(files)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert list(shipped(name, tmp_path).glob("modeling_*.py"))
-    assert {path: path.read_bytes() for path in before} == before
-    assert {path.suffix for path in tmp_path.rglob("*") if path.is_file() and path not in before} == {".py"}
+    assert shipped(name, tmp_path) == tmp_path / name
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     for file in files:
         path = tmp_path / name / file
         path.write_bytes(before[path] + b" ")
@@ -68,6 +69,15 @@ def test_every_file_that_answers_follow_from_is_held_to_its_hash(name, tmp_path)
         with pytest.raises(ValueError, match=f"{name}/{file} is missing.*git checkout"):
             shipped(name, tmp_path)
         path.write_bytes(before[path])
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", NAMES)
+def test_the_code_that_ships_is_the_export_byte_for_byte(name):
+    folder, expected = CHECKPOINTS / name, flat_code(checkpoints.CONFIGS[name].hub_classes)
+    assert {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")} == expected, (
+        "run `make export`"
+    )
 
 
 def test_shipping_needs_a_recipe_that_came_to_its_end(tmp_path, monkeypatch):
@@ -94,12 +104,15 @@ def test_shipped_weights_are_those_of_the_recipe_in_bfloat16(tmp_path, monkeypat
         {"made": "lare-stage4/config.json", "seconds": 30.0, "hardware": "one GPU"},
         {"made": "vedas-trained/config.json", "seconds": 900.0, "hardware": "another GPU"},
     ]
+    recorded = []  # the processor above is not this model's
+    monkeypatch.setattr(checkpoints, "record_answers", recorded.append)
     write_times(tmp_path / "run", steps)
     (tmp_path / "run" / "lare.md").write_text("| scores |\n")
     recipes.remember(tmp_path / "run", task="search_color", scale=1.0, language="small")
     (tmp_path / "run" / "train").mkdir()
     (tmp_path / "run" / "train" / "data.jsonl").write_text("{}\n" * 1200)
     target = ship("lare", tmp_path / "run", tmp_path / "out")
+    assert recorded == [target]
     card = (target / "README.md").read_text(encoding="utf-8")
     assert "\non 4 CPU cores; one GPU, in 2 minutes" in card and "| scores |" in card
     assert "task `search_color`, 1,200 samples" in card and "train.recipes lare --task search_color" in card

@@ -1,6 +1,7 @@
 """The examples run as written, on a tiny checkpoint: asking, fine-tuning, LoRA, the demo."""
 
 import re
+import shutil
 import sys
 
 import pytest
@@ -8,12 +9,13 @@ import torch
 from conftest import build_model, encode, picture, user_turn
 from evaluation_material import ship_random
 from helpers import step_logits, vision
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModel
 
-from examples import demo, looking
+from examples import demo, looking, page
 from modeling_latentvlm.trace import LatentTrace
-from train.checkpoints import CHECKPOINTS, SUMS, WEIGHTS
+from train.checkpoints import CHECKPOINTS, SUMS, WEIGHTS, write_sums
 from train.evaluation.answering import Answer
 from train.tasks import write_dataset
 
@@ -91,12 +93,14 @@ def test_the_demo_asks_all_and_draws_what_there_is(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(looking, "MOST_TOKENS", 6)
     output.mkdir()
     (output / "deeplatent-1.png").touch()  # of an earlier run: this random one opens no block by itself
-    run_demo(folder, output, "--n", "2")
+    with pytest.raises(SystemExit, match="1"):
+        run_demo(folder, output, "--n", "2")
     printed = capsys.readouterr().out
     assert (
         printed.count("Question: What color") == printed.count("Question: The picture was cut") == len(looking.NAMES)
     )
-    assert printed.endswith("\n\n" + "".join(f"{name}: 0 of 2 right\n" for name in looking.NAMES))
+    counts = "".join(f"{name}: 0 of 2 right\n" for name in looking.NAMES)
+    assert printed.endswith(f"\n\n{counts}Only 0 of 6 are right: something is wrong here. Chance is about 1 in 6.\n")
     drawn = {f"{name}-{row}.png" for name in looking.NAMES if name != "deeplatent" for row in (1, 2)}
     assert {path.name for path in output.iterdir()} == drawn
     assert all(str(output / name) in printed for name in drawn)
@@ -115,9 +119,27 @@ def test_the_demo_counts_what_is_right(tmp_path, monkeypatch, capsys):
     answers = [Answer(f"I look. The answer is \\boxed{{{one}}}.", 9, 1, 4, "eos") for one in told]
     monkeypatch.setattr(demo, "load_checkpoint", lambda *arguments: (None, None))
     monkeypatch.setattr(demo, "answer_with_trace", lambda *arguments: (answers, LatentTrace(3)))
-    assert demo.show("lare", CHECKPOINTS, samples, tmp_path) == "lare: 2 of 3 right"
+    assert demo.show("lare", CHECKPOINTS, samples, tmp_path) == 2
     printed = capsys.readouterr().out
     assert f"{wrong} (wrong, it is {samples[1].answer}; 1 latent step, 4 latents)" in printed
+
+
+@pytest.mark.parametrize("run", [demo.main, page.main])
+def test_demo_and_page_stop_with_a_table_where_answers_are_not_as_recorded(run, tmp_path, monkeypatch, capsys):
+    """One weight of a copy is changed, in the files and in their hashes."""
+    shutil.copytree(CHECKPOINTS, tmp_path, dirs_exist_ok=True)
+    weights = load_file(tmp_path / "lare" / WEIGHTS)
+    weights["refocus.out_proj.weight"] = weights["refocus.out_proj.weight"].flip(0).contiguous()
+    save_file(weights, tmp_path / "lare" / WEIGHTS, {"format": "pt"})
+    write_sums("lare", tmp_path)
+    monkeypatch.setattr(page, "launch", lambda *arguments: pytest.fail("the page was served all the same"))
+    monkeypatch.setattr(sys, "argv", ["page", "--checkpoints", str(tmp_path)])
+    with pytest.raises(SystemExit, match="1"):
+        run(["--checkpoints", str(tmp_path)]) if run is demo.main else run()
+    printed = capsys.readouterr().out
+    assert "NOT as recorded" in printed and "not those that the answers were recorded from" not in printed
+    assert re.search(r"model, logits \(float32\) +\S+  DIFFERS", printed)
+    assert "right" not in printed
 
 
 @pytest.mark.skipif(not (CHECKPOINTS / SUMS).is_file(), reason="no trained checkpoint is there yet")

@@ -1,9 +1,9 @@
 """The trained checkpoints that ship: what a recipe left, in bfloat16, with a card that says how it came about.
 
     python -m train.checkpoints lare --run out/small     # writes checkpoints/lare and its lines of checkpoints/SHA256SUMS
-    python -m train.checkpoints                          # writes their code beside the weights
+    python -m train.checkpoints                          # `make export`: brings the code of all of them up to date
 
-The code of a checkpoint is build output and not in git: `make demo` and `make test` write it, so that
+The code of a checkpoint is build output, and in git all the same: after `git clone`
 `AutoModel.from_pretrained("checkpoints/lare", trust_remote_code=True)` works as it does for a folder of the Hub.
 """
 
@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from configuration_latentvlm import DeepLatentConfig, LaReConfig, VedasConfig
-from configuration_latentvlm.hub_code import export_code
 from configuration_latentvlm.model_card import render_model_card
+from conversion.known_answers import record_answers
+from conversion.refresh_code import refresh_code
 from train.recipes import RECIPES, SETTINGS
 
 
@@ -60,15 +61,16 @@ def read_sums(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def write_sums(name: str, folder: Path) -> None:
-    """Take down what a checkpoint holds: all files but its card, which changes no answer, and its code, which is written anew."""
-    files = [path for path in (folder / name).iterdir() if path.is_file() and path.suffix not in (".md", ".py")]
-    sums = read_sums(folder) | {name: {path.name: digest(path) for path in files}}
+    """Take down what a checkpoint holds: all files but its card, which changes no answer."""
+    target = folder / name
+    files = [path for path in target.rglob("*") if path.is_file() and path.suffix not in (".md", ".pyc")]
+    sums = read_sums(folder) | {name: {path.relative_to(target).as_posix(): digest(path) for path in files}}
     lines = [f"{sums[one][file]}  {one}/{file}\n" for one in sorted(sums) for file in sorted(sums[one])]
     (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def shipped(name: str, folder: Path = CHECKPOINTS) -> Path:
-    """The folder of a checkpoint that is there and whole, with its code.
+    """The folder of a checkpoint that is there and whole.
 
     Raises:
         ValueError: it is missing, or a file of it is missing or not what was shipped.
@@ -85,14 +87,6 @@ def shipped(name: str, folder: Path = CHECKPOINTS) -> Path:
             raise ValueError(
                 f"{path / file} is not what was shipped: its sha256 is {found}, {SUMS} says {expected}. {repair}"
             )
-    return refresh_code(path)
-
-
-def refresh_code(path: Path) -> Path:
-    """Write the code of a checkpoint beside its weights, as `save_pretrained` does, and nothing else."""
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))["model_type"]
-    for module in {name.rpartition(".")[0] for name in CONFIGS[config].hub_classes.values()}:
-        export_code(module, path)
     return path
 
 
@@ -137,21 +131,22 @@ def ship(name: str, run: Path, folder: Path = CHECKPOINTS) -> Path:
         scores=table.read_text(encoding="utf-8") if table.is_file() else "Not measured.",
     )
     (target / "README.md").write_text(render_model_card(model.config) + training, encoding="utf-8")
+    record_answers(target)
     write_sums(name, folder)
     return target
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "name", nargs="?", choices=sorted(CONFIGS), help="without: write the code of all that are there"
-    )
+    parser.add_argument("name", nargs="?", choices=sorted(CONFIGS), help="without: bring the code of all up to date")
     parser.add_argument("--run", type=Path, help="output of `train.recipes`")
     parser.add_argument("--output", type=Path, default=CHECKPOINTS)
     args = parser.parse_args(arguments)
     if args.name is None:
         for name in sorted(read_sums(args.output)):
-            print(shipped(name, args.output))
+            changed = refresh_code(args.output / name)
+            write_sums(name, args.output)
+            print(f"{args.output / name}: {', '.join(changed) or 'up to date'}")
         return
     if args.run is None:
         parser.error("`--run` is needed to ship a checkpoint")

@@ -30,7 +30,7 @@ from train.config_overrides import load_config
 from train.lare.data import LaReCollator, from_reasoning, read_llava
 from train.lare.objective import LaReObjective, LatentLossArguments
 from train.reasoning_data import read_reasoning
-from train.training_model import LatentTrainer, TrainingModel, last_complete_checkpoint, load_objective
+from train.training_model import LatentTrainer, TrainingModel, last_complete_checkpoint, load_objective, save_trained
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: T
     )
     resume = training_args.resume_from_checkpoint
     trainer.train(last_complete_checkpoint(training_args.output_dir) if resume == "last" else resume)
-    trainer.save_model()
+    save_trained(trainer)
     return trainer
 
 

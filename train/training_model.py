@@ -16,7 +16,11 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from configuration_latentvlm.model_card import write_model_card
+from configuration_latentvlm.transformers_contract import check_contract
+from conversion.known_answers import record_answers, record_answers_apart
 
+
+check_contract("training")
 
 OBJECTIVE_FILE = Path("training") / "objective.safetensors"
 
@@ -167,12 +171,15 @@ class LatentTrainer(Trainer):
 
 
 def save_trained(trainer: LatentTrainer) -> None:
-    """Leave a whole checkpoint in the output folder, adapters merged."""
+    """Leave a whole checkpoint in the output folder, adapters merged, with its known answers."""
     whole, folder = trainer.accelerator.unwrap_model(trainer.model), Path(trainer.args.output_dir)
     if not hasattr(whole.model, "peft_config") or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         trainer.save_model()
-        return
-    if trainer.args.should_save:
-        whole.model.save_pretrained(folder / "adapter")
-    whole.model = whole.model.merge_and_unload()
-    trainer.save_model()
+    else:
+        if trainer.args.should_save:
+            whole.model.save_pretrained(folder / "adapter")
+        whole.model = whole.model.merge_and_unload()
+        trainer.save_model()
+    if trainer.args.should_save and (folder / "config.json").is_file():
+        is_alone = trainer.args.world_size == 1 and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled
+        (record_answers if is_alone else record_answers_apart)(folder)

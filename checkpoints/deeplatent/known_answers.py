@@ -1,0 +1,292 @@
+"""Known answers: what a checkpoint made of one small prompt when it was written, and the comparison with what it makes now.
+
+`known_answers/answers.safetensors` of a checkpoint holds a picture, the tensors that the processor made of it and of a
+question, and what the model made of those tensors: latents, the logits of the first answer positions and the greedy
+tokens, in float32 from the stored weights, and in the stored dtype. A library that changed under the code, a damaged
+weight or a changed processor shows as a deviation. Tokens are printed and never compared: wrong positions may change
+every logit and no token.
+
+The recorded tokens are forced when the answers are recomputed, so that every position is compared after the same tokens.
+
+Shapes: T answer positions, V vocabulary, N latents of all blocks or steps, D hidden size.
+"""
+
+import hashlib
+import io
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import PIL
+import torch
+import transformers
+from PIL import Image, ImageDraw
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+from transformers.generation import LogitsProcessor, LogitsProcessorList
+
+from .hub_code import __version__
+
+
+FOLDER, FILE = "known_answers", "answers.safetensors"
+FORMAT = "1"
+QUESTION = "What color is the small round shape?"
+NUM_POSITIONS = 6  # T
+PICTURE_SIDE = 112  # pixels, rounded to whole merged patches; the size that the processor gives, where it gives one
+# Largest deviation that passes, relative to the root mean square of what is expected. Other thread counts, attention
+# kernels and machines stay below half of it; the faults that were tried exceed it by ten times and more.
+TOLERANCES = {"float32": 1e-4, "float16": 0.1, "bfloat16": 0.5}
+PIXEL_TOLERANCE = 1e-3
+VOLATILE = (  # fields of a config that say nothing about answers, or differ between versions of transformers
+    "_attn_implementation",
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "latentvlm_version",
+    "quantization_config",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
+
+
+class ForcedTokens(LogitsProcessor):
+    """Writes the given tokens after the prompt, whatever the model would write."""
+
+    def __init__(self, prompt_length: int, tokens: Tensor):
+        self.prompt_length, self.tokens = prompt_length, tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        forced = torch.full_like(scores, -float("inf"))
+        forced[:, int(self.tokens[input_ids.shape[1] - self.prompt_length])] = 0
+        return forced
+
+
+@dataclass
+class Answer:
+    """What a model made of the prompt in one dtype."""
+
+    logits: Tensor  # (T, V) float32
+    tokens: Tensor  # (T,) those that were written
+    latents: Tensor | None = None  # (N, D) float32; None: no latents were taken
+    grids: Tensor | None = None  # (blocks or steps, 2)
+
+    @property
+    def greedy(self) -> list[int]:
+        return self.logits.argmax(dim=-1).tolist()
+
+
+@dataclass
+class KnownAnswers:
+    """The content of an answers file."""
+
+    inputs: dict[str, Tensor]  # what the processor made
+    picture: bytes  # PNG
+    question: str
+    answers: dict[str, Answer]  # by dtype
+    dtype: str  # of the stored weights
+    model_type: str
+    versions: dict[str, str]
+    weights: dict[str, str] = field(default_factory=dict)  # digest by name
+
+    def to_bytes(self) -> bytes:
+        tensors = {f"inputs.{name}": value.contiguous() for name, value in self.inputs.items()}
+        tensors["picture"] = torch.frombuffer(bytearray(self.picture), dtype=torch.uint8)
+        for dtype, answer in self.answers.items():
+            present = {name: value for name, value in vars(answer).items() if value is not None}
+            tensors |= {f"{dtype}.{name}": value.contiguous() for name, value in present.items()}
+        metadata = {
+            "format": FORMAT,
+            "question": self.question,
+            "dtype": self.dtype,
+            "model_type": self.model_type,
+            "versions": json.dumps(self.versions, sort_keys=True),
+            "weights": json.dumps(self.weights, sort_keys=True),
+        }
+        return save(tensors, metadata)
+
+    @classmethod
+    def from_bytes(cls, content: bytes, where: str) -> "KnownAnswers":
+        """Read an answers file.
+
+        Args:
+            where: the file, for messages.
+
+        Raises:
+            ValueError: it is damaged, or of another format.
+        """
+        try:
+            tensors, metadata = load(content), read_metadata(content)
+            if metadata.get("format") != FORMAT:
+                raise ValueError(
+                    f"The known answers in {where} must have format {FORMAT}, got {metadata.get('format')!r}: a newer "
+                    "latentvlm wrote them."
+                )
+            inputs = {name[len("inputs.") :]: value for name, value in tensors.items() if name.startswith("inputs.")}
+            dtypes = [name.partition(".")[0] for name in tensors if name.endswith(".logits")]
+            answers = {
+                dtype: Answer(
+                    **{name: tensors.get(f"{dtype}.{name}") for name in ("logits", "tokens", "latents", "grids")}
+                )
+                for dtype in dtypes
+            }
+            return cls(
+                inputs=inputs,
+                picture=bytes(tensors["picture"].numpy()),
+                answers=answers,
+                versions=json.loads(metadata["versions"]),
+                weights=json.loads(metadata["weights"]),
+                **{name: metadata[name] for name in ("question", "dtype", "model_type")},
+            )
+        except (SafetensorError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"The known answers in {where} are damaged ({error}). Write new ones: "
+                "python -m conversion.check CHECKPOINT --write"
+            ) from error
+
+
+def read_metadata(content: bytes) -> dict[str, str]:
+    """The metadata in a safetensors header, which `safetensors.torch.load` leaves out."""
+    size = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + size]).get("__metadata__", {})
+
+
+def versions_here() -> dict[str, str]:
+    return {
+        "latentvlm": __version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "pillow": PIL.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def draw_picture(processor) -> Image.Image:
+    """A picture that nobody can mirror or turn unseen, of a size that the processor need not change."""
+    side = getattr(processor, "image_size", None)
+    if side is None:
+        patch = processor.image_processor.patch_size * processor.image_processor.merge_size
+        side = patch * max(1, round(PICTURE_SIDE / patch))
+    picture = Image.linear_gradient("L").resize((side, side)).convert("RGB")
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((side * 0.1, side * 0.1, side * 0.45, side * 0.3), fill=(200, 40, 30))
+    draw.ellipse((side * 0.6, side * 0.55, side * 0.85, side * 0.8), fill=(20, 60, 220))
+    draw.polygon([(side * 0.15, side * 0.9), (side * 0.3, side * 0.6), (side * 0.45, side * 0.9)], fill=(30, 170, 60))
+    return picture
+
+
+def encode(processor, picture: Image.Image, question: str) -> dict[str, Tensor]:
+    """What the processor makes of the prompt."""
+    if processor.chat_template is None:
+        return dict(processor(text=[processor.image_token + question], images=[picture], return_tensors="pt"))
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    return dict(
+        processor.apply_chat_template(
+            [[{"role": "user", "content": content}]],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    )
+
+
+def compute_answer(
+    model, inputs: Mapping[str, Tensor], known: Answer | None = None, force_grids: bool = False
+) -> Answer:
+    """What a model makes of the prompt now.
+
+    Args:
+        known: its tokens are written in place of the model's own.
+        force_grids: also give blocks the known sizes: in a narrow dtype a predicted size may tip over.
+    """
+    was_training, device = model.training, model.device
+    moved = {name: value.to(device) for name, value in inputs.items()}
+    length = moved["input_ids"].shape[1]
+    forced = [] if known is None else [ForcedTokens(length, known.tokens)]
+    grids = known.grids if force_grids and known is not None else None
+    try:
+        output = model.eval().generate(
+            **moved,
+            **model.known_answer_settings(grids),
+            logits_processor=LogitsProcessorList(forced),
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=None,
+            max_new_tokens=NUM_POSITIONS if known is None else len(known.tokens),
+            return_dict_in_generate=True,
+            output_logits=True,
+            output_latents=True,
+        )
+    finally:
+        model.train(was_training)
+    steps = output.latent_trace.steps
+    return Answer(
+        logits=torch.cat(output.logits).float().cpu(),
+        tokens=output.sequences[0, length:].cpu(),
+        latents=torch.cat([step.latents for step in steps]).float().cpu() if steps else None,
+        grids=torch.tensor([step.grid for step in steps]) if steps else None,
+    )
+
+
+def record(model, processor) -> KnownAnswers:
+    """Record a prompt and what `model`, in float32, makes of it."""
+    picture, stored = draw_picture(processor), io.BytesIO()
+    picture.save(stored, format="PNG")
+    inputs = encode(processor, picture, QUESTION)
+    answer = compute_answer(model, inputs)
+    dtype = str(model.dtype).removeprefix("torch.")
+    return KnownAnswers(
+        inputs=inputs,
+        picture=stored.getvalue(),
+        question=QUESTION,
+        answers={dtype: answer},
+        dtype=dtype,
+        model_type=model.config.model_type,
+        versions=versions_here(),
+    )
+
+
+def digest_weights(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """A short hash of every weight's bytes, by name; smallest first, so that a comparison ends early."""
+    return {name: digest_weight(state[name]) for name in sorted(state, key=lambda name: (state[name].numel(), name))}
+
+
+def digest_weight(value: Tensor) -> str:
+    content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    header = f"{value.dtype} {tuple(value.shape)}".encode()
+    return hashlib.sha256(header + b"\n" + memoryview(content)).hexdigest()[:16]
+
+
+def find_changed_weight(known: Mapping[str, str], state: Mapping[str, Tensor]) -> str | None:
+    """The first weight that is not the one that was recorded, or None. Weights that cannot be read count as changed."""
+    if known.keys() != state.keys():
+        return min(known.keys() ^ state.keys())
+    for name in sorted(known, key=lambda name: (state[name].numel(), name)):
+        if state[name].is_meta or hasattr(state[name], "placements") or digest_weight(state[name]) != known[name]:
+            return name
+    return None
+
+
+def lasting_fields(config: Any) -> dict[str, Any]:
+    """The fields of a config that answers follow from."""
+
+    def strip(fields: dict) -> dict:
+        return {
+            name: strip(value) if isinstance(value, dict) else value
+            for name, value in fields.items()
+            if name not in VOLATILE
+        }
+
+    return strip(config.to_dict())
+
+
+def deviation(actual: Tensor, expected: Tensor, tolerance: float) -> float:
+    """The largest difference, relative to the root mean square of what is expected, over the tolerance."""
+    scale = expected.float().square().mean().sqrt().clamp(min=1e-12)
+    largest = (actual.float() - expected.float()).abs().max() / scale
+    return float(largest.nan_to_num(nan=float("inf"))) / tolerance

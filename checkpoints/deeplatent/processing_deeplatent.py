@@ -1,0 +1,89 @@
+"""Processor of DeepLatent: text, images, videos and latent blocks to tensors.
+
+A block of an earlier answer stands in a message as `{"type": "latent", "grid": [height, width]}` and in rendered text as
+`<|latent_start|>4x6<|latent_end|>`: its size travels with the text, through chat templates and data files. The paper's
+`<latent>` and `</latent>` are spelled with bars in the vocabulary, so that they stay plain text where somebody writes them.
+"""
+
+from .transformers_contract import check_contract
+
+
+check_contract("processing")  # before the imports below: what they miss is said here
+
+
+import re
+from typing import ClassVar
+
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+
+from .processing_qwen import QwenLatentProcessor
+
+
+LATENT_START, LATENT_PAD, LATENT_END = LATENT_TOKENS = ("<|latent_start|>", "<|latent_pad|>", "<|latent_end|>")
+_BLOCK = re.compile(rf"{re.escape(LATENT_START)}(\d+)x(\d+){re.escape(LATENT_END)}")
+_ANY_TOKEN = re.compile("|".join(map(re.escape, LATENT_TOKENS)))
+
+
+class DeepLatentProcessor(QwenLatentProcessor):
+    """Qwen2.5-VL's processor with latent blocks.
+
+    Args:
+        num_control_tokens: placeholders of a block besides its latents: 3, or 0 for autoregressive latents.
+    """
+
+    hub_classes: ClassVar[dict[str, str]] = {
+        "AutoProcessor": "processing_latentvlm.processing_deeplatent.DeepLatentProcessor"
+    }
+    latent_tokens = LATENT_TOKENS
+    converter = "conversion.convert_deeplatent"
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_control_tokens: int = 3):
+        self.num_control_tokens = num_control_tokens
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(self, images=None, text=None, videos=None, **kwargs) -> BatchFeature:
+        """As Qwen2.5-VL's, plus `latent_grid_hw` (blocks, 2) where the text holds blocks.
+
+        Raises:
+            ValueError: an image cannot be read or is empty, or a latent token stands outside a block.
+        """
+        grids: list[tuple[int, int]] = []
+        if text is not None:
+            rows = [text] if isinstance(text, str) else list(text)
+            text = [self.expand_blocks(row, sample, grids) for row, sample in enumerate(rows)]
+        features = super().__call__(images=images, text=text, videos=videos, **kwargs)
+        if grids:
+            features["latent_grid_hw"] = torch.tensor(grids) if "return_tensors" in kwargs else grids
+        return features
+
+    def expand_blocks(self, row: int, sample: str, grids: list[tuple[int, int]]) -> str:
+        """Write out the placeholders of every block and collect the grids."""
+
+        def expand(block: re.Match) -> str:
+            height, width = int(block[1]), int(block[2])
+            if not height * width:
+                raise ValueError(
+                    f"Row {row} of `text` holds a latent block of {height} x {width}; both must be at least 1."
+                )
+            grids.append((height, width))
+            return LATENT_START + LATENT_PAD * (self.num_control_tokens + height * width) + LATENT_END
+
+        stray = _ANY_TOKEN.search(_BLOCK.sub("", sample))
+        if stray:
+            raise ValueError(
+                f"Row {row} of `text` holds {stray[0]!r} outside a block. A block is written "
+                f'"{LATENT_START}HEIGHTxWIDTH{LATENT_END}", or in a message as {{"type": "latent", "grid": [height, width]}}.'
+            )
+        return _BLOCK.sub(expand, sample)
+
+    def render_latent(self, item: dict) -> str:
+        height, width = item["grid"]
+        return f"{LATENT_START}{height}x{width}{LATENT_END}"
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "latent_grid_hw"]
+
+
+__all__ = ["DeepLatentProcessor"]

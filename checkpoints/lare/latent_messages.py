@@ -1,0 +1,81 @@
+"""What all processors share: images that can be seen, latents in messages, and tokens that nobody but the model writes."""
+
+from typing import Any
+
+from PIL import Image
+
+
+class LatentProcessorMixin:
+    """For a `ProcessorMixin` whose tokenizer has tokens of ours, which `latent_tokens` names. They act, so they are reserved."""
+
+    latent_tokens: tuple[str, ...] = ()
+    converter = ""
+
+    def check_image_count(self, rows: list[str], images: Any) -> None:
+        """Every placeholder of the text needs an image, and every image a placeholder."""
+        asked = [sample.count(self.image_token) for sample in rows]
+        nested = isinstance(images, list) and images and all(isinstance(row, list) for row in images)
+        given = (
+            [len(row) for row in images]
+            if nested
+            else [len(images) if isinstance(images, list) else 0 if images is None else 1]
+        )
+        by_row = nested and len(given) == len(asked)
+        wrong = asked != given if by_row else sum(asked) != sum(given)
+        if wrong:
+            differing = [row for row, (one, other) in enumerate(zip(asked, given)) if one != other]
+            where = f" Rows {differing} differ." if by_row else ""
+            raise ValueError(
+                f"The rows of `text` have {asked} image placeholders, but {given} images were given.{where}"
+            )
+
+    def load_images(self, images: Any, where: str = "") -> Any:
+        """Read paths and URLs, keeping the nesting, and refuse what cannot be seen."""
+        if isinstance(images, list | tuple):
+            return [self.load_images(image, f"{where}[{index}]") for index, image in enumerate(images)]
+        try:
+            image = self.image_processor.fetch_images(images)
+            if isinstance(image, Image.Image):
+                image.load()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"`images{where}` ({str(images)[:200]!r}) cannot be read: {error}") from error
+        size = getattr(image, "size", None)
+        shape = size if isinstance(size, tuple) else tuple(getattr(image, "shape", (1,)))
+        if 0 in shape:
+            raise ValueError(f"`images{where}` must have at least one pixel, its size is {shape}.")
+        return image
+
+    def apply_chat_template(self, conversation, *args, **kwargs):
+        """As in transformers, with the items of `render_latent` in assistant messages."""
+        batched = bool(conversation) and isinstance(conversation[0], list | tuple)
+        rendered = [
+            [self.render_message(message) for message in messages]
+            for messages in (conversation if batched else [conversation])
+        ]
+        return super().apply_chat_template(rendered if batched else rendered[0], *args, **kwargs)
+
+    def render_message(self, message: dict) -> dict:
+        content = message.get("content")
+        if isinstance(content, str):
+            self.check_reserved(content, message)
+            return message
+        items = []
+        for item in content or []:
+            if item.get("type") == "latent":
+                items.append({"type": "text", "text": self.render_latent(item)})
+            else:
+                self.check_reserved(item.get("text"), message)
+                items.append(item)
+        return message | {"content": items}
+
+    def render_latent(self, item: dict) -> str:
+        """The text of a `{"type": "latent", ...}` item."""
+        raise NotImplementedError
+
+    def check_reserved(self, text: Any, message: dict) -> None:
+        """Refuse latent tokens in what somebody else than the model wrote: they would act, not be read."""
+        if message.get("role") == "assistant" or not isinstance(text, str):
+            return
+        found = [token for token in self.latent_tokens if token in text]
+        if found:
+            raise ValueError(f"A {message.get('role')} message holds {found[0]!r}, which is reserved for the model.")

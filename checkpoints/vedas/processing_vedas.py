@@ -1,0 +1,38 @@
+"""Processor of Vedas: text, images, videos and latent steps to tensors.
+
+The steps behind a prompt stand in a message as `{"type": "latent", "steps": T}` at the start of an assistant turn, and in
+rendered text as T times `<|latent|>`. `generate` needs none of them: it takes the steps behind any prompt.
+"""
+
+from .transformers_contract import check_contract
+
+
+check_contract("processing")  # before the imports below: what they miss is said here
+
+
+from typing import ClassVar
+
+from .processing_qwen import QwenLatentProcessor
+
+
+LATENT_TOKEN = "<|latent|>"
+
+
+class VedasProcessor(QwenLatentProcessor):
+    """Qwen-VL's processor with latent steps."""
+
+    hub_classes: ClassVar[dict[str, str]] = {"AutoProcessor": "processing_latentvlm.processing_vedas.VedasProcessor"}
+    latent_tokens = (LATENT_TOKEN,)
+    converter = "conversion.convert_vedas"
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def render_latent(self, item: dict) -> str:
+        steps = item["steps"]
+        if not isinstance(steps, int) or steps < 0:
+            raise ValueError(f"`steps` of a latent item must be a whole number >= 0, got {steps!r}.")
+        return LATENT_TOKEN * steps
+
+
+__all__ = ["VedasProcessor"]

@@ -1,0 +1,54 @@
+"""Images, videos and rotary positions of the Qwen-VL backbones, as the architectures on them need them."""
+
+import torch
+from torch import Tensor
+
+from .row_images import collect_row_images
+
+
+class QwenInputsMixin:
+    """For a class around a `Qwen2VLModel` or `Qwen2_5_VLModel` as `self.model`."""
+
+    @property
+    def latent_placeholder_id(self) -> int:
+        """The token whose columns take no position of their own."""
+        raise NotImplementedError
+
+    def _token_types(self, input_ids: Tensor) -> Tensor:
+        """1 for image, 2 for video tokens. The backbone drops M-RoPE without a word where they are missing."""
+        config = self.config
+        return (input_ids == config.image_token_id).int() + 2 * (input_ids == config.video_token_id).int()
+
+    def _rope_positions(self, input_ids: Tensor, attention_mask: Tensor | None, vision: dict) -> Tensor:
+        """(3, B, S) rotary positions as if latents took none: the decoder adds what they take."""
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        mask = mask * (input_ids != self.latent_placeholder_id)
+        grids = {name: vision[name] for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
+        if grids["image_grid_thw"] is None and grids["video_grid_thw"] is None:
+            return (mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1)
+        positions, _ = self.model.get_rope_index(
+            input_ids, mm_token_type_ids=self._token_types(input_ids), attention_mask=mask, **grids
+        )
+        return positions
+
+    def _encode_images(self, input_ids: Tensor, vision: dict, earlier: list | None = None, seen: int = 0):
+        """Run the vision tower once and deal its features out to the rows; those of earlier turns come first."""
+        merge = self.model.visual.spatial_merge_size
+        features, grids = {}, {}
+        for kind, token, pixels, encode in (
+            ("image", self.config.image_token_id, vision["pixel_values"], self.model.get_image_features),
+            ("video", self.config.video_token_id, vision["pixel_values_videos"], self.model.get_video_features),
+        ):
+            grid_thw = vision[f"{kind}_grid_thw"]
+            if (pixels is None) != (grid_thw is None):
+                raise ValueError(f"The pixels and the `{kind}_grid_thw` of {kind}s must be given together.")
+            if pixels is not None:
+                if len(pixels) != int(grid_thw.prod(dim=-1).sum()):
+                    raise ValueError(
+                        f"`{kind}_grid_thw` names {int(grid_thw.prod(dim=-1).sum())} patches, but the {kind}s have {len(pixels)}."
+                    )
+                device = self._input_device(pixels)
+                features[token] = encode(pixels.to(device), grid_thw.to(device), return_dict=True).pooler_output
+                grids[token] = [(t, h // merge, w // merge) for t, h, w in grid_thw.tolist()]
+        tokens = {self.config.image_token_id: "image", self.config.video_token_id: "video"}
+        return collect_row_images(input_ids, tokens, features, grids, earlier or [None] * input_ids.shape[0], seen)

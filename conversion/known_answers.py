@@ -1,0 +1,90 @@
+"""Record the known answers of a checkpoint folder (`modeling_latentvlm/known_answers.py` says what they are)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from modeling_latentvlm.known_answers import FILE, FOLDER, KnownAnswers, compute_answer, digest_weights, record
+
+
+WRITE = "python -m conversion.check {} --write"
+SPARE_MEMORY = 1.2  # of what the weights take, for the forward and the recorded tensors
+
+
+def count_parameters(folder: Path) -> int:
+    """Numbers in all weights of a checkpoint, read off the files' headers."""
+    count = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as shard:
+            count += sum(torch.Size(shard.get_slice(name).get_shape()).numel() for name in shard.keys())  # noqa: SIM118
+    return count
+
+
+def write_known_answers(folder: str | Path) -> str | None:
+    """Record what the checkpoint in `folder` answers, in float32 and in the stored dtype, beside its weights.
+
+    Returns:
+        Why the answers could not be recorded here, or None.
+
+    Raises:
+        ValueError: `folder` holds no checkpoint of this library.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"Known answers are recorded of a checkpoint folder, got {folder}.")
+    needed = SPARE_MEMORY * 4 * count_parameters(folder)
+    if needed > psutil.virtual_memory().available:
+        return f"that takes {needed / 2**30:.0f} GiB of memory"
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = load(folder, torch.float32)
+    known = record(model, processor)
+    stored = AutoConfig.from_pretrained(folder, trust_remote_code=True).dtype or torch.float32
+    if stored != torch.float32:
+        model = None  # one at a time
+        model = load(folder, stored)
+        known.dtype = str(stored).removeprefix("torch.")
+        known.answers[known.dtype] = compute_answer(model, known.inputs, known.answers["float32"], force_grids=True)
+    known.weights = digest_weights(model.state_dict())
+    write_file(folder, known)
+    return None
+
+
+def record_answers(folder: Path, output: Path | None = None) -> None:
+    """Record the answers of a checkpoint that was just written, or say how to.
+
+    Args:
+        output: the folder's later name, for messages.
+    """
+    problem = write_known_answers(folder)
+    if problem is not None:
+        command = WRITE.format(output or folder)
+        print(
+            f"No known answers were recorded: {problem}. Record them on a larger machine: {command}", file=sys.stderr
+        )
+
+
+def record_answers_apart(folder: Path) -> None:
+    """As `record_answers`, in a process that does not belong to the distributed run which wrote the checkpoint."""
+    ours = ("ACCELERATE_", "FSDP_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "GROUP_", "ROLE_", "MASTER_")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    command = [sys.executable, "-m", "conversion.check", str(folder.resolve()), "--write"]
+    if subprocess.run(command, env=environment, cwd=Path(__file__).parent.parent).returncode:
+        print(f"No known answers were recorded. Record them: {WRITE.format(folder)}", file=sys.stderr)
+
+
+def load(folder: Path, dtype: torch.dtype):
+    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
+
+
+def write_file(folder: Path, known: KnownAnswers) -> None:
+    target = folder / FOLDER / FILE
+    target.parent.mkdir(exist_ok=True)
+    partial = target.with_name(f"{FILE}.partial")
+    partial.write_bytes(known.to_bytes())
+    os.replace(partial, target)

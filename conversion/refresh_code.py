@@ -1,0 +1,133 @@
+"""Bring the code of a checkpoint up to date: rewrite the flat code files and `auto_map`, and leave everything else alone.
+
+    python -m conversion.refresh_code out/mine
+
+For a checkpoint that an older latentvlm wrote, under a transformers that its code does not know. No modeling,
+configuration or processing file is imported, so that this works where those cannot be imported.
+"""
+
+import argparse
+import ast
+import json
+import os
+import shutil
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configuration_latentvlm"
+WITH_AUTO_MAP = ("config.json", "processor_config.json", "tokenizer_config.json")
+
+
+def load_hub_code():
+    """`configuration_latentvlm.hub_code` without its package, whose `__init__` imports every config."""
+    spec = spec_from_file_location("latentvlm_hub_code", CONFIGS / "hub_code.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read_hub_classes(model_type: str) -> dict[str, str]:
+    """The `hub_classes` of a config class, read off its source.
+
+    Raises:
+        ValueError: there is no such architecture here.
+    """
+    source = CONFIGS / f"configuration_{model_type}.py"
+    known = sorted(file.stem.partition("_")[2] for file in CONFIGS.glob("configuration_*.py"))
+    if model_type not in known:
+        raise ValueError(f"`model_type` in config.json must be one of {known}, got {model_type!r}.")
+    constants: dict[str, str] = {}
+    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            constants |= {target.id: node.value.value for target in node.targets if isinstance(target, ast.Name)}
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", None) == "hub_classes":
+            return {
+                key.value: value.value if isinstance(value, ast.Constant) else constants[value.id]
+                for key, value in zip(node.value.keys, node.value.values)
+            }
+    raise ValueError(f"{source} declares no `hub_classes`.")
+
+
+def read_json(path: Path) -> dict:
+    """Raises:
+    ValueError: the file holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} must hold a JSON object: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
+    return content
+
+
+def refresh_code(folder: str | Path) -> list[str]:
+    """Rewrite the code of a checkpoint folder, whole or not at all, and return the files that changed.
+
+    Raises:
+        ValueError: `folder` is no checkpoint of an architecture that is known here.
+    """
+    folder = Path(folder).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"A checkpoint folder must hold a config.json, got {folder}.")
+    hub_classes = read_hub_classes(str(read_json(folder / "config.json").get("model_type")))
+    hub_code = load_hub_code()
+    texts = hub_code.flat_code(hub_classes)
+    auto_map = hub_code.map_classes(hub_classes)
+    for name in WITH_AUTO_MAP:
+        path = folder / name
+        content = read_json(path) if path.is_file() else {}
+        if name == "config.json" or "auto_map" in content:
+            wanted = auto_map if name == "config.json" else {"AutoProcessor": auto_map["AutoProcessor"]}
+            if content.get("auto_map") != wanted:
+                texts[name] = json.dumps(content | {"auto_map": wanted}, indent=2, sort_keys=True) + "\n"
+    changed = [
+        name
+        for name, text in sorted(texts.items())
+        if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != text
+    ]
+    if changed:
+        replace_files(folder, {name: texts[name] for name in changed})
+    return changed
+
+
+def replace_files(folder: Path, texts: dict[str, str]) -> None:
+    """Swap the folder for one with other texts, so that no moment shows code of two versions. Weights are linked."""
+    from conversion.checkpoint_io import replaced_folder
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:  # a file system without links
+            shutil.copy2(source, target)
+
+    with replaced_folder(folder) as partial:
+        shutil.copytree(
+            folder.resolve(),
+            partial,
+            symlinks=True,
+            dirs_exist_ok=True,
+            copy_function=link,
+            ignore=lambda path, names: [name for name in names if name in texts and Path(path) == folder.resolve()],
+        )
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="folder of a checkpoint")
+    args = parser.parse_args(arguments)
+    try:
+        changed = refresh_code(args.checkpoint)
+    except (OSError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    print(f"Rewrote {', '.join(changed)}." if changed else f"The code of {args.checkpoint} is up to date.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Models that know their right answers: loaded with them, checked against them, saved with them while they still fit."""
+
+import os
+from importlib import import_module
+from pathlib import Path
+
+from transformers import AutoProcessor
+from transformers.utils import cached_file, logging
+
+from configuration_latentvlm.hub_code import PACKAGES, find_stale_code
+from configuration_latentvlm.model_card import write_model_card
+from modeling_latentvlm.answer_check import (
+    AnswerReport,
+    check_answers,
+    is_check_wanted,
+    reason_against_check,
+)
+from modeling_latentvlm.known_answers import FILE, FOLDER, KnownAnswers, find_changed_weight, lasting_fields
+
+
+logger = logging.get_logger(__name__)
+WRITE = "python -m conversion.check {} --write"
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def find_answers(source: str | os.PathLike | None, arguments: dict) -> bytes | None:
+    """The answers file of a checkpoint, from a folder or, beside the weights, from the Hub."""
+    if source is None:
+        return None
+    chosen = {name: arguments[name] for name in HUB_ARGUMENTS if arguments.get(name) is not None}
+    found = cached_file(
+        str(source),
+        f"{FOLDER}/{FILE}",
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **chosen,
+    )
+    return None if found is None else Path(found).read_bytes()
+
+
+class KnownAnswersMixin:
+    """For a model that lies before `PreTrainedModel`: carries the known answers of the checkpoint it came from."""
+
+    known_answers: bytes | None = None  # the answers file as it was loaded
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers. Under a transformers newer than any that was tested, the known answers are checked.
+
+        Raises:
+            RuntimeError: the model does not answer as it did when it was written; the message is a table.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if cls.__module__.startswith(PACKAGES) and pretrained_model_name_or_path is not None:
+            stale = find_stale_code(pretrained_model_name_or_path, model.config.hub_classes)
+            if stale is not None:
+                logger.warning_once(
+                    f"The code in {pretrained_model_name_or_path} is not that of the installed latentvlm ({stale} differs). The "
+                    "installed code runs here; where it is not installed, the other runs. Bring it up to date by: "
+                    f"python -m conversion.refresh_code {pretrained_model_name_or_path}"
+                )
+        model.known_answers = find_answers(pretrained_model_name_or_path, kwargs)
+        model._answered_fields = lasting_fields(model.config)
+        if is_check_wanted():
+            model._check_after_loading(str(pretrained_model_name_or_path))
+        return (model, info) if output_loading_info else model
+
+    def known_answer_settings(self, grids) -> dict:
+        """What `generate` is asked for beside greedy decoding, so that latents are taken.
+
+        Args:
+            grids: (blocks, 2) sizes that blocks must have, or None.
+        """
+        return {}
+
+    def check_known_answers(self, processor=None) -> AnswerReport:
+        """Recompute the known answers that came with the checkpoint, and compare.
+
+        Args:
+            processor: by default that of the checkpoint.
+
+        Raises:
+            ValueError: the checkpoint has none, they are damaged, or those of another model.
+        """
+        source = self.config._name_or_path
+        if self.known_answers is None:
+            raise ValueError(
+                f"{source or 'The model'} holds no known answers. Write them: {WRITE.format('CHECKPOINT')}"
+            )
+        known = KnownAnswers.from_bytes(self.known_answers, f"{source}/{FOLDER}/{FILE}")
+        if processor is None:
+            is_installed = type(self).__module__.startswith(PACKAGES)
+            if is_installed:
+                import_module("processing_latentvlm")  # registers the processors
+            # The code that comes with the checkpoint is trusted where the model's own code came with it.
+            processor = AutoProcessor.from_pretrained(source, trust_remote_code=not is_installed)
+        return check_answers(self, processor, known, source)
+
+    def _check_after_loading(self, source: str) -> None:
+        if self.known_answers is None:
+            logger.warning_once(f"{source} has no known answers to check. Write them: {WRITE.format(source)}")
+            return
+        reason = reason_against_check(self)
+        if reason is not None:
+            logger.warning_once(
+                f"The known answers of {source} are not checked, since {reason}. Check them by: python -m conversion.check {source}"
+            )
+            return
+        report = self.check_known_answers()
+        if not report.passed:
+            raise RuntimeError(f"{report}\nSet LATENTVLM_CHECK=0 to load it all the same.")
+
+    def save_pretrained(
+        self,
+        save_directory,
+        is_main_process: bool = True,
+        state_dict: dict | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
+        """As in transformers, with the known answers while they fit: no forward is run for them."""
+        super().save_pretrained(
+            save_directory, is_main_process=is_main_process, state_dict=state_dict, push_to_hub=push_to_hub, **kwargs
+        )
+        if is_main_process and not push_to_hub:  # with it, they were written before the upload
+            self._carry_answers(Path(save_directory), state_dict)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        # transformers has just put its empty card in the place of ours.
+        write_model_card(self.config, Path(working_dir))
+        self._carry_answers(Path(working_dir), None)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _carry_answers(self, folder: Path, state: dict | None) -> None:
+        """Write the answers that were loaded if they still fit, else none; what was there is of other weights."""
+        target, reason = folder / FOLDER / FILE, self._reason_against_carrying(state)
+        if reason is None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(self.known_answers)
+            return
+        if target.is_file():
+            target.unlink()
+            if not any(target.parent.iterdir()):
+                target.parent.rmdir()
+        # Once for all checkpoints of a run; a model that never had answers is no news.
+        tell = logger.info if self.known_answers is None else logger.warning_once
+        tell(f"Saved without known answers, since {reason}. Write them: {WRITE.format('CHECKPOINT')}")
+
+    def _reason_against_carrying(self, state: dict | None) -> str | None:
+        if self.known_answers is None:
+            return "the model was loaded with none"
+        if lasting_fields(self.config) != self._answered_fields:
+            return "the config is not the one that was loaded"
+        try:
+            known = KnownAnswers.from_bytes(self.known_answers, "the checkpoint that was loaded")
+        except ValueError as error:
+            return str(error)
+        changed = find_changed_weight(known.weights, self.state_dict() if state is None else state)
+        return None if changed is None else f"weights are not those that were loaded ({changed})"
