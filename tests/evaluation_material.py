@@ -11,6 +11,7 @@ from test_analyses import lare_model, lare_processor
 from test_vedas import build as build_vedas
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from conversion.known_answers import record_answers
 from processing_latentvlm import DeepLatentProcessor, VedasProcessor
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
@@ -48,6 +49,7 @@ def ship_random(folder: Path) -> Path:
     """Random models as `train.checkpoints` ships trained ones."""
     for name in CONFIGS:
         save_checkpoint(name, folder / name)
+        record_answers(folder / name)
         write_sums(name, folder)
     return folder
 
