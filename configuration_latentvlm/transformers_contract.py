@@ -53,10 +53,15 @@ class Use:
 
     @property
     def names(self) -> set[str]:
-        """Every name that this entry declares, without its module."""
+        """Every thing that this entry declares, without its module."""
         called = {name for names in self.callers.values() for name in names}
         last = self.path.partition(":")[2].rpartition(".")[2]
         return {last, *self.hooks, *self.attributes, *self.instance_attributes, *called}
+
+    @property
+    def keywords(self) -> set[str]:
+        """Every parameter that this entry declares."""
+        return {*self.parameters, *(name for names in self.hooks.values() for name in names)}
 
 
 def compare(use: Use) -> list[str]:

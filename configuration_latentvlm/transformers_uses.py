@@ -131,8 +131,12 @@ _MODELING = (
         parameters=("config", "inputs_embeds", "attention_mask", CACHE, "position_ids"),
     ),
     Use("transformers.integrations.sdpa_attention:sdpa_attention_forward", parameters=_ATTENTION),
-    Use("transformers.configuration_utils:PreTrainedConfig", attributes=("_attn_implementation",)),
-    Use("transformers.configuration_utils:PreTrainedConfig.from_pretrained"),
+    Use(
+        "transformers.configuration_utils:PreTrainedConfig",
+        attributes=("_attn_implementation",),
+        instance_attributes=("_name_or_path",),
+    ),
+    Use("transformers.utils:ModelOutput", attributes=("get",)),
     Use(
         "transformers.modeling_layers:GradientCheckpointingLayer",
         attributes=("gradient_checkpointing", "_can_checkpoint_with_cache"),

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,11 @@ import torch
 from evaluation_material import KINDS, save_checkpoint, write_jsonl, write_tsv
 from huggingface_hub.errors import StrictDataclassError
 from transformers.generation import LogitsProcessorList
+from transformers.utils import cached_file
 
 from train.answers import conversation_of
 from train.evaluate import EvaluationArguments, evaluate
-from train.evaluation import answering, evaluation
+from train.evaluation import answering, evaluation, loading
 from train.evaluation.answering import ANSWER_PREFIX, AnswerSettings, answer_batch
 from train.evaluation.evaluation import evaluate_rows, split_batches
 from train.evaluation.loading import hash_model, load_model, load_processor
@@ -392,6 +394,19 @@ def test_the_vocabulary_is_part_of_the_model(tmp_path):
     for name in ("config.json", "tokenizer.model"):
         (tmp_path / name).write_text("{}")
     assert set(hash_model(str(tmp_path))) == {"config.json", "tokenizer.model"}
+
+
+def test_a_model_of_a_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    """As the Hub's cache lays it out; transformers has stopped keeping the commit on the config."""
+    snapshot = tmp_path / "models--me--tiny" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "models--me--tiny" / "refs").mkdir()
+    (tmp_path / "models--me--tiny" / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr(loading, "cached_file", partial(cached_file, cache_dir=tmp_path))
+    assert hash_model("me/tiny") == {"commit": "a" * 40}
+    with pytest.raises(ValueError, match="must be a folder or the name of a model on a hub, got 'me/none'"):
+        hash_model("me/none")
 
 
 def test_two_evaluations_do_not_share_a_folder(folders, data, tmp_path):

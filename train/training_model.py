@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
 
 from configuration_latentvlm.model_card import write_model_card
 from configuration_latentvlm.transformers_contract import check_contract
@@ -22,6 +23,7 @@ from conversion.known_answers import record_answers, record_answers_apart
 
 check_contract("training")
 
+logger = logging.get_logger(__name__)
 OBJECTIVE_FILE = Path("training") / "objective.safetensors"
 
 
@@ -166,6 +168,8 @@ class LatentTrainer(Trainer):
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Keep the card of the architecture, in place of the one about a training run."""
+        if args or any(value is not None for value in kwargs.values()):
+            logger.warning_once(f"The model card is the architecture's: {sorted(kwargs)} are not written into it.")
         if self.is_world_process_zero():
             write_model_card(self.accelerator.unwrap_model(self.model).config, Path(self.args.output_dir))
 

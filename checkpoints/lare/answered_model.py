@@ -43,6 +43,7 @@ class KnownAnswersMixin:
     """For a model that lies before `PreTrainedModel`: carries the known answers of the checkpoint it came from."""
 
     known_answers: bytes | None = None  # the answers file as it was loaded
+    _answered_fields: dict | None = None  # of the config as it was loaded
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):

@@ -118,7 +118,7 @@ class BoxClosed(StoppingCriteria):
     def __init__(self, processor, prompt_length: int):
         self.processor, self.prompt_length = processor, prompt_length
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         texts = self.processor.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
         return torch.tensor([find_box(text) is not None for text in texts], device=input_ids.device)
 

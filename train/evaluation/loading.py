@@ -11,7 +11,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.utils import is_torchvision_available
+from transformers.utils import cached_file, is_torchvision_available
 
 from processing_latentvlm.processing_qwen import QwenLatentProcessor
 from train.decontamination.journal import hash_file
@@ -66,10 +66,11 @@ def hash_model(model: str) -> dict[str, str]:
     """
     folder = Path(model)
     if not folder.is_dir():
-        commit = getattr(AutoConfig.from_pretrained(model, trust_remote_code=True), "_commit_hash", None)
-        if commit is None:
-            raise ValueError(f"`model` must be a folder or the name of a model on a hub, got {model!r}.")
-        return {"commit": commit}
+        try:
+            config = Path(cached_file(model, "config.json"))
+        except OSError as error:
+            raise ValueError(f"`model` must be a folder or the name of a model on a hub, got {model!r}.") from error
+        return {"commit": config.parent.name}  # models--owner--name/snapshots/<commit>/config.json
     if not (folder / "config.json").is_file():
         raise ValueError(f"`model` must be the folder of a checkpoint, but {folder} has no config.json.")
     files = sorted(path for path in folder.iterdir() if path.suffix in MODEL_FILES)
