@@ -4,7 +4,8 @@
     python -m conversion.convert_deeplatent --backbone BACKBONE_FOLDER --output OUT --set latent_grid_size=24 --seed 1
 
 The backbone is streamed, so memory stays near its largest shard; only the vision tower is loaded, in float32, to
-measure how large image features are (`latent_query_rms`). The output loads with
+measure how large image features are (`latent_query_rms`). Then, where the memory suffices, the whole checkpoint is
+loaded in float32 once, to record its known answers (`--no-known-answers` leaves that out). The output loads with
 `AutoModel.from_pretrained(OUT, trust_remote_code=True)`, also where this library is not installed.
 """
 

@@ -217,6 +217,7 @@ def convert_lare(
     seed: int = 0,
     force: bool = False,
     license: str | None = None,
+    known_answers: bool = True,
 ) -> Path:
     """Write a checkpoint around two models' weights, whole or not at all, and return its folder.
 
@@ -229,6 +230,7 @@ def convert_lare(
         seed: of the new weights.
         force: replace a checkpoint that lies at `output`.
         license: for the model card; by default what the language model's says.
+        known_answers: record what the checkpoint answers, which takes its weights in float32 at once.
 
     Raises:
         ValueError: a part, the output folder or a field is not what it must be; the message says which.
@@ -269,7 +271,8 @@ def convert_lare(
         processor.save_pretrained(folder)
         copy_legal_files(folder, language)
         copy_legal_files(folder, tower, ".vision_tower")
-        record_answers(folder, output)
+        if known_answers:
+            record_answers(folder, output)
     report_conversion(config, weights, added, text.vocab_size, projector)
     return output
 
@@ -321,6 +324,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the new weights (default: 0)")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint at --output")
     parser.add_argument("--license", metavar="ID", help="licence for the model card (default: the language model's)")
+    parser.add_argument(
+        "--no-known-answers",
+        dest="known_answers",
+        action="store_false",
+        help="do not record what the checkpoint answers, which takes its weights in float32 at once",
+    )
     arguments = vars(parser.parse_args())
     with exit_on_error():
         arguments["overrides"] = parse_overrides(arguments.pop("set"))

@@ -177,6 +177,7 @@ def convert_backbone(
     seed: int = 0,
     force: bool = False,
     license: str | None = None,
+    known_answers: bool = True,
 ) -> Path:
     """Write a checkpoint around a backbone's weights, whole or not at all, and return its folder.
 
@@ -187,6 +188,7 @@ def convert_backbone(
         seed: of the new weights.
         force: replace a checkpoint that lies at `output`.
         license: for the model card; by default what the backbone's says.
+        known_answers: record what the checkpoint answers, which takes its weights in float32 at once.
 
     Raises:
         ValueError: the backbone, the output folder or a field is not what it must be; the message says which.
@@ -216,7 +218,8 @@ def convert_backbone(
         write_weights(partial_folder, source.weights, edits, new_weights, cast_to)
         fields = architecture.processor_fields(config)
         save_side_files(partial_folder, source, config, architecture.processor_class, **fields)
-        record_answers(partial_folder, output)
+        if known_answers:
+            record_answers(partial_folder, output)
     report_conversion(source, config, architecture.tokens, new_weights)
     return output
 
@@ -239,6 +242,12 @@ def run_converter(
     parser.add_argument("--seed", type=int, default=0, help="of the new weights (default: 0)")
     parser.add_argument("--force", action="store_true", help="replace a checkpoint at --output")
     parser.add_argument("--license", metavar="ID", help="licence for the model card (default: the backbone's)")
+    parser.add_argument(
+        "--no-known-answers",
+        dest="known_answers",
+        action="store_false",
+        help="do not record what the checkpoint answers, which takes its weights in float32 at once",
+    )
     add_arguments(parser)
     arguments = vars(parser.parse_args())
     with exit_on_error():

@@ -163,6 +163,7 @@ def convert_reference(
     lora_alpha: float | None = None,
     force: bool = False,
     license: str | None = None,
+    known_answers: bool = True,
 ) -> Path:
     """Write a Vedas checkpoint from a published one, whole or not at all, and return its folder.
 
@@ -196,7 +197,8 @@ def convert_reference(
         model.save_pretrained(partial_folder)
         write_generation_config(partial_folder, folder, model.config)
         save_processor(partial_folder, folder, model.config.get_text_config().vocab_size)
-        record_answers(partial_folder, output)
+        if known_answers:
+            record_answers(partial_folder, output)
         if training:
             (partial_folder / TRAINING_FILE).parent.mkdir()
             renamed = {name.replace("tokenSR.", "replay_predictor."): value for name, value in training.items()}
