@@ -121,21 +121,22 @@ class KnownAnswersMixin:
         **kwargs,
     ) -> None:
         """As in transformers, with the known answers while they fit: no forward is run for them."""
+        reason = self._reason_against_carrying(state_dict) if is_main_process else None  # saving empties `state_dict`
         super().save_pretrained(
             save_directory, is_main_process=is_main_process, state_dict=state_dict, push_to_hub=push_to_hub, **kwargs
         )
         if is_main_process and not push_to_hub:  # with it, they were written before the upload
-            self._carry_answers(Path(save_directory), state_dict)
+            self._carry_answers(Path(save_directory), reason)
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
         # transformers has just put its empty card in the place of ours.
         write_model_card(self.config, Path(working_dir))
-        self._carry_answers(Path(working_dir), None)
+        self._carry_answers(Path(working_dir), self._reason_against_carrying(None))
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
-    def _carry_answers(self, folder: Path, state: dict | None) -> None:
-        """Write the answers that were loaded if they still fit, else none; what was there is of other weights."""
-        target, reason = folder / FOLDER / FILE, self._reason_against_carrying(state)
+    def _carry_answers(self, folder: Path, reason: str | None) -> None:
+        """Write the answers that were loaded unless there is a reason against it; what was there is of other weights."""
+        target = folder / FOLDER / FILE
         if reason is None:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(self.known_answers)

@@ -181,17 +181,14 @@ def draw_picture(processor) -> Image.Image:
 
 def encode(processor, picture: Image.Image, question: str) -> dict[str, Tensor]:
     """What the processor makes of the prompt."""
-    if processor.chat_template is None:
-        return dict(processor(text=[processor.image_token + question], images=[picture], return_tensors="pt"))
     content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    messages, settings = [{"role": "user", "content": content}], {"add_generation_prompt": True}
+    if processor.chat_template is None or processor.image_token not in processor.apply_chat_template(
+        messages, tokenize=False, **settings
+    ):  # no template, or one of a language model, which knows no pictures
+        return dict(processor(text=[processor.image_token + question], images=[picture], return_tensors="pt"))
     return dict(
-        processor.apply_chat_template(
-            [[{"role": "user", "content": content}]],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
+        processor.apply_chat_template([messages], tokenize=True, return_dict=True, return_tensors="pt", **settings)
     )
 
 

@@ -4,20 +4,39 @@ The mutations are applied to the shipped checkpoints, whose weights matter: on r
 """
 
 import copy
+import os
 import shutil
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load as load_bytes
+from safetensors.torch import load_file, save_file
+from safetensors.torch import save as save_bytes
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import conversion.known_answers
 import modeling_latentvlm  # noqa: F401 (registers the models)
 import processing_latentvlm  # noqa: F401
 from configuration_latentvlm.transformers_api import CACHE
+from conversion import check
+from modeling_latentvlm import answered_model
 from modeling_latentvlm.answer_check import check_answers
-from modeling_latentvlm.known_answers import FILE, FOLDER, TOLERANCES, KnownAnswers, compute_answer, deviation
+from modeling_latentvlm.known_answers import (
+    FILE,
+    FOLDER,
+    TOLERANCES,
+    KnownAnswers,
+    compute_answer,
+    deviation,
+    read_metadata,
+)
 from modeling_latentvlm.segments import LatentState
 
 
@@ -226,3 +245,239 @@ def test_a_changed_processor_is_told_from_a_changed_model(name, tmp_path):
     print(f"{name}, image mean: {row(report, 'processor, pixel_values'):.4g}")
     assert row(report, "processor, pixel_values") >= 10
     assert row(report, "model, logits") < 0.5
+
+
+# --- carried while they fit ---
+
+
+def recorded(name: str) -> bytes:
+    return (CHECKPOINTS / name / FOLDER / FILE).read_bytes()
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What our loggers say, every time: `warning_once` says each line once a process."""
+    messages = []
+    for level in ("warning_once", "warning", "info"):
+        monkeypatch.setattr(
+            answered_model.logger, level, lambda message, level=level: messages.append((level, message))
+        )
+    return messages
+
+
+@pytest.mark.parametrize("as_state", [False, True])
+def test_answers_are_carried_through_save_and_load(model, as_state, tmp_path, told):
+    name = model.config.model_type
+    model.save_pretrained(tmp_path / "one", **({"state_dict": model.state_dict()} if as_state else {}))
+    assert (tmp_path / "one" / FOLDER / FILE).read_bytes() == recorded(name)
+    again = load(tmp_path / "one")
+    again.save_pretrained(tmp_path / "two")
+    again.save_pretrained(tmp_path / "one")  # onto itself
+    assert (tmp_path / "two" / FOLDER / FILE).read_bytes() == recorded(name) == again.known_answers
+    assert not told
+
+
+def change_weight(model):
+    next(model.lm_head.parameters()).data[3, 5] += 0.5
+
+
+def change_config(model):
+    field = {"deeplatent": "max_latent_blocks", "lare": "num_refocus_steps", "vedas": "num_latent_steps"}
+    name = field[model.config.model_type]
+    setattr(model.config, name, getattr(model.config, name) + 1)
+
+
+def damage_answers(model):
+    model.known_answers = model.known_answers[:-7]
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (change_weight, "weights are not those that were loaded"),
+        (change_config, "the config is not the one that was loaded"),
+        (lambda model: model.float(), "weights are not those that were loaded"),
+        (damage_answers, "are damaged"),
+    ],
+)
+def test_answers_that_do_not_fit_are_not_carried_and_stale_ones_go(model, change, reason, tmp_path, told):
+    model.save_pretrained(tmp_path)
+    (tmp_path / FOLDER / "note.txt").write_text("of the user")
+    change(model)
+    model.save_pretrained(tmp_path)
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["note.txt"]
+    assert [level for level, _ in told] == ["warning_once"]
+    assert reason in told[0][1] and "python -m conversion.check CHECKPOINT --write" in told[0][1]
+
+
+def test_a_model_that_never_had_answers_is_saved_without_and_quietly(model, tmp_path, told):
+    model.known_answers = None
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / FOLDER).exists()
+    assert [level for level, _ in told] == ["info"]
+    with pytest.raises(ValueError, match=r"holds no known answers\. Write them: python -m conversion\.check"):
+        model.check_known_answers()
+
+
+def test_answers_are_pushed(model, tmp_path, monkeypatch):
+    from test_remote_code import FakeHub
+
+    hub = FakeHub()
+    for module in (transformers.utils.hub, transformers.modeling_utils):
+        monkeypatch.setattr(module, "hf_api", lambda: hub)
+    monkeypatch.setattr(transformers.utils.hub.ModelCard, "load", hub.load_card)
+    model.push_to_hub("me/one")
+    assert hub.files.pop(f"{FOLDER}/{FILE}") == recorded(model.config.model_type)
+    hub.files.clear()
+    model.save_pretrained(tmp_path / "two", push_to_hub=True, repo_id="me/two")
+    assert hub.files[f"{FOLDER}/{FILE}"] == recorded(model.config.model_type)
+
+
+# --- damaged and foreign files ---
+
+
+def replace_answers(folder, content: bytes):
+    (folder / FOLDER / FILE).write_bytes(content)
+    return load(folder)
+
+
+@pytest.fixture
+def lare_folder(tmp_path):
+    shutil.copytree(CHECKPOINTS / "lare", tmp_path / "lare")
+    return tmp_path / "lare"
+
+
+def test_a_damaged_file_is_named(lare_folder):
+    good = recorded("lare")
+    for content in (good[:100], b"", b"\xff" * 64, good[:-5]):
+        with pytest.raises(ValueError, match=r"lare/known_answers/answers\.safetensors are damaged"):
+            replace_answers(lare_folder, content).check_known_answers()
+    tensors = load_bytes(good)
+    without = {name: value for name, value in tensors.items() if name != "picture"}
+    with pytest.raises(ValueError, match="are damaged"):
+        replace_answers(lare_folder, save_bytes(without, read_metadata(good))).check_known_answers()
+    with pytest.raises(ValueError, match="must have format 1, got '2'"):
+        replace_answers(lare_folder, save_bytes(tensors, read_metadata(good) | {"format": "2"})).check_known_answers()
+
+
+def test_answers_of_another_model_are_foreign(lare_folder):
+    with pytest.raises(ValueError, match="are of a model of type 'vedas', but this one is of type 'lare'"):
+        replace_answers(lare_folder, recorded("vedas")).check_known_answers()
+    tensors, metadata = load_bytes(recorded("lare")), read_metadata(recorded("lare"))
+    narrow = tensors | {name: value[:, :7].contiguous() for name, value in tensors.items() if name.endswith("logits")}
+    with pytest.raises(ValueError, match="are of another model: their vocabulary is 7, this model's is"):
+        replace_answers(lare_folder, save_bytes(narrow, metadata)).check_known_answers()
+
+
+def test_a_dtype_that_rounds_the_weights_is_refused():
+    with pytest.raises(
+        ValueError, match=r"of weights in bfloat16, but the model was loaded in float16.*dtype=\"auto\""
+    ):
+        load(CHECKPOINTS / "lare", dtype="float16").check_known_answers()
+
+
+def test_weights_that_are_not_the_recorded_ones_are_named(lare_folder):
+    weights = load_file(lare_folder / "model.safetensors")
+    weights["refocus.out_proj.weight"] = weights["refocus.out_proj.weight"].flip(0).contiguous()
+    save_file(weights, lare_folder / "model.safetensors", {"format": "pt"})
+    report = load(lare_folder).check_known_answers()
+    assert not report.passed
+    assert "not those that the answers were recorded from: refocus.out_proj.weight differs." in str(report)
+
+
+# --- by itself, when a checkpoint is loaded ---
+
+
+def test_a_checkpoint_is_checked_when_loaded_under_an_untested_version(lare_folder, monkeypatch):
+    weights = load_file(lare_folder / "model.safetensors")
+    weights["refocus.out_proj.weight"] = weights["refocus.out_proj.weight"].flip(0).contiguous()
+    save_file(weights, lare_folder / "model.safetensors", {"format": "pt"})
+    load(lare_folder)  # tested: no check
+    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    with pytest.raises(RuntimeError, match=r"NOT as recorded[^$]*DIFFERS[^$]*LATENTVLM_CHECK=0"):
+        load(lare_folder)
+    load(CHECKPOINTS / "lare")
+    monkeypatch.setenv("LATENTVLM_CHECK", "0")
+    load(lare_folder)
+    monkeypatch.setattr(transformers, "__version__", "5.23.0")
+    monkeypatch.setenv("LATENTVLM_CHECK", "1")
+    with pytest.raises(RuntimeError, match="NOT as recorded"):
+        load(lare_folder)
+    monkeypatch.setenv("LATENTVLM_CHECK", "yes")
+    with pytest.raises(ValueError, match="LATENTVLM_CHECK must be 0 .* or 1 .*, got 'yes'"):
+        load(lare_folder)
+
+
+@pytest.mark.parametrize("cause", ["quantised", "several devices", "several processes", "no answers"])
+def test_where_no_check_is_possible_the_command_is_told_instead(cause, lare_folder, monkeypatch, told):
+    monkeypatch.setenv("LATENTVLM_CHECK", "1")
+    monkeypatch.setattr(answered_model.KnownAnswersMixin, "check_known_answers", lambda model: pytest.fail("checked"))
+    if cause == "quantised":
+        monkeypatch.setattr(transformers.PreTrainedModel, "hf_quantizer", object(), raising=False)
+    if cause == "several processes":
+        for name, value in (("is_initialized", True), ("get_world_size", 2)):
+            monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    if cause == "no answers":
+        shutil.rmtree(lare_folder / FOLDER)
+    arguments = {}
+    if cause == "several devices":
+        parts = ("model.vision_tower", "model.language_model", "lm_head", "refocus")
+        device_map = dict.fromkeys(parts, "cpu") | {"model.multi_modal_projector": "disk"}
+        arguments = {"device_map": device_map, "offload_folder": str(lare_folder / "offload")}
+    load(lare_folder, **arguments)
+    assert len(told) == 1 and told[0][0] == "warning_once"
+    assert f"python -m conversion.check {lare_folder}" in told[0][1]
+    assert cause in told[0][1] or cause == "no answers"
+
+
+# --- the command ---
+
+
+def test_the_command_checks_and_writes(lare_folder, capsys, monkeypatch):
+    monkeypatch.delenv("LATENTVLM_CHECK", raising=False)
+    monkeypatch.setenv("LATENTVLM_CHECK", "0")  # the command sets it; this restores it afterwards
+    with pytest.raises(SystemExit) as ended:
+        check.main([str(lare_folder)])
+    assert ended.value.code == 0 and "as recorded" in capsys.readouterr().out
+    (lare_folder / FOLDER / FILE).unlink()
+    with pytest.raises(SystemExit) as ended:
+        check.main([str(lare_folder)])
+    assert ended.value.code == 2 and "holds no known answers" in capsys.readouterr().err
+    check.main([str(lare_folder), "--write"])
+    known = KnownAnswers.from_bytes((lare_folder / FOLDER / FILE).read_bytes(), "here")
+    shipped = known_answers("lare")
+    for dtype in ("float32", "bfloat16"):
+        assert deviation(known.answers[dtype].logits, shipped.answers[dtype].logits, TOLERANCES[dtype]) < 0.5
+    assert known.weights == shipped.weights and known.versions["transformers"] == transformers.__version__
+    with pytest.raises(SystemExit) as ended:
+        check.main([str(lare_folder / "nowhere"), "--write"])
+    assert ended.value.code == 2 and "error: Known answers are recorded of a checkpoint" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_told(lare_folder, monkeypatch, capsys):
+    monkeypatch.setattr(conversion.known_answers.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    before = (lare_folder / FOLDER / FILE).read_bytes()
+    conversion.known_answers.record_answers(lare_folder, lare_folder / "later")
+    told = capsys.readouterr().err
+    assert "No known answers were recorded: that takes" in told and f"check {lare_folder / 'later'} --write" in told
+    assert (lare_folder / FOLDER / FILE).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_clone_answers_where_the_package_is_not_installed(name, tmp_path):
+    """The checkpoint's own code, in a process that cannot import ours."""
+    folder = tmp_path / name
+    shutil.copytree(CHECKPOINTS / name, folder)
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['configuration_latentvlm', 'modeling_latentvlm', "
+        "'processing_latentvlm', 'conversion', 'train']))\n"
+        "from transformers import AutoModel\n"
+        f"model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)\n"
+        "report = model.check_known_answers()\n"
+        "print(type(model).__module__, report)\n"
+        "assert report.passed and report.worst < 0.5\n"
+    )
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.startswith("transformers_modules.")
