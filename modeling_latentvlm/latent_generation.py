@@ -95,6 +95,9 @@ class LatentGenerationMixin(LatentDecodingMixin):
             latent_context=context,
             **kwargs,
         )
+        cache = kwargs.get(CACHE) if isinstance(output, Tensor) else output.get(CACHE)
+        if hasattr(cache, "latent_state"):
+            cache.latent_state.follow_undone_token(cache)
         if high and any(images is not None for images in context.images):
             sequences = output if isinstance(output, Tensor) else output.sequences
             context.is_unused = self._warn_if_unused(sequences, prompt_length, can_open)

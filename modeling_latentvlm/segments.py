@@ -116,6 +116,17 @@ class LatentState:
         self.images = [images for images in self.images for _ in range(repeats)]
         self.grids = [list(grids) for grids in self.grids for _ in range(repeats)]
 
+    def follow_undone_token(self, cache: Cache) -> None:
+        """Forget the last token if the cache no longer has it.
+
+        Where it reads the stop of a decoding loop one step late (on MPS), transformers >= 5.24 crops a token off the cache.
+        """
+        if int(cache.get_seq_length()) != self.attention_mask.shape[1] - 1:
+            return
+        self.next_position = self.next_position - self.attention_mask[:, -1].long()
+        self.attention_mask, self.is_token = self.attention_mask[:, :-1], self.is_token[:, :-1]
+        self.tokens = self.tokens[:, :-1]
+
     def mask_tokens(self, attention_mask: Tensor) -> None:
         """Mask cached tokens that the caller masks by now, e.g. the padding of rows that finished early.
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers.generation.utils as generation_utils
 from conftest import build_model, encode, picture, stock_twin, user_turn
 from helpers import GREEDY, assert_near, open_at, step_logits, vision
 from torch.testing import assert_close
@@ -420,6 +421,34 @@ def test_rollouts_in_training_mode_with_checkpointing(model, rows):
 def continued(model, first, **kwargs):
     ids = torch.cat([first.sequences, torch.full((len(first.sequences), 2), 40)], dim=1)
     return model.generate(ids, past_key_values=first.past_key_values, max_latent_blocks=0, **(GREEDY | kwargs))
+
+
+class NoEvent:
+    """Stands for a device's event on a CPU, where every copy is done at once."""
+
+    def __init__(self, *args, **kwargs): ...
+
+    def record(self): ...
+
+    def synchronize(self): ...
+
+
+@pytest.mark.skipif(not hasattr(generation_utils, "DeferredStopCheck"), reason="transformers < 5.24")
+def test_a_stop_that_is_read_one_step_late_leaves_the_same_cache(shared_model, rows, monkeypatch):
+    """As on MPS: one more token is decoded, and then dropped from the sequences and cropped from the cache."""
+    model, settings = shared_model, {"min_latent_blocks": 1, "max_latent_blocks": 1}
+    free = model.generate(**rows[0], **settings, **GREEDY).sequences[0, rows[0]["input_ids"].shape[1] :].tolist()
+    end = next(token for at, token in enumerate(free) if at > 1 and token not in free[:at])
+    settings |= GREEDY | {"eos_token_id": end, "pad_token_id": 1}
+    expected = model.generate(**rows[0], **settings)
+    deferred = generation_utils.DeferredStopCheck
+    monkeypatch.setattr(deferred, "is_supported", staticmethod(lambda *args, **kwargs: True))
+    monkeypatch.setattr(torch, "Event", NoEvent)
+    first = model.generate(**rows[0], **settings)
+    assert torch.equal(first.sequences, expected.sequences) and first.sequences[0, -1] == end
+    assert first.cache.get_seq_length() == expected.cache.get_seq_length()
+    monkeypatch.undo()
+    assert_near(step_logits(continued(model, first)), step_logits(continued(model, expected)))
 
 
 def test_a_cache_that_was_changed_is_refused(shared_model, rows):
