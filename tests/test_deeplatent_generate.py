@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from conftest import build_model, encode, picture, stock_twin, user_turn
-from helpers import GREEDY, assert_near, open_at, step_logits, vision
+from helpers import GREEDY, assert_near, disable_checkpointing, enable_checkpointing, open_at, step_logits, vision
 from torch.testing import assert_close
 from transformers import QuantizedCache, StoppingCriteria, TextIteratorStreamer
 
+
+pytestmark = pytest.mark.core
 
 PLAN = [[0, 4], [2], []]  # generated positions where each row of `batch` opens a block
 
@@ -399,7 +401,7 @@ def test_rollouts_in_training_mode_with_checkpointing(model, rows):
     inputs = rows[0]
     settings = GREEDY | {"logits_processor": open_at(model, inputs, [[1]])}
     expected = model.generate(**inputs, **settings)
-    model.train().gradient_checkpointing_enable()
+    enable_checkpointing(model.train())
     assert_near(step_logits(model.generate(**inputs, **settings)), step_logits(expected))
     sequences = expected.sequences[:, :-1]
     model.eval()
@@ -410,7 +412,7 @@ def test_rollouts_in_training_mode_with_checkpointing(model, rows):
     with torch.no_grad():
         torch.manual_seed(0)
         noisy = model(sequences, **vision(inputs), latent_grid_hw=grids).logits
-        model.gradient_checkpointing_disable()
+        disable_checkpointing(model)
         torch.manual_seed(0)
         plain = model(sequences, **vision(inputs), latent_grid_hw=grids).logits
     assert_near(noisy, plain)

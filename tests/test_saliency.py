@@ -3,10 +3,14 @@
 import pytest
 import torch
 from conftest import build_model
+from helpers import enable_checkpointing
 from torch.testing import assert_close
 from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
 
 from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
+
+
+pytestmark = pytest.mark.core
 
 
 @pytest.fixture(params=["qwen", "llama"])
@@ -131,7 +135,7 @@ def test_gradients_are_the_same_under_checkpointing(text_model):
 
     expected = gradient()
     assert expected.abs().max() > 0
-    text_model.gradient_checkpointing_enable()
+    enable_checkpointing(text_model)
     assert_close(gradient(), expected, atol=1e-6, rtol=1e-5)
 
 
