@@ -9,6 +9,8 @@ from helpers import GREEDY, assert_near, disable_checkpointing, enable_checkpoin
 from torch.testing import assert_close
 from transformers import QuantizedCache, StoppingCriteria, TextIteratorStreamer
 
+from configuration_latentvlm.transformers_api import CACHE
+
 
 pytestmark = pytest.mark.core
 
@@ -374,7 +376,7 @@ def test_wrong_prompts_raise(shared_model, rows):
     stock = stock_twin(shared_model)(**rows[2], use_cache=True)
     with pytest.raises(ValueError, match="latent_state"):
         shared_model.generate(
-            torch.cat([rows[2]["input_ids"]] * 2, dim=1), past_key_values=stock.past_key_values, max_new_tokens=1
+            torch.cat([rows[2]["input_ids"]] * 2, dim=1), past_key_values=stock[CACHE], max_new_tokens=1
         )
     done = shared_model.generate(**rows[2], **GREEDY)
     with pytest.raises(ValueError, match="same rows"):
