@@ -1,6 +1,6 @@
 """A page on this machine: pick a picture, ask one of the checkpoints, and see where its latents look.
 
-    pip install -e ".[demo]"
+    pip install -c constraints.txt -e ".[demo]"
     python -m examples.page        # http://127.0.0.1:7860
 
 Only this machine is answered, nothing is sent anywhere, and nothing is fetched.

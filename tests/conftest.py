@@ -1,5 +1,6 @@
 """Small models with weights that matter, and prompts of every shape, shared by all tests. Nothing is downloaded."""
 
+import logging
 import os
 
 
@@ -9,6 +10,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import pytest
 import torch
+import transformers
+from helpers import DEPRECATION_WARNINGS, deprecations_in
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -37,8 +40,42 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run tests that take minutes")
 
 
+class DeprecationHandler(logging.Handler):
+    """Collects what transformers logs about deprecated names."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages += deprecations_in(f"{record.name}: {record.getMessage()}")
+
+
+DEPRECATIONS = DeprecationHandler()
+logging.getLogger("transformers").addHandler(DEPRECATIONS)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before any fixture, so that a model that a fixture makes is watched too."""
+    DEPRECATIONS.messages.clear()
+    # What an earlier test leaves behind would hide a record: `warning_once` remembers what it said, commands silence all.
+    transformers.utils.logging.warning_once.cache_clear()
+    transformers.utils.logging.set_verbosity_warning()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    outcome = yield
+    if item.get_closest_marker("core") and DEPRECATIONS.messages:
+        pytest.fail("transformers logged a deprecation:\n" + "\n".join(DEPRECATIONS.messages), pytrace=False)
+    return outcome
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
+        if item.get_closest_marker("core"):
+            item.add_marker(pytest.mark.filterwarnings(*(f"error::{kind}" for kind in DEPRECATION_WARNINGS)))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "slow" in item.keywords and not config.getoption("--slow"):

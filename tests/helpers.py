@@ -1,9 +1,28 @@
 """What several test files need besides fixtures."""
 
+import subprocess
+import sys
+
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch.testing import assert_close
+from transformers import TrainingArguments
 from transformers.generation import LogitsProcessor, LogitsProcessorList
 
+
+# Announce that a name will be gone one day. In a `core` test, and in the processes that it starts, they are errors.
+DEPRECATION_WARNINGS = ("FutureWarning", "DeprecationWarning")
+# Until 5.20 `pipeline` itself called `generate` in a deprecated way, whatever its caller did.
+OLD_PIPELINE = "Passing `generation_config` together with generation-related arguments"
+
+# The argument of Trainer that turns gradient checkpointing on; transformers 5.23 gave it and the methods another name.
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
 
 GREEDY = {
     "do_sample": False,
@@ -46,3 +65,31 @@ def step_logits(output) -> torch.Tensor:  # (B, T, V)
 def assert_near(actual, expected, tolerance: float = 1e-5) -> None:
     """Equal up to what another order of summation leaves in float32."""
     assert_close(actual, expected, atol=tolerance, rtol=tolerance)
+
+
+def enable_checkpointing(model, settings: dict | None = None) -> None:
+    getattr(model, f"{CHECKPOINTING}_enable")(settings)
+
+
+def disable_checkpointing(model) -> None:
+    getattr(model, f"{CHECKPOINTING}_disable")()
+
+
+def deprecations_in(log: str) -> list[str]:
+    """The lines of a log of transformers that say that a name is deprecated: not everything comes as a warning."""
+    lines = [line for line in log.splitlines() if "deprecated" in line.lower()]
+    if Version(transformers.__version__) < Version("5.21"):
+        lines = [line for line in lines if OLD_PIPELINE not in line]
+    return lines
+
+
+def run_strictly(*arguments: str, **settings) -> subprocess.CompletedProcess:
+    """Run another Python, in which a deprecation is an error, whether it comes as a warning or as a log record."""
+    strict = [f"-Werror::{kind}" for kind in DEPRECATION_WARNINGS]
+    done = subprocess.run(
+        [sys.executable, *strict, *arguments], capture_output=True, text=True, timeout=300, **settings
+    )
+    deprecations = deprecations_in(done.stderr)
+    if done.returncode or deprecations:
+        pytest.fail("\n".join([*deprecations, done.stderr[-3000:]]))
+    return done

@@ -8,7 +8,7 @@ import sys
 import torch
 import torch.distributed as dist
 from conftest import CHAT_TEMPLATE, build_model, build_tokenizer, picture, user_turn
-from helpers import assert_near
+from helpers import assert_near, enable_checkpointing
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -69,7 +69,7 @@ def build(tokenizer, mode: str, checkpointing: bool, **fields) -> TrainingModel:
     model = build_model(tokenizer, latent_mode=mode, **fields)
     model.model.visual.requires_grad_(mode == "autoregressive")  # then an empty look at nothing must not stall either
     if checkpointing:
-        model.train().gradient_checkpointing_enable()
+        enable_checkpointing(model.train())
     return TrainingModel(model, SftObjective(model.config, 4.0, LAYERS))
 
 

@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_strictly
 from transformers import AutoModel, AutoProcessor
 
 from configuration_latentvlm.hub_code import flat_code
@@ -23,6 +22,7 @@ def test_what_ships_has_a_recipe():
     assert NAMES and set(NAMES) <= set(recipes.RECIPES)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_loads_elsewhere_and_answers_better_than_chance(name, tmp_path):
     """On 32 new questions of either kind and of another seed, and in a process that knows nothing of this repository."""
@@ -37,7 +37,7 @@ def test_a_checkpoint_loads_elsewhere_and_answers_better_than_chance(name, tmp_p
         f"model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True); "
         "assert model.dtype == torch.bfloat16 and 'transformers_modules' in type(model).__module__"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    run_strictly("-c", code, cwd=tmp_path)
 
 
 def test_missing_or_changed_weights_are_named_with_what_brings_them_back(tmp_path):

@@ -9,6 +9,9 @@ from configuration_latentvlm.model_card import render_model_card
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
 
 
+pytestmark = pytest.mark.core
+
+
 @pytest.fixture(scope="module")
 def fields() -> dict:
     tokenizer = build_tokenizer(LATENT_TOKENS)

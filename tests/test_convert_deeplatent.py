@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, backbone_fields, build_tokenizer, encode, picture, user_turn
+from helpers import run_strictly
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
@@ -128,6 +129,7 @@ def converted(backbone, tmp_path_factory) -> Path:
 # The backbone's weights
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("original_names", [True, False])
 def test_every_backbone_weight_is_copied_bit_for_bit(tmp_path, tied, original_names):
@@ -151,6 +153,7 @@ def test_every_backbone_weight_is_copied_bit_for_bit(tmp_path, tied, original_na
     assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
 
 
+@pytest.mark.core
 def test_loaded_model_has_the_written_weights(converted):
     """Guards the renaming on load and transformers' habit of initialising again what it takes for missing."""
     model = DeepLatentForConditionalGeneration.from_pretrained(converted)
@@ -160,6 +163,7 @@ def test_loaded_model_has_the_written_weights(converted):
     assert all(torch.equal(state[name], weight) for name, weight in written.items())
 
 
+@pytest.mark.core
 def test_without_blocks_the_logits_are_the_backbones(backbone, converted):
     stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(backbone, dtype=torch.float32).eval()
     model = DeepLatentForConditionalGeneration.from_pretrained(converted, dtype=torch.float32).eval()
@@ -797,14 +801,13 @@ print(json.dumps({
 """
 
 
+@pytest.mark.core
 def test_output_loads_where_the_library_is_not_installed(converted, tmp_path):
     """In a clean process, offline, with the code that lies beside the weights."""
     # -I leaves out the current folder and PYTHONPATH; an editable install would still be found.
     blocked = "import sys; sys.meta_path.insert(0, type('Blocked', (), {'find_spec': staticmethod(lambda name, *_: (_ for _ in ()).throw(ModuleNotFoundError(name)) if name.split('.')[0] in ('configuration_latentvlm', 'modeling_latentvlm', 'processing_latentvlm') else None)})())\n"
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "/usr/bin", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-I", "-c", blocked + CLEAN_LOAD, str(converted)]
-    result = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = run_strictly("-I", "-c", blocked + CLEAN_LOAD, str(converted), cwd="/", env=environment)
     loaded = json.loads(result.stdout.splitlines()[-1])
     assert (loaded["class"], loaded["processor"]) == ("DeepLatentForConditionalGeneration", "DeepLatentProcessor")
     assert not any(loaded["info"].values()), loaded["info"]

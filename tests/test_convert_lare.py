@@ -33,6 +33,8 @@ from modeling_latentvlm import LaReForCausalLM
 from processing_latentvlm.processing_lare import BOT, EOT, IMAGE
 
 
+pytestmark = pytest.mark.core
+
 SMALL = {"window_size": 2, "num_refocus_steps": 2, "extractor_hidden_size": 24, "extractor_num_heads": 2}
 ATTENTION = {f"{kind}_attention.{part}_proj.weight" for kind in ("self", "cross") for part in "qkvo"}
 EXTRACTOR = {

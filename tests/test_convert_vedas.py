@@ -21,6 +21,8 @@ from train.replay import ReplayArguments, ReplayObjective
 from train.training_model import load_objective
 
 
+pytestmark = pytest.mark.core
+
 SHARED = Path(__file__).parents[2] / "shared" / "golden" / "vedas" / "c_lora"
 
 

@@ -24,6 +24,7 @@ def folder(tokenizer, tmp_path_factory):
     return folder
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("dtype, kept, tolerance", [("float16", "float32", 0.02), ("bfloat16", "bfloat16", 0.2)])
 def test_half_precision(folder, rows, dtype, kept, tolerance):
     """float16 keeps the new modules in float32; the latents still enter the language model in its own dtype."""

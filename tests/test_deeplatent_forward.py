@@ -4,7 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_model, encode, picture, stock_twin, user_turn
-from helpers import assert_near, vision
+from helpers import assert_near, enable_checkpointing, vision
+
+
+pytestmark = pytest.mark.core
 
 
 def answer(*parts) -> dict:
@@ -172,7 +175,7 @@ def test_gradient_checkpointing_changes_nothing(tokenizer, processor, trajectori
     if mode == "autoregressive":
         samples = autoregressive_samples(model, encode(processor, trajectories[:1], add_generation_prompt=False))
     expected = gradients(model, samples)
-    model.gradient_checkpointing_enable()
+    enable_checkpointing(model)
     assert any(layer.gradient_checkpointing for layer in model.model.language_model.layers)
     actual = gradients(model, samples)
     assert actual.keys() == expected.keys()
@@ -182,7 +185,7 @@ def test_gradient_checkpointing_changes_nothing(tokenizer, processor, trajectori
 
 
 def test_reentrant_checkpointing_is_refused(model, samples):
-    model.train().gradient_checkpointing_enable({"use_reentrant": True})
+    enable_checkpointing(model.train(), {"use_reentrant": True})
     with pytest.raises(ValueError, match="use_reentrant=False"):
         model(**samples, labels=targets(samples))
 
@@ -192,7 +195,7 @@ def test_every_position_passes_the_decoder_once(model, samples, checkpointing):
     """One pass over each segment, never over the prefix again; once more in the backward pass when checkpointed."""
     model.train()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        enable_checkpointing(model)
     lengths = []
     layer = model.model.language_model.layers[1]
     hook = layer.self_attn.q_proj.register_forward_hook(lambda module, args, output: lengths.append(args[0].shape[1]))

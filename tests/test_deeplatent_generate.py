@@ -6,10 +6,14 @@ import pytest
 import torch
 import transformers.generation.utils as generation_utils
 from conftest import build_model, encode, picture, stock_twin, user_turn
-from helpers import GREEDY, assert_near, open_at, step_logits, vision
+from helpers import GREEDY, assert_near, disable_checkpointing, enable_checkpointing, open_at, step_logits, vision
 from torch.testing import assert_close
 from transformers import QuantizedCache, StoppingCriteria, TextIteratorStreamer
 
+from configuration_latentvlm.transformers_api import CACHE
+
+
+pytestmark = pytest.mark.core
 
 PLAN = [[0, 4], [2], []]  # generated positions where each row of `batch` opens a block
 
@@ -373,7 +377,7 @@ def test_wrong_prompts_raise(shared_model, rows):
     stock = stock_twin(shared_model)(**rows[2], use_cache=True)
     with pytest.raises(ValueError, match="latent_state"):
         shared_model.generate(
-            torch.cat([rows[2]["input_ids"]] * 2, dim=1), past_key_values=stock.past_key_values, max_new_tokens=1
+            torch.cat([rows[2]["input_ids"]] * 2, dim=1), past_key_values=stock[CACHE], max_new_tokens=1
         )
     done = shared_model.generate(**rows[2], **GREEDY)
     with pytest.raises(ValueError, match="same rows"):
@@ -400,7 +404,7 @@ def test_rollouts_in_training_mode_with_checkpointing(model, rows):
     inputs = rows[0]
     settings = GREEDY | {"logits_processor": open_at(model, inputs, [[1]])}
     expected = model.generate(**inputs, **settings)
-    model.train().gradient_checkpointing_enable()
+    enable_checkpointing(model.train())
     assert_near(step_logits(model.generate(**inputs, **settings)), step_logits(expected))
     sequences = expected.sequences[:, :-1]
     model.eval()
@@ -411,7 +415,7 @@ def test_rollouts_in_training_mode_with_checkpointing(model, rows):
     with torch.no_grad():
         torch.manual_seed(0)
         noisy = model(sequences, **vision(inputs), latent_grid_hw=grids).logits
-        model.gradient_checkpointing_disable()
+        disable_checkpointing(model)
         torch.manual_seed(0)
         plain = model(sequences, **vision(inputs), latent_grid_hw=grids).logits
     assert_near(noisy, plain)

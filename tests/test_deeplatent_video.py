@@ -7,6 +7,9 @@ from helpers import GREEDY, open_at, step_logits
 from torch.testing import assert_close
 
 
+pytestmark = pytest.mark.core
+
+
 @pytest.fixture(scope="module")
 def video(tokenizer, shared_model) -> dict:
     """Two temporal slices of 4 x 4 patches, then a picture of 2 x 4 patches, then words."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, build_tokenizer, picture
+from helpers import CHECKPOINTING
 from PIL import Image
 from test_vedas import build
 
@@ -141,8 +142,8 @@ def naive(whole, samples, processor, stage: int) -> dict[tuple[int, str], float]
         (0, False, {}, {}),
         (2, False, {}, {}),
         (2, True, {}, {}),
-        (2, False, {}, {"gradient_checkpointing": True}),
-        (2, True, {}, {"gradient_checkpointing": True}),
+        (2, False, {}, {CHECKPOINTING: True}),
+        (2, True, {}, {CHECKPOINTING: True}),
         (2, False, {}, {"max_grad_norm": 0.0}),
         (2, False, {"routing_scope": "context"}, {}),
     ],

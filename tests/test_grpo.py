@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build_model, picture
-from helpers import assert_near
+from helpers import assert_near, enable_checkpointing
 from torch.distributions import Categorical, Normal, kl_divergence
 from transformers import AutoModel, HfArgumentParser
 
@@ -423,7 +423,7 @@ def test_micro_batches_and_gradient_checkpointing_leave_the_gradient(policy, tra
     reference = moved(policy, 0.01)
     expected = gradients(copy.deepcopy(policy), [trajectories])
     checkpointed = copy.deepcopy(policy)
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(checkpointed, {"use_reentrant": False})
     for other in (
         gradients(copy.deepcopy(policy), [trajectories[:2], trajectories[2:3], trajectories[3:]]),
         gradients(checkpointed, [trajectories]),

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from conftest import build_model, encode, picture, stock_twin, user_turn
-from helpers import GREEDY, assert_near, open_at, step_logits, vision
+from helpers import CHECKPOINTING, GREEDY, assert_near, open_at, step_logits, vision
 from torch.testing import assert_close
 from transformers import Qwen2_5_VLForConditionalGeneration, Trainer, TrainingArguments, pipeline
 
@@ -79,6 +79,7 @@ def collate(processor):
     return collate
 
 
+@pytest.mark.core
 def test_bfloat16_without_blocks_is_the_backbone_bit_for_bit(folder, shared_model, batch, tmp_path):
     stock_twin(shared_model).save_pretrained(tmp_path)
     stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
@@ -88,6 +89,7 @@ def test_bfloat16_without_blocks_is_the_backbone_bit_for_bit(folder, shared_mode
     assert torch.equal(step_logits(model.generate(**batch, max_latent_blocks=0, **GREEDY)), step_logits(theirs))
 
 
+@pytest.mark.core
 def test_bfloat16_with_blocks_is_near_float32(folder, shared_model, batch):
     """A bfloat16 keeps 8 bits: a rounding is off by 0.2 %, some tens of them in a row by 2 %; a mistake by 100 %."""
     model = load(folder, dtype=torch.bfloat16)
@@ -133,6 +135,7 @@ SOME_ON_DISK = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", ["all in memory", "all on disk", "device_map", "device_map of from_pretrained"])
 def test_offloaded_weights(kind, folder, model, batch, expected, tmp_path):
     accelerate = pytest.importorskip("accelerate")
@@ -168,12 +171,14 @@ def test_compiled_language_model(model, shared_model, rows):
     torch._dynamo.reset()
 
 
+@pytest.mark.core
 def test_eager_attention_equals_sdpa(folder, batch, expected):
     model = load(folder, attn_implementation="eager")
     assert model.model.language_model.config._attn_implementation == "eager"
     assert_near(step_logits(run(model, batch)), expected)
 
 
+@pytest.mark.core
 def test_deepcopy_is_a_model_of_its_own(shared_model, batch, expected):
     twin = copy.deepcopy(shared_model)
     assert torch.equal(step_logits(run(twin, batch)), expected)
@@ -221,6 +226,7 @@ def test_lora(task_type, model, tokenizer, rows, conversations_with_blocks, coll
     )  # sums in another order
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trainer_on_blocks(checkpointing, model, shared_model, conversations_with_blocks, collate, tmp_path):
     """One step moves every weight, and moves it the same with gradient checkpointing."""
@@ -230,7 +236,7 @@ def test_trainer_on_blocks(checkpointing, model, shared_model, conversations_wit
         trainer = Trainer(model, arguments, data_collator=collate, train_dataset=conversations_with_blocks)
         return trainer.train().training_loss
 
-    loss = train(model, gradient_checkpointing=checkpointing)
+    loss = train(model, **{CHECKPOINTING: checkpointing})
     with torch.no_grad():
         stated = shared_model(**collate(conversations_with_blocks)).loss
     assert loss == pytest.approx(float(stated), rel=0.02)  # training adds the modulation's noise
@@ -277,6 +283,7 @@ def test_sft_trainer_of_trl_does_not_train_around_blocks(model, processor, tmp_p
         trainer.train()
 
 
+@pytest.mark.core
 def test_pipeline(folder, shared_model, processor, rows, conversations):
     answer = pipeline("image-text-to-text", model=str(folder), trust_remote_code=True, device="cpu")
     (output,) = answer(

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import picture
-from helpers import GREEDY, assert_near, step_logits
+from helpers import CHECKPOINTING, GREEDY, assert_near, enable_checkpointing, step_logits
 from huggingface_hub.errors import StrictDataclassError
 from torch.testing import assert_close
 from transformers import (
@@ -23,6 +23,8 @@ from modeling_latentvlm.refocus_extractor import RefocusAttention, RefocusExtrac
 from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
 from processing_latentvlm import draw_trace
 
+
+pytestmark = pytest.mark.core
 
 PAD, EOS, IMAGE, BOT, EOT = 0, 1, 120, 121, 122
 GRID = 4
@@ -488,7 +490,7 @@ def test_gradients_reach_every_new_weight_and_are_equal_with_checkpointing(decod
     assert new and all(expected[name].abs().max() > 0 for name in new)
     for name in ("model.language_model.layers.0.mlp.up_proj.weight", "model.multi_modal_projector.linear_1.weight"):
         assert expected[name].abs().max() > 0
-    model.gradient_checkpointing_enable()
+    enable_checkpointing(model)
     actual = gradients(model, inputs)
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
@@ -499,7 +501,7 @@ def test_gradients_without_steps_are_equal_with_checkpointing(decoder):
     """A cache that the first run fills must not be there when a layer runs again."""
     model, inputs = build(decoder, num_refocus_steps=0).train(), training_batch()
     expected = gradients(model, inputs)
-    model.gradient_checkpointing_enable()
+    enable_checkpointing(model)
     actual = gradients(model, inputs)
     for name, gradient in expected.items():
         assert_near(actual[name], gradient)
@@ -675,10 +677,10 @@ def test_trainer_moves_every_new_weight(model, tmp_path):
         max_steps=1,
         per_device_train_batch_size=3,
         learning_rate=1e-2,
-        gradient_checkpointing=True,
         remove_unused_columns=False,
         disable_tqdm=True,
         data_seed=1,
+        **{CHECKPOINTING: True},
     )
     sampler = SequentialTrainer(model=model, args=args, train_dataset=rows, data_collator=collate)
     sampler.train()

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from helpers import GREEDY, assert_near, step_logits
+from helpers import GREEDY, assert_near, enable_checkpointing, step_logits
 from test_lare import BOT, EOS, EOT, IMAGE, LATENTS, PROMPTS, build, encode
 
+
+pytestmark = pytest.mark.core
 
 ANSWER = [30, 31, 32]
 
@@ -101,7 +103,7 @@ def test_checkpointing_changes_no_gradient_and_all_weights_get_one(model):
     for checkpointing in (False, True):
         model.zero_grad()
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model, {"use_reentrant": False})
         model.train()
         model(**inputs).loss.backward()
         gradients.append(

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from helpers import assert_near
+from helpers import assert_near, enable_checkpointing
 from test_lare import ADAPTIVE, BOT, DECODERS, EOT, IMAGE, PAD, build, prompt
 
 from train.lare.alignment import Alignment, pool, symmetric_info_nce
@@ -597,7 +597,7 @@ def test_stage_one_takes_no_steps_and_keeps_the_config(fields, is_checkpointed, 
     objective = objective_of(model, has_latents=False)
     assert not list(objective.parameters())
     if is_checkpointed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model, {"use_reentrant": False})
     model.train()
     for one in (model, plain):
         one.requires_grad_(False)

@@ -18,6 +18,9 @@ from modeling_latentvlm.latent_former import (
 )
 
 
+pytestmark = pytest.mark.core
+
+
 def test_queries_are_the_grid_itself_at_full_size_and_smooth_below():
     queries = LatentQueries(8, 4)
     torch.nn.init.normal_(queries.weight)

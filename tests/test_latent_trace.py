@@ -12,6 +12,8 @@ from modeling_latentvlm.trace import LatentStep, LatentTrace, follow_rows
 from processing_latentvlm import draw_trace
 
 
+pytestmark = pytest.mark.core
+
 ONE = GREEDY | {"min_latent_blocks": 1, "max_latent_blocks": 1, "output_latents": True}
 
 

@@ -7,6 +7,9 @@ from safetensors.torch import load_file, save_file
 from modeling_latentvlm import DeepLatentForConditionalGeneration
 
 
+pytestmark = pytest.mark.core
+
+
 @pytest.fixture
 def checkpoint(tokenizer, tmp_path):
     build_model(tokenizer).save_pretrained(tmp_path)

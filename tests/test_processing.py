@@ -9,6 +9,9 @@ from processing_latentvlm import DeepLatentProcessor
 from processing_latentvlm.processing_deeplatent import LATENT_END, LATENT_PAD, LATENT_START
 
 
+pytestmark = pytest.mark.core
+
+
 def test_latent_written_by_a_user_stays_text(processor):
     text = "what does <latent> mean, and </latent>?"
     inputs = encode(processor, [user_turn(text)])

@@ -11,6 +11,8 @@ from processing_latentvlm import LaReProcessor
 from processing_latentvlm.processing_lare import BOT, EOT, IMAGE, REFOCUS_TOKENS, extend_chat_template
 
 
+pytestmark = pytest.mark.core
+
 # As language models have them: content is a string, and more than roles and contents is looked at.
 QWEN_TEMPLATE = (
     "{%- if messages[0].role != 'system' %}{{- '<|im_start|>system\\nYou are helpful.<|im_end|>\\n' }}{%- endif %}"

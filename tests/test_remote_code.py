@@ -12,8 +12,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +19,7 @@ import pytest
 import torch
 import transformers
 from conftest import CHAT_TEMPLATE, LATENT_TOKENS, build_model, build_tokenizer, picture
+from helpers import run_strictly
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
@@ -31,6 +30,8 @@ from configuration_latentvlm.hub_code import PACKAGES
 from modeling_latentvlm import DeepLatentForConditionalGeneration
 from processing_latentvlm import DeepLatentProcessor
 
+
+pytestmark = pytest.mark.core
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = (*PACKAGES, "conversion", "train")  # names that an installation or the checkout would make importable
@@ -192,11 +193,7 @@ def run_clean(script_dir: Path, **job) -> dict:
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, cwd="/", capture_output=True, text=True, timeout=300
-    )
-    if done.returncode:
-        pytest.fail(done.stderr[-3000:])
+    done = run_strictly(str(script), env=environment, cwd="/")
     return torch.load(script_dir / "seen.pt", weights_only=True) | {"printed": done.stdout}
 
 

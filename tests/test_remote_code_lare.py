@@ -1,14 +1,12 @@
 """A LaRe checkpoint carries its own code: loaded, run and saved again where this package cannot be imported."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_tokenizer, encode, picture, user_turn
-from helpers import GREEDY
+from helpers import GREEDY, run_strictly
 from test_lare import DECODERS, build
 from test_processing_lare import QWEN_TEMPLATE, exact
 from test_remote_code import AUTO_CLASSES, OURS, ROOT, code_of, digest
@@ -18,6 +16,8 @@ from modeling_latentvlm import LaReForCausalLM
 from processing_latentvlm import LaReProcessor
 from processing_latentvlm.processing_lare import BOT, EOT, IMAGE, REFOCUS_TOKENS
 
+
+pytestmark = pytest.mark.core
 
 CLEAN_PROCESS = """
 import sys
@@ -62,11 +62,7 @@ def run_clean(root: Path, folder: Path, image: Path) -> dict:
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, cwd="/", capture_output=True, text=True, timeout=300
-    )
-    if done.returncode:
-        pytest.fail(done.stderr[-3000:])
+    run_strictly(str(script), env=environment, cwd="/")
     return torch.load(root / "seen.pt", weights_only=True)
 
 

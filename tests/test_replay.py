@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, build_tokenizer, picture
-from helpers import assert_near
+from helpers import assert_near, enable_checkpointing
 from PIL import Image
 from test_vedas import build
 
@@ -16,6 +16,8 @@ from train.curriculum import CurriculumCollator
 from train.reasoning_data import ReasoningSample
 from train.replay import PREDICTORS, ReplayArguments, ReplayObjective, crop_window, densest_window
 
+
+pytestmark = pytest.mark.core
 
 ROUTED = {"routed_layers": [0, 1]}
 
@@ -295,7 +297,7 @@ def test_gradient_checkpointing_changes_nothing(tokenizer, processor, batch, sco
     found = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            enable_checkpointing(model)
         model.zero_grad()
         objective.zero_grad()
         output = objective(model, **batch)

@@ -3,10 +3,15 @@
 import pytest
 import torch
 from conftest import build_model
+from helpers import enable_checkpointing
 from torch.testing import assert_close
 from transformers import DynamicCache, LlamaConfig, LlamaModel, StaticCache
 
+from configuration_latentvlm.transformers_api import cache_keyword
 from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
+
+
+pytestmark = pytest.mark.core
 
 
 @pytest.fixture(params=["qwen", "llama"])
@@ -89,8 +94,9 @@ def test_on_a_cache(text_model, cache):
     config = text_model.config
     past = DynamicCache(config=config) if cache == "dynamic" else StaticCache(config=config, max_cache_len=16)
     embeds, mask = inputs["inputs_embeds"], inputs["attention_mask"]
-    text_model(inputs_embeds=embeds[:, :6], attention_mask=mask[:, :6], past_key_values=past, use_cache=True)
-    row, _ = record(text_model, inputs_embeds=embeds[:, 6:], attention_mask=mask, past_key_values=past, use_cache=True)
+    caching = cache_keyword(past) | {"use_cache": True}
+    text_model(inputs_embeds=embeds[:, :6], attention_mask=mask[:, :6], **caching)
+    row, _ = record(text_model, inputs_embeds=embeds[:, 6:], attention_mask=mask, **caching)
     assert_close(row[:, :11], expected[:, -1], atol=1e-5, rtol=1e-5)
     assert not row[:, 11:].any()
 
@@ -131,7 +137,7 @@ def test_gradients_are_the_same_under_checkpointing(text_model):
 
     expected = gradient()
     assert expected.abs().max() > 0
-    text_model.gradient_checkpointing_enable()
+    enable_checkpointing(text_model)
     assert_close(gradient(), expected, atol=1e-6, rtol=1e-5)
 
 

@@ -13,6 +13,9 @@ from modeling_latentvlm.sliding_window import (
 )
 
 
+pytestmark = pytest.mark.core
+
+
 def best_by_hand(maps: torch.Tensor, size: int) -> list[tuple[int, int, int]]:
     """Every window of every image, in raster order; only a larger sum replaces the best so far."""
     found = []

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from conftest import picture, user_turn
-from helpers import assert_near
+from helpers import CHECKPOINTING, assert_near, enable_checkpointing
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
@@ -164,7 +164,7 @@ def test_gradients_equal_those_of_a_naive_implementation(model, processor, even_
     expected_loss = naive_loss(model.train(), batch)
     expected = gradients(model, expected_loss)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        enable_checkpointing(model)
     output = objective(model, **batch)
     actual = gradients(model, output["loss"])
     assert_near(output["loss"], expected_loss)
@@ -374,7 +374,7 @@ def test_what_trains_in_each_stage(small, taught, tmp_path):
         ([], {"chain_of_thought": "text"}),
         ([], {"chain_of_thought": "visual"}),
         ([], {"lora": True, "lora_r": 4}),
-        ([], {"bf16": True, "gradient_checkpointing": True, "attn_implementation": "sdpa"}),
+        ([], {"bf16": True, CHECKPOINTING: True, "attn_implementation": "sdpa"}),
     ],
     ids=lambda value: " ".join(map(str, value)) or "-" if isinstance(value, list | dict) else str(value),
 )

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import CHECKPOINTING
 from safetensors.torch import load_file
 from test_convert_lare import SMALL as REFOCUS
 from test_convert_lare import save_language_model, save_tower, weights_of
@@ -379,7 +380,7 @@ def test_gradient_checkpointing_changes_nothing(chain_of, run, tmp_path, stage, 
     """By plain gradient descent, so that the weights show the gradients."""
     start = chain_of(kind)[stage][0]
     plain = run(stage, start, tmp_path / "plain", **PLAIN_SGD)
-    thrifty = run(stage, start, tmp_path / "thrifty", gradient_checkpointing=True, **PLAIN_SGD)
+    thrifty = run(stage, start, tmp_path / "thrifty", **{CHECKPOINTING: True}, **PLAIN_SGD)
     layers = thrifty.model.model.model.language_model.layers
     assert all(layer.gradient_checkpointing for layer in layers)
     (one,), (other,) = ([log for log in trainer.state.log_history if "loss" in log] for trainer in (plain, thrifty))

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, backbone_fields, build_tokenizer, encode, picture, user_turn
-from helpers import GREEDY, assert_near, step_logits, vision
+from helpers import GREEDY, assert_near, enable_checkpointing, step_logits, vision
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -20,6 +20,8 @@ from modeling_latentvlm.visual_replay import densest_window
 from processing_latentvlm import VedasProcessor
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
 
+
+pytestmark = pytest.mark.core
 
 STOCK = {
     "qwen2_vl": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
@@ -307,7 +309,7 @@ def test_gradients_reach_routers_and_are_equal_with_checkpointing(tokenizer, sco
     for layer in model.config.routed_layers:
         for name in ("score.weight", "score.bias", "depth_scale"):
             assert expected[f"model.language_model.layers.{layer}.router.{name}"].abs().max() > 0
-    model.gradient_checkpointing_enable()
+    enable_checkpointing(model)
     actual = gradients(model, inputs)
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():

@@ -21,6 +21,8 @@ from modeling_latentvlm.visual_replay import densest_window
 from train.replay import ReplayArguments, ReplayObjective
 
 
+pytestmark = pytest.mark.core
+
 GOLDEN = Path(__file__).parent / "golden" / "vedas"
 CONFIGS = json.loads((GOLDEN / "configs.json").read_text())
 TOLERANCE = 2e-5
