@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
+from configuration_latentvlm.transformers_contract import check_contract
 from train.curriculum import Curriculum, CurriculumCollator
 from train.gradient_dynamics import GradientDynamics
 from train.reasoning_data import read_reasoning
@@ -113,6 +114,7 @@ def prepare_weights(model, args: ScriptArguments, training_args: TrainingArgumen
     if args.lora:
         from peft import LoraConfig, get_peft_model
 
+        check_contract("adapters")
         model = get_peft_model(
             model,
             LoraConfig(
