@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from train.answers import find_box
+from evaluation.final_answer import read_final_answer
 from train.evaluation.answering import AnswerSettings, answer_batch, check_settings
 from train.evaluation.loading import load_model, load_processor
 from train.reasoning_data import ReasoningSample
@@ -17,8 +17,8 @@ class Answerer:
     """A checkpoint and how it is asked.
 
     Args:
-        keep_reasoning: return all that was written; by default what stands in the box, where there is one, since harnesses
-            look for the answer in what they get.
+        keep_reasoning: return all that was written; by default the final answer, where one is marked, since harnesses look for the
+            answer in what they get.
         settings: of `AnswerSettings`.
     """
 
@@ -41,7 +41,13 @@ class Answerer:
         answers = answer_batch(
             self.model, self.processor, conversations, self.settings, self.settings.seed + seed, **generate
         )
-        return [answer.text if self.keep_reasoning else find_box(answer.text) or answer.text for answer in answers]
+        return [answer.text if self.keep_reasoning else shorten(answer.text) for answer in answers]
+
+
+def shorten(text: str) -> str:
+    """The final answer where one is marked, else all that was written."""
+    found = read_final_answer(text)
+    return found.text if found.is_marked and found.text else text
 
 
 def as_conversation(parts: Sequence[tuple[str, Any]]) -> list[dict]:

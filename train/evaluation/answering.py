@@ -21,8 +21,9 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 from transformers.utils import logging
 
 from conversion.backbone import parse_overrides
+from evaluation.final_answer import find_box
 from modeling_latentvlm.interventions import INTERVENTIONS
-from train.answers import encode_conversations, find_box
+from train.answers import encode_conversations
 from train.config_overrides import fields_of
 from train.evaluation.swapping import Swap, find_donors
 

@@ -28,8 +28,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from train.answers import normalize
-from train.deeplatent_rl.rewards import as_number
+from evaluation.final_answer import as_number, normalize
 from train.evaluation.scoring import ANSWER_FORMATS
 from train.reasoning_data import UNREADABLE, ReasoningSample, join_texts, list_choices, read_rows
 
