@@ -23,7 +23,7 @@ from torch.utils.data import Sampler
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from train.deeplatent_rl.actions import group_advantages, mix
+from train.deeplatent_rl.actions import group_advantages, has_no_signal, mix
 from train.deeplatent_rl.dump import RolloutDump
 from train.deeplatent_rl.objective import GRPOObjective
 from train.deeplatent_rl.rewards import WeightedRewards
@@ -143,7 +143,8 @@ class GRPOTrainer(LatentTrainer):
         with self.accelerator.autocast():
             trajectories = roll_out(self.policy, self.processing_class, batch, self.objective.rollout, seed)
         self.rewards(trajectories)
-        rewards = torch.tensor([trajectory.reward for trajectory in trajectories], dtype=torch.float64)
+        missing = [math.nan if one.reward is None else one.reward for one in trajectories]
+        rewards = torch.tensor(missing, dtype=torch.float64)
         groups = rewards.view(-1, self.objective.rollout.num_generations)
         for trajectory, advantage in zip(trajectories, group_advantages(groups).flatten().tolist()):
             trajectory.advantage = advantage
@@ -225,16 +226,21 @@ class GRPOTrainer(LatentTrainer):
                 f"{self.objective.rollout.max_new_tokens}, perhaps before they said anything: `truncated` in the logs has their share."
             )
         values = {
-            "reward": groups.flatten(),
-            "reward_std": groups.std(-1),
-            "groups_without_signal": (groups == groups[:, :1]).all(-1).double(),
+            "reward": groups[~groups.isnan()],
+            "reward_missing": groups.isnan().flatten().double(),
+            "reward_std": torch.tensor(
+                [group[~group.isnan()].std() for group in groups if (~group.isnan()).sum() > 1]
+            ),
+            "groups_without_signal": has_no_signal(groups).double(),
             "blocks_per_sample": torch.tensor([len(one.grids) for one in trajectories]),
             "latents_per_block": torch.tensor([height * width for one in trajectories for height, width in one.grids]),
             "tokens_per_sample": torch.tensor([len(one.tokens) for one in trajectories]),
             "truncated": torch.tensor([one.is_truncated for one in trajectories]),
         }
         for name in self.rewards.weights:
-            values[f"reward_{name}"] = torch.tensor([one.rewards[name] for one in trajectories])
+            values[f"reward_{name}"] = torch.tensor(
+                [v for one in trajectories if (v := one.rewards[name]) is not None]
+            )
         self.add_sums({name: torch.tensor([float(part.sum()), len(part)]) for name, part in values.items()})
 
     def add_sums(self, sums: dict[str, Tensor]) -> None:

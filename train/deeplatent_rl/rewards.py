@@ -1,6 +1,7 @@
 """Rewards: what a trajectory is worth.
 
-A reward is any callable that takes trajectories and returns one finite number for each. `--rewards` names them:
+A reward is any callable that takes trajectories and returns one finite number for each. One with the attribute
+`may_be_missing = True` may return None instead: the trajectory is then left out of its group. `--rewards` names them:
 
     accuracy         1 where the answer is right: the same choice, the same text, or the same mathematics
     format           1 where the answer ends in a box, `\\boxed{...}`
@@ -21,7 +22,7 @@ from train.deeplatent_rl.judge import Judge, JudgeArguments
 from train.deeplatent_rl.rollouts import Trajectory
 
 
-Reward = Callable[[Sequence[Trajectory]], Sequence[float]]
+Reward = Callable[[Sequence[Trajectory]], Sequence[float | None]]
 
 __all__ = ["CHOICE", "as_number", "is_same_mathematics"]  # where they were before `evaluation.final_answer`
 
@@ -106,20 +107,26 @@ class WeightedRewards:
         self.rewards = {name: find_reward(name, judge or JudgeArguments()) for name in names}
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> None:
-        """Write `rewards` and `reward` into the trajectories.
+        """Write `rewards` and `reward` into the trajectories; None where one of the rewards is missing.
 
         Raises:
             ValueError: a reward returned the wrong number of values, or one that is no finite number.
         """
         for name, reward in self.rewards.items():
-            for trajectory, value in zip(trajectories, checked_values(name, reward(trajectories), trajectories)):
+            may_miss = getattr(reward, "may_be_missing", False)
+            values = checked_values(name, reward(trajectories), trajectories, may_miss)
+            for trajectory, value in zip(trajectories, values):
                 trajectory.rewards[name] = value
         for trajectory in trajectories:
-            trajectory.reward = sum(weight * trajectory.rewards[name] for name, weight in self.weights.items())
+            is_missing = None in trajectory.rewards.values()
+            total = 0.0 if is_missing else sum(w * trajectory.rewards[name] for name, w in self.weights.items())
+            trajectory.reward = None if is_missing else total
 
 
-def checked_values(name: str, values, trajectories: Sequence[Trajectory]) -> list[float]:
-    """The values of a reward as floats, one for each trajectory."""
+def checked_values(
+    name: str, values, trajectories: Sequence[Trajectory], may_be_missing: bool = False
+) -> list[float | None]:
+    """The values of a reward as floats, one for each trajectory, or None where it is missing and may be."""
     first = trajectories[0].sample.origin
     if not hasattr(values, "__len__") or isinstance(values, str | dict):
         raise ValueError(
@@ -131,6 +138,9 @@ def checked_values(name: str, values, trajectories: Sequence[Trajectory]) -> lis
         )
     floats = []
     for trajectory, value in zip(trajectories, values):
+        if value is None and may_be_missing:
+            floats.append(None)
+            continue
         try:
             number = float(value)
         except (TypeError, ValueError):
