@@ -76,6 +76,11 @@ class EvaluationRow(ReasoningSample):
         return digest.digest()
 
 
+def answer_key(key: tuple[str, str], repeat: int) -> tuple:
+    """Names an answer: its row and, from the second time that it is asked on, which time that is."""
+    return (*key, repeat) if repeat else key
+
+
 def read_evaluation(
     paths: Iterable[str | Path],
     answer_format: str | None = None,
