@@ -469,15 +469,15 @@ def test_controls_are_of_another_question(reconstructing, data, monkeypatch, num
     assert len(own) == len(table) == len(samples) * model.config.num_refocus_steps * num_windows
     assert not any(torch.allclose(one, other) for one, other in zip(own, others))
     expected = (
-        own.unflatten(0, (len(samples), -1)).roll(-1, dims=0).flatten(0, 1)
-    )  # the same step of the next question
+        own.unflatten(0, (len(samples), -1)).roll(1, dims=0).flatten(0, 1)
+    )  # the same step of the question before
     assert torch.equal(others, expected)
 
 
 def test_a_control_of_a_step_that_no_other_took_is_of_the_last_one():
     """Rows that stop early, and windows that are missing."""
     questions, steps = [0, 0, 0, 1, 2, 2, 2], [0, 0, 1, 0, 0, 1, 2]
-    assert reconstruction.find_donors(questions, steps) == [3, 3, 5, 4, 0, 2, 2]
+    assert reconstruction.find_donors(questions, steps) == [4, 4, 5, 0, 3, 2, 3]
     with pytest.raises(ValueError, match="only one has windows"):
         reconstruction.find_donors([4, 4], [0, 1])
 

@@ -3,8 +3,8 @@
     python -m train.analyses.reconstruction --model out/lare-4 --data data/tasks/data.jsonl --vae_path kl16 --output out/pictures
 
 The U-Net lies in `training/` beside the checkpoint. Every picture is held against the window that the step looked at; the
-control draws the same noise under the latents that the next question with that step took there. `reconstruction.csv` holds the mean squared errors (of
-pixels within 0 and 1) by step, `reconstruction.png` windows, pictures and controls side by side.
+control draws the same noise under the latents that the question before it took at that step. `reconstruction.csv` holds the mean squared
+errors (of pixels within 0 and 1) by step, `reconstruction.png` windows, pictures and controls side by side.
 """
 
 from pathlib import Path
@@ -74,7 +74,7 @@ def find_donors(questions: list[int], steps: list[int]) -> list[int]:
     donors = []
     for question, step in zip(questions, steps):
         at = names.index(question)
-        others = names[at + 1 :] + names[:at]
+        others = names[:at][::-1] + names[at + 1 :][::-1]  # the one before it first, the first one's is the last
         same = [first[other, step] for other in others if (other, step) in first]
         last = max(taken for name, taken in first if name == others[0])
         donors.append(same[0] if same else first[others[0], last])
