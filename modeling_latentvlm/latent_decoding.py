@@ -10,12 +10,31 @@ from transformers.utils import logging
 
 from configuration_latentvlm.transformers_api import CACHE_NAMES, cache_keyword, one_cache
 from modeling_latentvlm.answered_model import KnownAnswersMixin
+from modeling_latentvlm.backbone_calls import BackboneCallsMixin
 
 
 logger = logging.get_logger(__name__)
 
 
-class LatentDecodingMixin(KnownAnswersMixin):
+def given(kwargs: dict) -> dict:
+    """Keyword arguments without those that are None: given as None is not given, as in transformers (PEFT does it)."""
+    return {name: value for name, value in kwargs.items() if value is not None}
+
+
+def kept_columns(logits_to_keep: int | Tensor | None) -> slice | Tensor:
+    """The columns of which logits are wanted: the last `logits_to_keep`, 0 and None for all, or those of a tensor."""
+    if logits_to_keep is None or isinstance(logits_to_keep, int):
+        return slice(-(logits_to_keep or 0), None)
+    return logits_to_keep
+
+
+def check_one_prompt(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+    """Raise unless a forward has its tokens in one form."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give `input_ids` or `inputs_embeds`, and not both.")
+
+
+class LatentDecodingMixin(BackboneCallsMixin, KnownAnswersMixin):
     """For a class that brings `forward(..., latent_context=...)` and lies before `GenerationMixin`."""
 
     _skip_keys_device_placement = list(CACHE_NAMES)  # with a `device_map`, each layer's part stays where the layer is
@@ -40,9 +59,38 @@ class LatentDecodingMixin(KnownAnswersMixin):
                 f"Row {row} of the prompt has {int(lengths[row])} tokens{latents}, but the context holds {longest}."
             )
 
-    def _embed_prompt(self, input_ids: Tensor, context) -> Tensor:
+    @property
+    def _placeholder_tokens(self) -> tuple[int, ...]:
+        """The tokens that mean something beyond their embedding, and have to be found where embeddings are given."""
+        raise NotImplementedError
+
+    def _find_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, context=None) -> Tensor:
+        """(B, S) token ids; of embeddings, only the placeholders are known by their embedding, and -1 is every other token.
+
+        Raises:
+            ValueError: neither is given, or they do not have the same rows and columns.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("Give `input_ids`, or `inputs_embeds` of shape (rows, columns, hidden size).")
+            return input_ids
+        ids = input_ids if input_ids is not None and input_ids.numel() else getattr(context, "prompt_ids", None)
+        if ids is not None and ids.shape[1] == inputs_embeds.shape[1] and len(inputs_embeds) % len(ids) == 0:
+            return ids.repeat_interleave(len(inputs_embeds) // len(ids), dim=0)
+        if ids is not None:
+            raise ValueError(
+                f"`inputs_embeds` {tuple(inputs_embeds.shape[:2])} must have the rows and columns of `input_ids` "
+                f"{tuple(ids.shape)}."
+            )
+        ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
+        for token in self._placeholder_tokens:
+            one = self.get_input_embeddings()(torch.tensor([token], device=self._input_device(ids))).to(inputs_embeds)
+            ids = ids.masked_fill((inputs_embeds == one).all(dim=-1), token)
+        return ids
+
+    def _embed_prompt(self, input_ids: Tensor, context, inputs_embeds: Tensor | None = None) -> Tensor:
         """Token embeddings with image features in their placeholders; takes the features out of `context`."""
-        embeds = self.get_input_embeddings()(input_ids)
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         for token, by_row in context.placeholders.items():
             features = [context.of_row(by_row, row, len(input_ids)) for row in range(len(input_ids))]
             features = [values for values in features if values is not None]
