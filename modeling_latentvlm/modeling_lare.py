@@ -95,6 +95,8 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         guard_backbone(self)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.refocus = RefocusExtractor(config) if config.use_extractor else None
+        if getattr(config, "quantization_config", None) is not None:
+            self._keep_in_fp32_modules = ["refocus"]  # quantizers skip it; without one it has the dtype of all others
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
