@@ -5,6 +5,7 @@ call wants lives in a context object that is handed through as `latent_context`.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
@@ -28,10 +29,18 @@ def kept_columns(logits_to_keep: int | Tensor | None) -> slice | Tensor:
     return logits_to_keep
 
 
-def check_one_prompt(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
-    """Raise unless a forward has its tokens in one form."""
+NO_VIRTUAL_TOKENS = "Adapters that put virtual tokens before the prompt (prompt and prefix tuning) are not supported here."
+
+
+def check_one_prompt(input_ids: Tensor | None, inputs_embeds: Tensor | None, token_types: Tensor | None = None) -> None:
+    """Raise unless a forward has its tokens in one form, and as many of them as `mm_token_type_ids` has columns."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give `input_ids` or `inputs_embeds`, and not both.")
+    if inputs_embeds is not None and token_types is not None and token_types.shape[1] != inputs_embeds.shape[1]:
+        raise ValueError(
+            f"`inputs_embeds` has {inputs_embeds.shape[1]} columns, but `mm_token_type_ids` has {token_types.shape[1]}. "
+            f"{NO_VIRTUAL_TOKENS}"
+        )
 
 
 class LatentDecodingMixin(BackboneCallsMixin, KnownAnswersMixin):
@@ -59,6 +68,8 @@ class LatentDecodingMixin(BackboneCallsMixin, KnownAnswersMixin):
                 f"Row {row} of the prompt has {int(lengths[row])} tokens{latents}, but the context holds {longest}."
             )
 
+    _takes_virtual_tokens = False  # whether prompt tuning can work: not where positions are those of image grids
+
     @property
     def _placeholder_tokens(self) -> tuple[int, ...]:
         """The tokens that mean something beyond their embedding, and have to be found where embeddings are given."""
@@ -75,13 +86,16 @@ class LatentDecodingMixin(BackboneCallsMixin, KnownAnswersMixin):
                 raise ValueError("Give `input_ids`, or `inputs_embeds` of shape (rows, columns, hidden size).")
             return input_ids
         ids = input_ids if input_ids is not None and input_ids.numel() else getattr(context, "prompt_ids", None)
-        if ids is not None and ids.shape[1] == inputs_embeds.shape[1] and len(inputs_embeds) % len(ids) == 0:
-            return ids.repeat_interleave(len(inputs_embeds) // len(ids), dim=0)
         if ids is not None:
-            raise ValueError(
-                f"`inputs_embeds` {tuple(inputs_embeds.shape[:2])} must have the rows and columns of `input_ids` "
-                f"{tuple(ids.shape)}."
-            )
+            rows, length = inputs_embeds.shape[:2]
+            if self._takes_virtual_tokens and context is not None:
+                ids = F.pad(ids, (max(0, length - ids.shape[1]), 0), value=-1)  # prompt tuning puts them in front
+            if ids.shape[1] != length or rows % len(ids):
+                raise ValueError(
+                    f"`inputs_embeds` {(rows, length)} must have the rows and columns of `input_ids` {tuple(ids.shape)}. "
+                    f"{NO_VIRTUAL_TOKENS}"
+                )
+            return ids.repeat_interleave(rows // len(ids), dim=0)
         ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
         for token in self._placeholder_tokens:
             one = self.get_input_embeddings()(torch.tensor([token], device=self._input_device(ids))).to(inputs_embeds)

@@ -180,7 +180,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
             check_continuation(cache, state, input_ids, attention_mask)
             vision = drop_cached_items(input_ids, seen, vision, self.config, self.model.visual.spatial_merge_size)
         new_ids = input_ids[:, seen:].to(self._input_device(input_ids))
-        context.prompt_ids = new_ids if kwargs.get("inputs_embeds") is not None else None
+        context.prompt_ids = new_ids
         sites = find_block_sites(new_ids, self.config, latent_grid_hw, open_ended=True)
         lone = [site for row in sites for site in row if site.grid is None]
         if lone and state is None and latent_grid_hw is None:

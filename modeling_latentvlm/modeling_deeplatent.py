@@ -44,7 +44,7 @@ from modeling_latentvlm.block_decoding import BlockDecoder, LatentContext
 from modeling_latentvlm.block_sites import find_block_sites
 from modeling_latentvlm.interventions import Intervention, check_intervention
 from modeling_latentvlm.latent_former import LatentBlockBuilder, initialize_latent_module
-from modeling_latentvlm.latent_decoding import check_one_prompt, given, kept_columns
+from modeling_latentvlm.latent_decoding import NO_VIRTUAL_TOKENS, check_one_prompt, given, kept_columns
 from modeling_latentvlm.latent_generation import LatentGenerationMixin
 from modeling_latentvlm.lockstep import Lockstep, agree_on_work, is_scattered, is_sharded, touch
 from modeling_latentvlm.qwen_inputs import QwenInputsMixin, rename_hub_weights
@@ -179,7 +179,7 @@ class DeepLatentForConditionalGeneration(
             ValueError: blocks, grids, placeholders or images do not fit together; the message names the row.
         """
         cache, kwargs = one_cache(past_key_values, cache), given(kwargs)
-        check_one_prompt(input_ids, inputs_embeds)
+        check_one_prompt(input_ids, inputs_embeds, mm_token_type_ids)
         if latent_context is not None and latent_context.prompt_ids is not None and inputs_embeds is not None:
             input_ids = self._find_ids(None, inputs_embeds, latent_context)
         vision = {
@@ -195,6 +195,13 @@ class DeepLatentForConditionalGeneration(
         if latent_context is None and is_sharded(self):
             lockstep = self._agree_on_work(sites, vision)
             idle = self._look_at_nothing(lockstep, vision)
+        if cache is not None and latent_context is None and state is None and image_grid_thw is not None:
+            seen, new = int(cache.get_seq_length()), 0 if input_ids is None else input_ids.shape[1]
+            if seen and position_ids is None and attention_mask is not None and attention_mask.shape[1] != new:
+                raise ValueError(
+                    f"`{CACHE}` holds {seen} positions of which `input_ids` say nothing, so the positions of the images "
+                    f"cannot be computed: give `position_ids`. {NO_VIRTUAL_TOKENS}"
+                )
         has_blocks = any(sites) or bool(lockstep and lockstep.block_steps)
         if latent_context is None and state is None and not has_blocks:
             if mm_token_type_ids is None and input_ids is not None:

@@ -225,6 +225,8 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         bot = torch.full_like(inputs_embeds[:, :1, 0], self.config.bot_token_id, dtype=torch.long)
         return torch.cat([inputs_embeds, self.get_input_embeddings()(bot).to(inputs_embeds)], dim=1)
 
+    _takes_virtual_tokens = True
+
     @property
     def _placeholder_tokens(self) -> tuple[int, ...]:
         return self.config.image_token_id, self.config.bot_token_id, self.config.eot_token_id

@@ -179,7 +179,7 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
             ValueError: slots are not one run of equal length in every row, or images do not fit their placeholders.
         """
         cache, kwargs = one_cache(past_key_values, cache), given(kwargs)
-        check_one_prompt(input_ids, inputs_embeds)
+        check_one_prompt(input_ids, inputs_embeds, mm_token_type_ids)
         input_ids = self._find_ids(input_ids, inputs_embeds, latent_context)
         vision = {
             "pixel_values": pixel_values,

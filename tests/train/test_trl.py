@@ -2,15 +2,13 @@
 
 import copy
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import picture, shake, user_turn
+from conftest import picture, user_turn
 from helpers import CHECKPOINTING, assert_near
-from transformers import AutoProcessor
+from shipped import CLASSES, NEW_WEIGHTS, is_unread, load_shaken
 
-from modeling_latentvlm import DeepLatentForConditionalGeneration, LaReForCausalLM, VedasForConditionalGeneration
 from modeling_latentvlm.backbone_calls import find_answers
 
 
@@ -18,27 +16,14 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 add_fused_lm_head = pytest.importorskip("trl.trainer.utils").add_fused_lm_head
 
-CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
-CLASSES = {
-    "deeplatent": DeepLatentForConditionalGeneration,
-    "lare": LaReForCausalLM,
-    "vedas": VedasForConditionalGeneration,
-}
-NEW_WEIGHTS = {"deeplatent": ("latent_blocks.", "latent_control."), "lare": ("refocus.",), "vedas": (".router.",)}
 QUIET = {"use_cpu": True, "bf16": False, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
 SETTINGS = {**QUIET, CHECKPOINTING: False, "max_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
 ALL = pytest.mark.parametrize("name", list(CLASSES))
 
 
-def load(name: str):
-    """A shipped model with weights that all matter, and its processor."""
-    model = shake(CLASSES[name].from_pretrained(CHECKPOINTS / name, dtype=torch.float32))
-    return model.eval(), AutoProcessor.from_pretrained(CHECKPOINTS / name)
-
-
 @pytest.fixture(scope="module", params=list(CLASSES))
 def loaded(request):
-    return request.param, *load(request.param)
+    return request.param, *load_shaken(request.param)
 
 
 @pytest.fixture
@@ -100,18 +85,13 @@ def test_sft_has_the_loss_and_the_gradients_of_forward(layout, case, tmp_path):
     for weight in expected:
         assert_near(found[weight], expected[weight], 1e-4)
     moved = [weight for weight, grad in expected.items() if any(part in weight for part in NEW_WEIGHTS[name])]
-    assert moved and not [weight for weight in moved if not expected[weight].any() and not is_last_router(own, weight)]
+    assert moved and not [weight for weight in moved if not expected[weight].any() and not is_unread(own, weight)]
     # Without latents the loss is another one: nothing above compares the backbone with itself.
     plain = {"lare": {}, "vedas": {"num_latent_steps": 0}, "deeplatent": {"latent_intervention": "zero"}}[name]
     if name == "lare":
         own.config.num_refocus_steps = 0
     with torch.no_grad():
         assert abs(float(own.eval()(**inputs, **plain).loss - stated)) > 1e-3
-
-
-def is_last_router(model, weight: str) -> bool:
-    """The last layer of Vedas runs again over tokens of the prompt that nothing reads any more."""
-    return f".layers.{model.config.get_text_config().num_hidden_layers - 1}.router." in weight
 
 
 def test_one_step_of_sft_moves_the_new_weights(case, tmp_path):
@@ -125,7 +105,7 @@ def test_one_step_of_sft_moves_the_new_weights(case, tmp_path):
     assert stated is None or loss == pytest.approx(stated, rel=1e-4)
     new = [weight for weight in before if any(part in weight for part in NEW_WEIGHTS[name])]
     still = [weight for weight in new if torch.equal(dict(model.named_parameters())[weight], before[weight])]
-    assert new and not [weight for weight in still if not is_last_router(model, weight)]
+    assert new and not [weight for weight in still if not is_unread(model, weight)]
 
 
 @pytest.mark.parametrize("sides", ["left", "right"])
@@ -187,34 +167,34 @@ def grpo(model, processor, folder):
 
 @pytest.mark.parametrize("name", ["lare", "vedas"])
 def test_grpo_moves_the_new_weights(name, tmp_path):
-    model, processor = load(name)
+    model, processor = load_shaken(name)
     before = {weight: values.detach().clone() for weight, values in model.named_parameters()}
     trainer = grpo(model, processor, tmp_path)
     trainer.train()
     new = [weight for weight in before if any(part in weight for part in NEW_WEIGHTS[name])]
     still = [weight for weight in new if torch.equal(dict(model.named_parameters())[weight], before[weight])]
-    assert new and not [weight for weight in still if not is_last_router(model, weight)]
+    assert new and not [weight for weight in still if not is_unread(model, weight)]
 
 
 def test_grpo_on_sampled_blocks_names_the_trainer_that_can(tmp_path):
-    model, processor = load("deeplatent")
+    model, processor = load_shaken("deeplatent")
     model.generation_config.min_latent_blocks = 1
     with pytest.raises(ValueError, match="train.train_deeplatent_rl"):
         grpo(model, processor, tmp_path).train()
 
 
 def test_blocks_have_no_place_in_a_head_without_the_loss_of_sft(tmp_path):
-    model, processor = load("deeplatent")
+    model, processor = load_shaken("deeplatent")
     trainer = sft(model, processor, rows("deeplatent", "messages"), tmp_path)
     inputs = batch_of(trainer)
-    other = copy.deepcopy(load("deeplatent")[0])
+    other = copy.deepcopy(load_shaken("deeplatent")[0])
     add_fused_lm_head(other, outputs=("log_probs", "entropy", "mean_logits"))  # as KTOTrainer
     with pytest.raises(ValueError, match="only SFTTrainer.*train_deeplatent_rl"):
         other(**inputs, fused_lm_head=True)
 
 
 def test_blocks_in_completions_have_lost_their_grids(tmp_path):
-    model, processor = load("deeplatent")
+    model, processor = load_shaken("deeplatent")
     with pytest.raises(ValueError, match="latent_grid_hw"):
         sft(model, processor, rows("deeplatent"), tmp_path).train()
 
@@ -270,7 +250,7 @@ def test_peft_trains_with_latents(case, tmp_path):
 @pytest.mark.parametrize("settings", [{"padding_free": True}, {"packing": True, "max_length": 64}], ids=str)
 def test_packed_rows_are_refused(settings, name, tmp_path):
     """TRL refuses them with images; of text they would share one run of steps."""
-    model, processor = load(name)
+    model, processor = load_shaken(name)
     data = datasets.Dataset.from_list(
         [{"prompt": [{"role": "user", "content": "what?"}], "completion": [{"role": "assistant", "content": "red"}]}] * 4
     )
@@ -280,7 +260,7 @@ def test_packed_rows_are_refused(settings, name, tmp_path):
 
 @pytest.mark.parametrize("name", ["lare", "vedas"])
 def test_labels_that_leave_no_prompt_are_refused(name, tmp_path):
-    model, processor = load(name)
+    model, processor = load_shaken(name)
     trainer = sft(model, processor, rows(name, "messages"), tmp_path)
     with pytest.raises(ValueError, match=r"rows \[0, 1\] have a label at their first token.*assistant_only_loss"):
         trainer.train()
@@ -291,7 +271,7 @@ def test_labels_that_leave_no_prompt_are_refused(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["lare", "vedas"])
 def test_several_answers_in_a_row_are_refused(name, tmp_path):
-    model, processor = load(name)
+    model, processor = load_shaken(name)
     turns = [*user_turn("what?"), {"role": "assistant", "content": [{"type": "text", "text": "red"}]}]
     turns[0]["content"] = [{"type": "image"}, *turns[0]["content"]]
     more = [*user_turn("and?"), {"role": "assistant", "content": [{"type": "text", "text": "blue"}]}]
@@ -303,14 +283,14 @@ def test_several_answers_in_a_row_are_refused(name, tmp_path):
 @pytest.mark.parametrize("wrong", [torch.tensor([1, 2]), torch.tensor([0]), torch.tensor([99]), torch.tensor([1.0])])
 @pytest.mark.parametrize("name", ["lare", "vedas"])
 def test_answer_starts_are_checked(name, wrong):
-    model, processor = load(name)
+    model, processor = load_shaken(name)
     with pytest.raises(ValueError, match="answer_starts"):
         model(**encoded(model, processor), answer_starts=wrong)
 
 
 @pytest.mark.parametrize("name", ["lare", "vedas"])
 def test_dpo_compares_answers_with_latents(name, tmp_path):
-    model, processor = load(name)
+    model, processor = load_shaken(name)
     data = datasets.Dataset.from_list(
         [
             {
@@ -328,7 +308,7 @@ def test_dpo_compares_answers_with_latents(name, tmp_path):
     inputs = dict(trainer.data_collator([trainer.train_dataset[index] for index in (0, 1)]))
     mask = inputs.pop("completion_mask")
     labels = inputs["input_ids"].masked_fill(mask == 0, -100)
-    own = copy.deepcopy(load(name)[0])
+    own = copy.deepcopy(load_shaken(name)[0])
     with torch.no_grad():
         logits = own(**inputs, labels=labels).logits[:, :-1].log_softmax(-1)
     expected = (logits.gather(2, inputs["input_ids"][:, 1:, None])[..., 0] * (labels[:, 1:] != -100)).sum(dim=1)
