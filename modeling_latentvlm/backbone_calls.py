@@ -34,25 +34,27 @@ class LatentBackbone:
     """`model.base_model`: called by TRL it runs latents too; everything else is that of the backbone, `model.model`."""
 
     def __init__(self, model: nn.Module):
-        object.__setattr__(self, "_owner", model)
+        object.__setattr__(self, "latent_owner", model)
 
     def __call__(self, *args, fused_call: FusedCall | None = None, **kwargs):
-        owner = self._owner
+        owner = self.latent_owner
         if fused_call is None:
             raise ValueError(refusal(owner))
         return type(owner).forward(owner, *args, fused_call=fused_call, **kwargs)
 
     def __getattr__(self, name: str):
-        return getattr(object.__getattribute__(self, "_owner").model, name)
+        return getattr(object.__getattribute__(self, "latent_owner").model, name)
 
     def __setattr__(self, name: str, value) -> None:
-        setattr(self._owner.model, name, value)
+        setattr(self.latent_owner.model, name, value)
 
     def __eq__(self, other) -> bool:
-        return other is self._owner.model or (isinstance(other, LatentBackbone) and other._owner is self._owner)
+        return other is self.latent_owner.model or (
+            isinstance(other, LatentBackbone) and other.latent_owner is self.latent_owner
+        )
 
     def __hash__(self) -> int:
-        return hash(self._owner.model)
+        return hash(self.latent_owner.model)
 
 
 def refusal(model: nn.Module) -> str:
@@ -86,7 +88,7 @@ class BackboneCallsMixin:
 
     @property
     def base_model(self):
-        return LatentBackbone(self) if "model" in self._modules else self
+        return self if getattr(self, "model", None) is None else LatentBackbone(self)
 
     def never_labels(self, input_ids: Tensor) -> Tensor:
         """(B, S) bool: columns that are no targets, whatever the labels say."""

@@ -29,10 +29,14 @@ def kept_columns(logits_to_keep: int | Tensor | None) -> slice | Tensor:
     return logits_to_keep
 
 
-NO_VIRTUAL_TOKENS = "Adapters that put virtual tokens before the prompt (prompt and prefix tuning) are not supported here."
+NO_VIRTUAL_TOKENS = (
+    "Adapters that put virtual tokens before the prompt (prompt and prefix tuning) are not supported here."
+)
 
 
-def check_one_prompt(input_ids: Tensor | None, inputs_embeds: Tensor | None, token_types: Tensor | None = None) -> None:
+def check_one_prompt(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, token_types: Tensor | None = None
+) -> None:
     """Raise unless a forward has its tokens in one form, and as many of them as `mm_token_type_ids` has columns."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give `input_ids` or `inputs_embeds`, and not both.")

@@ -43,8 +43,8 @@ from modeling_latentvlm.backbone_calls import FROM_FORWARD, FusedCall, guard_bac
 from modeling_latentvlm.block_decoding import BlockDecoder, LatentContext
 from modeling_latentvlm.block_sites import find_block_sites
 from modeling_latentvlm.interventions import Intervention, check_intervention
-from modeling_latentvlm.latent_former import LatentBlockBuilder, initialize_latent_module
 from modeling_latentvlm.latent_decoding import NO_VIRTUAL_TOKENS, check_one_prompt, given, kept_columns
+from modeling_latentvlm.latent_former import LatentBlockBuilder, initialize_latent_module
 from modeling_latentvlm.latent_generation import LatentGenerationMixin
 from modeling_latentvlm.lockstep import Lockstep, agree_on_work, is_scattered, is_sharded, touch
 from modeling_latentvlm.qwen_inputs import QwenInputsMixin, rename_hub_weights

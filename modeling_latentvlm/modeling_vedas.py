@@ -201,7 +201,9 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
             latent_context.position_ids = self._rope_positions(input_ids, attention_mask, vision)
             latent_context.num_steps = self._count_steps(num_latent_steps)
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            answer_starts = self._find_answers(input_ids, mask, latent_context.num_steps, answer_starts, labels, fused_call)
+            answer_starts = self._find_answers(
+                input_ids, mask, latent_context.num_steps, answer_starts, labels, fused_call
+            )
         decoder = StepDecoder(self, latent_context, cache, use_cache, kwargs)
         embeds = self._embed_prompt(input_ids, latent_context, inputs_embeds)
         if latent_context.decode_step >= 0:

@@ -11,7 +11,7 @@ from transformers import LlavaForConditionalGeneration, Qwen2_5_VLForConditional
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
-from shipped import CLASSES, encode_rows, load_shaken, question, training_batch  # noqa: E402
+from shipped import CLASSES, encode_rows, load_shaken, question, training_batch
 
 
 STOCK = {

@@ -121,5 +121,3 @@ def test_loaded_again_the_run_gives_the_same_logits(name, tmp_path):
     inputs = encode_rows(processor, [question("what?", 1)], add_generation_prompt=True)
     with torch.no_grad():
         assert_near(load(name, tmp_path / "checkpoint-1")(**inputs).logits, model.eval()(**inputs).logits)
-
-

@@ -152,7 +152,9 @@ def test_scored_tokens_are_those_that_generate_sampled(sides, case):
 def grpo(model, processor, folder):
     data = datasets.Dataset.from_list(
         [{"prompt": user_turn("what?"), "image": picture(56, 84, seed)} for seed in (1, 2)]
-    ).map(lambda row: row | {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]})
+    ).map(
+        lambda row: row | {"prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]}
+    )
     arguments = trl.GRPOConfig(
         str(folder), **SETTINGS, num_generations=2, max_completion_length=5, temperature=1.0, logging_steps=1
     )
@@ -252,7 +254,8 @@ def test_packed_rows_are_refused(settings, name, tmp_path):
     """TRL refuses them with images; of text they would share one run of steps."""
     model, processor = load_shaken(name)
     data = datasets.Dataset.from_list(
-        [{"prompt": [{"role": "user", "content": "what?"}], "completion": [{"role": "assistant", "content": "red"}]}] * 4
+        [{"prompt": [{"role": "user", "content": "what?"}], "completion": [{"role": "assistant", "content": "red"}]}]
+        * 4
     )
     with pytest.raises(ValueError, match="packing"):
         sft(model, processor, data, tmp_path, **settings).train()
@@ -312,8 +315,6 @@ def test_dpo_compares_answers_with_latents(name, tmp_path):
     with torch.no_grad():
         logits = own(**inputs, labels=labels).logits[:, :-1].log_softmax(-1)
     expected = (logits.gather(2, inputs["input_ids"][:, 1:, None])[..., 0] * (labels[:, 1:] != -100)).sum(dim=1)
-    chosen, rejected = trainer.compute_ref_log_probs(
-        reference, {**inputs, "completion_mask": mask}
-    )
+    chosen, rejected = trainer.compute_ref_log_probs(reference, {**inputs, "completion_mask": mask})
     assert_near(torch.cat([chosen, rejected]), expected, 1e-4)
     assert trainer.train().training_loss == pytest.approx(0.6931, abs=1e-3)  # model and reference are equal yet
