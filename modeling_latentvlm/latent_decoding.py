@@ -17,11 +17,6 @@ from modeling_latentvlm.backbone_calls import BackboneCallsMixin
 logger = logging.get_logger(__name__)
 
 
-def given(kwargs: dict) -> dict:
-    """Keyword arguments without those that are None: given as None is not given, as in transformers (PEFT does it)."""
-    return {name: value for name, value in kwargs.items() if value is not None}
-
-
 def kept_columns(logits_to_keep: int | Tensor | None) -> slice | Tensor:
     """The columns of which logits are wanted: the last `logits_to_keep`, 0 and None for all, or those of a tensor."""
     if logits_to_keep is None or isinstance(logits_to_keep, int):
@@ -44,6 +39,15 @@ def check_one_prompt(
         raise ValueError(
             f"`inputs_embeds` has {inputs_embeds.shape[1]} columns, but `mm_token_type_ids` has {token_types.shape[1]}. "
             f"{NO_VIRTUAL_TOKENS}"
+        )
+
+
+def check_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
+    """Raise unless the mask of a prompt has its rows and columns."""
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` {tuple(attention_mask.shape)} must have the rows and columns of the prompt "
+            f"{tuple(input_ids.shape)}. {NO_VIRTUAL_TOKENS}"
         )
 
 

@@ -43,7 +43,7 @@ from modeling_latentvlm.backbone_calls import FROM_FORWARD, FusedCall, guard_bac
 from modeling_latentvlm.block_decoding import BlockDecoder, LatentContext
 from modeling_latentvlm.block_sites import find_block_sites
 from modeling_latentvlm.interventions import Intervention, check_intervention
-from modeling_latentvlm.latent_decoding import NO_VIRTUAL_TOKENS, check_one_prompt, given, kept_columns
+from modeling_latentvlm.latent_decoding import NO_VIRTUAL_TOKENS, check_one_prompt, kept_columns
 from modeling_latentvlm.latent_former import LatentBlockBuilder, initialize_latent_module
 from modeling_latentvlm.latent_generation import LatentGenerationMixin
 from modeling_latentvlm.lockstep import Lockstep, agree_on_work, is_scattered, is_sharded, touch
@@ -178,7 +178,7 @@ class DeepLatentForConditionalGeneration(
         Raises:
             ValueError: blocks, grids, placeholders or images do not fit together; the message names the row.
         """
-        cache, kwargs = one_cache(past_key_values, cache), given(kwargs)
+        cache = one_cache(past_key_values, cache)
         check_one_prompt(input_ids, inputs_embeds, mm_token_type_ids)
         if latent_context is not None and latent_context.prompt_ids is not None and inputs_embeds is not None:
             input_ids = self._find_ids(None, inputs_embeds, latent_context)

@@ -43,7 +43,7 @@ from configuration_latentvlm.transformers_api import CACHE, BothCacheNames, cach
 from modeling_latentvlm.backbone_calls import FusedCall, check_answer_starts, find_answers, guard_backbone
 from modeling_latentvlm.generation_rules import check_settings, infer_attention_mask, stop_reasons
 from modeling_latentvlm.interventions import Intervention, check_intervention
-from modeling_latentvlm.latent_decoding import LatentDecodingMixin, check_one_prompt, given, kept_columns
+from modeling_latentvlm.latent_decoding import LatentDecodingMixin, check_mask, check_one_prompt, kept_columns
 from modeling_latentvlm.refocus_decoding import Places, RefocusContext, RefocusDecoder
 from modeling_latentvlm.refocus_extractor import RefocusEmbedding, RefocusExtractor, RefocusNorm
 from modeling_latentvlm.row_images import collect_row_images
@@ -147,7 +147,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         Raises:
             ValueError: images do not fit their placeholders, or `<bot>` and `<eot>` do not stand side by side, once a row.
         """
-        cache, kwargs = one_cache(past_key_values, cache), given(kwargs)
+        cache = one_cache(past_key_values, cache)
         check_one_prompt(input_ids, inputs_embeds)
         input_ids = self._find_ids(input_ids, inputs_embeds, latent_context)
         is_generating = latent_context is not None
@@ -176,6 +176,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
             hidden = decoder.go_on(input_ids, embeds)
         else:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            check_mask(mask, input_ids)
             if fused_call is not None:
                 answer_starts = self._find_answers(input_ids, fused_call.labels, mask, is_fused=True)
             elif labels is not None and answer_starts is None:

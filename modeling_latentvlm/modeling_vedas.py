@@ -42,7 +42,7 @@ from configuration_latentvlm.transformers_api import CACHE, BothCacheNames, cach
 from modeling_latentvlm.backbone_calls import FusedCall, check_answer_starts, find_answers, guard_backbone
 from modeling_latentvlm.generation_rules import check_settings, infer_attention_mask, stop_reasons
 from modeling_latentvlm.interventions import Intervention, check_intervention
-from modeling_latentvlm.latent_decoding import LatentDecodingMixin, check_one_prompt, given, kept_columns
+from modeling_latentvlm.latent_decoding import LatentDecodingMixin, check_mask, check_one_prompt, kept_columns
 from modeling_latentvlm.qwen_inputs import QwenInputsMixin, rename_hub_weights
 from modeling_latentvlm.routing import (
     GATE_BIAS,
@@ -178,7 +178,7 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         Raises:
             ValueError: slots are not one run of equal length in every row, or images do not fit their placeholders.
         """
-        cache, kwargs = one_cache(past_key_values, cache), given(kwargs)
+        cache = one_cache(past_key_values, cache)
         check_one_prompt(input_ids, inputs_embeds, mm_token_type_ids)
         input_ids = self._find_ids(input_ids, inputs_embeds, latent_context)
         vision = {
@@ -210,6 +210,7 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
             hidden = decoder.go_on(input_ids, embeds)
         else:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            check_mask(mask, input_ids)
             lengths, slots = self._split_rows(input_ids, answer_starts)
             positions = latent_context.position_ids  # of prompt rows; beams of a row share them
             positions = positions.repeat_interleave(len(input_ids) // positions.shape[1], dim=1)

@@ -7,6 +7,7 @@ from conftest import picture, shake, user_turn
 from transformers import AutoProcessor
 
 from modeling_latentvlm import DeepLatentForConditionalGeneration, LaReForCausalLM, VedasForConditionalGeneration
+from train.data import TrajectoryCollator
 
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
@@ -57,7 +58,5 @@ def training_batch(name: str, processor) -> dict:
     for seed, text in ((1, "red"), (2, "the answer is blue")):
         latent = [{"type": "latent", "grid": [2, seed]}] if name == "deeplatent" else []
         answer = {"role": "assistant", "content": [*latent, {"type": "text", "text": text}]}
-        rows.append([*question("what colour?", seed), answer])
-    inputs = encode_rows(processor, rows, return_assistant_tokens_mask=True)
-    inputs["labels"] = inputs["input_ids"].masked_fill(inputs.pop("assistant_masks") == 0, -100)
-    return inputs
+        rows.append({"messages": [*question("what colour?", seed), answer]})
+    return TrajectoryCollator(processor)(rows)
