@@ -109,6 +109,7 @@ _MODELING = (
         },
         attributes=(
             "config_class",
+            "base_model",
             "_keep_in_fp32_modules",
             "_no_split_modules",
             "_skip_keys_device_placement",

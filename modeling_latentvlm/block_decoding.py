@@ -100,7 +100,9 @@ class BlockDecoder(SegmentDecoder):
         position_ids: Tensor | None,
         sites: list[list[BlockSite]],
     ) -> Decoded:
-        embeds = self.model._embed_prompt(input_ids, self.context) if inputs_embeds is None else inputs_embeds
+        embeds = inputs_embeds
+        if input_ids is not None:
+            embeds = self.model._embed_prompt(input_ids, self.context, inputs_embeds)
         rows, length = embeds.shape[:2]
         mask = None if attention_mask is None else attention_mask[:, -length:].bool().to(embeds.device)
         has_blocks = any(sites) or bool(self.block_steps)

@@ -74,11 +74,15 @@ class LatentGenerationMixin(LatentDecodingMixin):
         low, high = self._block_limits(settings, min_latent_blocks, max_latent_blocks)
         context = self._new_generation_context(latent_grid, latent_intervention, latent_noise, output_latents, high)
         context.modulator = latent_modulator
-        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        prompt_length = 0
-        if input_ids is not None:
-            prompt_length = input_ids.shape[1]
-            kwargs |= self._prepare_prompt(input_ids, latent_grid_hw, context, settings, kwargs)
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        prompt_ids, inputs_embeds = input_ids, kwargs.get("inputs_embeds")
+        prompt_length = 0 if input_ids is None else input_ids.shape[1]
+        if inputs_embeds is not None:
+            prompt_ids = self._find_ids(input_ids, inputs_embeds)
+            has_images = bool((prompt_ids[..., None] == prompt_ids.new_tensor(self._placeholder_tokens)).any())
+            prompt_ids = prompt_ids if has_images else input_ids
+        if prompt_ids is not None:
+            kwargs |= self._prepare_prompt(prompt_ids, latent_grid_hw, context, settings, kwargs)
         else:
             context.images = [None] * len(self._check_blind_prompt(kwargs, low, latent_grid, latent_grid_hw))
         can_open = torch.tensor([images is not None for images in context.images])
@@ -176,6 +180,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
             check_continuation(cache, state, input_ids, attention_mask)
             vision = drop_cached_items(input_ids, seen, vision, self.config, self.model.visual.spatial_merge_size)
         new_ids = input_ids[:, seen:].to(self._input_device(input_ids))
+        context.prompt_ids = new_ids
         sites = find_block_sites(new_ids, self.config, latent_grid_hw, open_ended=True)
         lone = [site for row in sites for site in row if site.grid is None]
         if lone and state is None and latent_grid_hw is None:

@@ -34,6 +34,7 @@ class DecodingContext:
     output_latents: bool = False
     decode_step: int = -1  # the generated token that is being consumed; -1: the prompt
     steps: list[LatentStep] = field(default_factory=list)
+    prompt_ids: Tensor | None = None  # (prompt rows, S) of a prompt that is given as `inputs_embeds`
 
     def of_row(self, values: list, row: int, num_rows: int):
         """The entry of the prompt row that `row` of an expanded batch continues."""

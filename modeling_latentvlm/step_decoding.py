@@ -55,7 +55,7 @@ class StepDecoder(SegmentDecoder):
     ) -> Tensor:
         """Decode prompt, slots and answer; return the hidden states of every column, (B, S, D).
 
-        A slot has the hidden state of its latent. Where the prompt has no slots but the context asks for steps, one more
+        A slot has the hidden state of its latent. Where the prompt has no slots but the context asks for steps, its last
         column holds the last latent's, from which the first answer token is predicted.
         """
         rows, length = input_ids.shape
@@ -76,8 +76,11 @@ class StepDecoder(SegmentDecoder):
         joined = []
         for row, end in enumerate(prompt_lengths):
             rest = length - end - num_slots
-            steps = latents[row] if num_slots else latents[row, -1:] if self.num_steps else latents[row]
-            joined.append(torch.cat([hidden_prompt[row, :end], steps, hidden_answer[row, :rest]]))
+            if num_slots or not self.num_steps:
+                parts = [hidden_prompt[row, :end], latents[row]]
+            else:
+                parts = [hidden_prompt[row, : end - 1], latents[row, -1:]]
+            joined.append(torch.cat([*parts, hidden_answer[row, :rest]]))
         return torch.stack(joined)
 
     def grids_of(self, row: int, is_image: Tensor) -> list[tuple[int, int]]:
