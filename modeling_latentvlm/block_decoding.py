@@ -112,6 +112,7 @@ class BlockDecoder(SegmentDecoder):
         positions = self.place(position_ids, mask, rows, length, embeds.device)
         if has_blocks:
             segments = self.run_segments(embeds, positions, mask, sites)
+            self.context.check_latents()
             count = len(segments[0].layers)
             layers = [torch.stack([join_row(segments, row, layer) for row in range(rows)]) for layer in range(count)]
         else:

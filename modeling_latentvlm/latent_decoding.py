@@ -4,6 +4,8 @@ What the decoding needs beyond tokens lives on the cache (`LatentState`) and fol
 call wants lives in a context object that is handed through as `latent_context`. Nothing stays on the model.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,7 @@ from transformers.utils import logging
 from configuration_latentvlm.transformers_api import CACHE_NAMES, cache_keyword, one_cache
 from modeling_latentvlm.answered_model import KnownAnswersMixin
 from modeling_latentvlm.backbone_calls import BackboneCallsMixin
+from modeling_latentvlm.prompt_checks import check_ids, check_numbers, check_prompt_mask
 
 
 logger = logging.get_logger(__name__)
@@ -60,20 +63,37 @@ class LatentDecodingMixin(BackboneCallsMixin, KnownAnswersMixin):
         """Where inputs belong: offloaded weights lie on `meta` and are fetched to where the caller put the inputs."""
         return inputs.device if self.device.type == "meta" else self.device
 
-    def _check_length(self, input_ids: Tensor, attention_mask: Tensor | None, num_latents: int = 0) -> None:
-        """Raise unless every row fits into the context together with the latents that follow it."""
-        longest = self.config.get_text_config().max_position_embeddings
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}."
-            )
-        if input_ids.shape[1] + num_latents <= longest:
+    def _check_prompt(self, input_ids, kwargs: dict) -> Tensor | None:
+        """The ids of a prompt as 64-bit integers, (B, S); None where only embeddings are given, which must be finite.
+
+        Raises:
+            ValueError: tokens or embeddings that cannot be a prompt.
+        """
+        check_numbers(inputs_embeds=kwargs.get("inputs_embeds"))
+        if input_ids is None or (kwargs.get("inputs_embeds") is not None and not input_ids.numel()):
+            return input_ids
+        return check_ids(input_ids, self.get_input_embeddings().num_embeddings)
+
+    def _check_length(
+        self, input_ids: Tensor, attention_mask: Tensor | None, num_latents: int | Sequence[int] = 0
+    ) -> None:
+        """Raise unless every row has something to read, and fits into the context together with its latents.
+
+        Args:
+            num_latents: positions in the cache that come on top of the prompt's tokens, for all rows or by row.
+        """
+        longest, rows = self.config.get_text_config().max_position_embeddings, len(input_ids)
+        if attention_mask is not None:
+            check_prompt_mask(attention_mask, input_ids.shape)
+        latents = [num_latents] * rows if isinstance(num_latents, int) else list(num_latents)
+        if input_ids.shape[1] + max(latents) <= longest:
             return
-        lengths = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).sum(dim=1)
-        if lengths.max() + num_latents > longest:
-            row, latents = int(lengths.argmax()), f" and {num_latents} latents" if num_latents else ""
+        lengths = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).sum(dim=1).tolist()
+        row = max(range(rows), key=lambda row: lengths[row] + latents[row])
+        if lengths[row] + latents[row] > longest:
+            more = f" and {latents[row]} latents" if latents[row] else ""
             raise ValueError(
-                f"Row {row} of the prompt has {int(lengths[row])} tokens{latents}, but the context holds {longest}."
+                f"Row {row} of the prompt has {int(lengths[row])} tokens{more}, but the context holds {longest}."
             )
 
     _takes_virtual_tokens = False  # whether prompt tuning can work: not where positions are those of image grids

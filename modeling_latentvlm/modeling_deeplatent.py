@@ -189,6 +189,8 @@ class DeepLatentForConditionalGeneration(
             "video_grid_thw": video_grid_thw,
             "second_per_grid_ts": second_per_grid_ts,
         }
+        if latent_context is None:
+            check_intervention(latent_intervention, self.config.latent_mode == "autoregressive")
         state = find_state(cache) if latent_context is None else None
         sites = self._find_sites(input_ids, latent_grid_hw, latent_context)
         lockstep, idle = None, []
@@ -227,6 +229,7 @@ class DeepLatentForConditionalGeneration(
                 logits=logits,
                 hidden_states=output.hidden_states,
                 attentions=output.attentions,
+                latent_trace=LatentTrace(len(hidden)) if output_latents else None,  # which says that there were none
                 **cache_keyword(output.get(CACHE)),
             )
         if latent_context is None:
@@ -257,7 +260,6 @@ class DeepLatentForConditionalGeneration(
 
     def _new_context(self, input_ids, vision: dict, state, intervention, output_latents: bool) -> LatentContext:
         """What `forward` wants of its blocks when `generate` has not said it."""
-        check_intervention(intervention, self.config.latent_mode == "autoregressive")
         earlier, seen = (None, 0) if state is None else (state.images, state.num_tokens)
         images, placeholders = self._encode_images(input_ids, vision, earlier, seen)
         return LatentContext(images, placeholders, intervention, noise=self.training, output_latents=output_latents)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
+from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrainedModel
 from transformers.utils import can_return_tuple
@@ -41,12 +41,14 @@ from transformers.utils import can_return_tuple
 from configuration_latentvlm.configuration_lare import LaReConfig
 from configuration_latentvlm.transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache, take_cache
 from modeling_latentvlm.backbone_calls import FusedCall, check_answer_starts, find_answers, guard_backbone
-from modeling_latentvlm.generation_rules import check_settings, infer_attention_mask, stop_reasons
+from modeling_latentvlm.generation_rules import NeverWritten, check_settings, infer_attention_mask, stop_reasons
 from modeling_latentvlm.interventions import Intervention, check_intervention
 from modeling_latentvlm.latent_decoding import LatentDecodingMixin, check_mask, check_one_prompt, kept_columns
+from modeling_latentvlm.prompt_checks import check_image_labels, check_numbers, check_turns, end_tokens
 from modeling_latentvlm.refocus_decoding import Places, RefocusContext, RefocusDecoder
 from modeling_latentvlm.refocus_extractor import RefocusEmbedding, RefocusExtractor, RefocusNorm
 from modeling_latentvlm.row_images import collect_row_images
+from modeling_latentvlm.saliency import record_attention
 from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_prompt_rows
 
 
@@ -77,6 +79,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
     config: LaReConfig
     config_class = LaReConfig
     accepts_loss_kwargs = False
+    _supports_flex_attn = False  # steps need a row of attention, which its mask, a program, does not give
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _no_split_modules = [
         "LlamaDecoderLayer",
@@ -95,6 +98,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         guard_backbone(self)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.refocus = RefocusExtractor(config) if config.use_extractor else None
+        record_attention(self.model.language_model)
         if getattr(config, "quantization_config", None) is not None:
             self._keep_in_fp32_modules = ["refocus"]  # quantizers skip it; without one it has the dtype of all others
         self.post_init()
@@ -181,6 +185,11 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
                 answer_starts = self._find_answers(input_ids, fused_call.labels, mask, is_fused=True)
             elif labels is not None and answer_starts is None:
                 answer_starts = self._find_answers(input_ids, labels, mask)
+            learned = labels if fused_call is None else fused_call.labels
+            if learned is not None and self.config.step_limit:
+                has_pair = self._delimiters(input_ids).any(dim=1, keepdim=True)
+                is_image = (input_ids == self.config.image_token_id) & ~has_pair
+                check_image_labels(learned, is_image, "refocusing steps")
             places = self._place_steps(input_ids, answer_starts, mask.bool(), is_generating)
             hidden = decoder.run(input_ids, embeds, mask.bool() & ~self._delimiters(input_ids), places)
         if fused_call is not None:
@@ -335,6 +344,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         check_settings(settings, kwargs, output_latents, self.device)
         check_intervention(latent_intervention, one_at_a_time=False)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        input_ids = self._check_prompt(input_ids, kwargs)
         prompt_ids = self._find_ids(input_ids, kwargs.get("inputs_embeds"))
         if cache is not None or settings.cache_implementation is not None:
             raise ValueError(
@@ -346,17 +356,25 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
             kwargs["attention_mask"] = infer_attention_mask(prompt_ids, settings)
         self._check_length(prompt_ids, kwargs["attention_mask"], self.config.step_limit * self.config.num_step_latents)
         ids = prompt_ids.to(self._input_device(prompt_ids))
-        images, placeholders = self._encode_images(ids, kwargs.pop("pixel_values", None))
+        config, pixel_values = self.config, kwargs.pop("pixel_values", None)
+        check_numbers(pixel_values=pixel_values)
+        if config.step_limit:
+            eos = end_tokens(settings.eos_token_id, config.get_text_config().eos_token_id)
+            check_turns(self._delimiters(ids), ids, kwargs["attention_mask"], eos, "`<bot>` and `<eot>`")
+        images, placeholders = self._encode_images(ids, pixel_values)
         context = RefocusContext(
-            images, placeholders, intervention=latent_intervention, output_latents=output_latents, prompt_ids=ids
+            images,
+            placeholders,
+            intervention=latent_intervention,
+            output_latents=output_latents,
+            finite=[],
+            prompt_ids=ids,
         )
-        config = self.config
         reserved = [config.bot_token_id, config.eot_token_id, config.image_token_id] if config.step_limit else []
-        suppressed = [SuppressTokensLogitsProcessor(reserved, device=ids.device)] if reserved else []
         output = super().generate(
             input_ids,
             generation_config,
-            LogitsProcessorList([*(logits_processor or []), *suppressed]),
+            LogitsProcessorList([*(logits_processor or []), *([NeverWritten(reserved)] if reserved else [])]),
             stopping_criteria,
             latent_context=context,
             **kwargs,

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
+from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel, Qwen2_5_VLPreTrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
@@ -40,9 +40,10 @@ from transformers.utils import can_return_tuple
 from configuration_latentvlm.configuration_vedas import VedasConfig
 from configuration_latentvlm.transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache, take_cache
 from modeling_latentvlm.backbone_calls import FusedCall, check_answer_starts, find_answers, guard_backbone
-from modeling_latentvlm.generation_rules import check_settings, infer_attention_mask, stop_reasons
+from modeling_latentvlm.generation_rules import NeverWritten, check_settings, infer_attention_mask, stop_reasons
 from modeling_latentvlm.interventions import Intervention, check_intervention
 from modeling_latentvlm.latent_decoding import LatentDecodingMixin, check_mask, check_one_prompt, kept_columns
+from modeling_latentvlm.prompt_checks import check_image_labels, check_numbers, check_turns, end_tokens
 from modeling_latentvlm.qwen_inputs import QwenInputsMixin, rename_hub_weights
 from modeling_latentvlm.routing import (
     GATE_BIAS,
@@ -51,6 +52,7 @@ from modeling_latentvlm.routing import (
     RoutedQwen2VLDecoderLayer,
     TokenScore,
 )
+from modeling_latentvlm.saliency import record_attention
 from modeling_latentvlm.step_decoding import StepContext, StepDecoder
 from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_prompt_rows
 from modeling_latentvlm.visual_replay import Replay
@@ -79,18 +81,6 @@ class VedasCausalLMOutputWithPast(BothCacheNames, CausalLMOutputWithPast):
     replays: tuple[Replay, ...] | None = None
 
 
-class NoSlots(LogitsProcessor):
-    """Keeps the placeholder of a step from being written."""
-
-    def __init__(self, token: int):
-        self.token = token
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.clone()
-        scores[:, self.token] = -float("inf")
-        return scores
-
-
 class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_5_VLPreTrainedModel, GenerationMixin):
     """A Qwen-VL backbone that reasons in latent steps before it answers."""
 
@@ -117,6 +107,7 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         for layer in config.routed_layers:
             self.model.language_model.layers[layer] = layer_class(text_config, layer, config.routing_depth)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        record_attention(self.model.language_model)
         self.post_init()
 
     @property
@@ -255,6 +246,9 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
             return None
         if answer_starts is not None:
             return check_answer_starts(answer_starts, input_ids)
+        learned = labels if fused_call is None else fused_call.labels
+        if num_steps and learned is not None:
+            check_image_labels(learned, input_ids == self.config.image_token_id, "latent steps")
         if fused_call is not None:
             return find_answers(fused_call.labels, mask, is_fused=True)
         return find_answers(torch.full_like(input_ids, -100) if labels is None else labels, mask)
@@ -300,17 +294,18 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         check_settings(settings, kwargs, output_latents, self.device)
         check_intervention(latent_intervention, one_at_a_time=True)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        input_ids = self._check_prompt(input_ids, kwargs)
         prompt_ids = self._find_ids(input_ids, kwargs.get("inputs_embeds"))
         if cache is not None or settings.cache_implementation is not None:
             raise ValueError(
                 "Latent steps start on a cache of their own: give neither `past_key_values` nor `cache_implementation`."
             )
-        context = StepContext(images=[], intervention=latent_intervention, output_latents=output_latents)
+        context = StepContext(images=[], intervention=latent_intervention, output_latents=output_latents, finite=[])
         kwargs |= self._prepare_steps(prompt_ids, context, settings, kwargs)
         output = super().generate(
             input_ids,
             generation_config,
-            LogitsProcessorList([*(logits_processor or []), NoSlots(self.config.latent_token_id)]),
+            LogitsProcessorList([*(logits_processor or []), NeverWritten([self.config.latent_token_id])]),
             stopping_criteria,
             latent_context=context,
             **kwargs,
@@ -329,19 +324,33 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         attention_mask = kwargs.get("attention_mask")
         if attention_mask is None:
             attention_mask = infer_attention_mask(input_ids, settings)
-        self._check_length(input_ids, attention_mask)
+        check_numbers(**{name: vision[name] for name in ("pixel_values", "pixel_values_videos")})
         ids = input_ids.to(self._input_device(input_ids))
-        slots = (ids == self.config.latent_token_id).sum(dim=1)
+        is_slot = ids == self.config.latent_token_id
+        slots = is_slot.sum(dim=1)
+        self._check_length(input_ids, attention_mask, self._count_step_tokens(ids, slots))
         if slots.any() and (slots != self.config.num_latent_steps).any():
             row = int((slots != self.config.num_latent_steps).nonzero()[0])
             raise ValueError(
                 f"Row {row} of the prompt has {int(slots[row])} latent slots, but `num_latent_steps` is "
                 f"{self.config.num_latent_steps}; give as many, or none."
             )
+        eos = end_tokens(settings.eos_token_id, self.config.get_text_config().eos_token_id)
+        check_turns(is_slot, ids, attention_mask, eos, "latent slots")
         context.num_steps, context.prompt_ids = self.config.num_latent_steps, ids
         context.images, context.placeholders = self._encode_images(ids, vision)
         context.position_ids = self._rope_positions(ids, attention_mask, vision)
         return {"attention_mask": attention_mask}
+
+    def _count_step_tokens(self, ids: Tensor, slots: Tensor) -> list[int]:
+        """By row the positions that the steps add to the prompt: latents without a slot of their own, and what is replayed."""
+        config, steps = self.config, self.config.num_latent_steps
+        replayed = torch.zeros_like(slots)
+        if config.replay_at_inference:
+            replayed = (ids == config.image_token_id).sum(dim=1).clamp(max=config.num_replay_tokens * steps)
+            if config.replay_pattern == "soft_mix":
+                replayed = (replayed > 0) * steps
+        return (steps + replayed - slots).tolist()
 
     def _account(self, output, context: StepContext, prompt_length: int, settings, kwargs):
         """Add latent counts, stop reasons and the trace to what the decoding loop returned."""

@@ -325,7 +325,8 @@ def ragged(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("scope", ["incremental", "context", "reference"])
 def test_shares_of_vedas(scope, vedas_processor, ragged, tmp_path):
     """Against the weights that each layer's eager attention gives in the second forward of a row alone."""
-    model = build_vedas(vedas_processor.tokenizer, routing_scope=scope)
+    # Two tokens a step: the pictures of four have them for both steps, as scope "reference" requires.
+    model = build_vedas(vedas_processor.tokenizer, routing_scope=scope, num_replay_tokens=2)
     asked = study(model, vedas_processor, ragged, tmp_path, 3)
     asked.batch_size = 1 if scope == "reference" else 3  # in that scope pads compete: a batch is not as its rows alone
     shares = attention.measure_shares(asked)
