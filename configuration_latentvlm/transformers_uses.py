@@ -272,6 +272,7 @@ _TRAINING = (
         hooks={
             "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
             "training_step": ("model", "inputs", "num_items_in_batch"),
+            "_init_training_state": ("max_steps", "num_update_steps_per_epoch", "num_train_epochs"),
             "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
             "floating_point_ops": ("inputs",),
             "log": ("logs",),
@@ -288,6 +289,7 @@ _TRAINING = (
         },
         callers={
             "save_model": ("_save",),
+            "_inner_training_loop": ("_init_training_state",),
             "_save_checkpoint": ("save_model", "_save_optimizer_and_scheduler"),
         },
     ),

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from conversion.writing import write_file
 from modeling_latentvlm.known_answers import FILE, FOLDER, KnownAnswers, compute_answer, digest_weights, record
 
 
@@ -53,7 +54,7 @@ def write_known_answers(folder: str | Path) -> str | None:
         known.dtype = str(stored).removeprefix("torch.")
         known.answers[known.dtype] = compute_answer(model, known.inputs, known.answers["float32"], force_grids=True)
     known.weights = digest_weights(model.state_dict())
-    write_file(folder, known)
+    write_answers(folder, known)
     return None
 
 
@@ -82,9 +83,6 @@ def load(folder: Path, dtype: torch.dtype):
     return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
 
 
-def write_file(folder: Path, known: KnownAnswers) -> None:
+def write_answers(folder: Path, known: KnownAnswers) -> None:
     target = folder / FOLDER / FILE
-    target.parent.mkdir(exist_ok=True)
-    partial = target.with_name(f"{FILE}.partial")
-    partial.write_bytes(known.to_bytes())
-    os.replace(partial, target)
+    write_file(target, known.to_bytes())

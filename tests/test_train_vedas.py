@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from conversion.convert_vedas import convert_vedas
 from processing_latentvlm import VedasProcessor
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
-from train import train_vedas
+from train import train_vedas, training_model
 from train.curriculum import Curriculum, CurriculumCollator, merge_steps
 from train.reasoning_data import ReasoningSample, read_reasoning
 from train.replay import ReplayArguments, ReplayObjective
@@ -277,7 +277,7 @@ def test_one_step_moves_every_weight(folder, data, tmp_path, before, frozen):
 
 
 def test_lora_moves_adapters_routers_and_the_predictor(folder, data, tmp_path, before, monkeypatch):
-    monkeypatch.setattr(train_vedas, "save_trained", lambda trainer: None)  # which merges
+    monkeypatch.setattr(training_model, "save_trained", lambda trainer: None)  # which merges
     # Two steps, since an adapter's A has no gradient before its B has moved.
     trainer = train(folder, data, tmp_path, stages=[2], max_steps=2, per_device_train_batch_size=6, **LORA)
     expected = {name for name in before if "lora_" in name or ".modules_to_save." in name or name[:10] == "objective."}
@@ -306,7 +306,7 @@ class Killed(Exception):
 )
 def test_killed_and_resumed_equals_uninterrupted(folder, data, tmp_path, monkeypatch, save_steps, killed_at, settings):
     settings = {"save_strategy": "steps", "save_steps": save_steps, "seed": 5} | settings
-    monkeypatch.setattr(train_vedas, "save_trained", lambda trainer: None)
+    monkeypatch.setattr(training_model, "save_trained", lambda trainer: None)
     whole = train(folder, data, tmp_path / "whole", **settings)
     assert logged(whole, "stage") == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
@@ -375,11 +375,11 @@ def test_the_output_is_a_checkpoint_and_the_objective_lies_apart(folder, data, t
 def test_lora_is_merged_into_the_output(folder, data, tmp_path, batch, monkeypatch):
     peft, seen = pytest.importorskip("peft"), {}
 
-    def save(trainer, save_trained=train_vedas.save_trained):
+    def save(trainer, save_trained=training_model.save_trained):
         seen["logits"] = logits_of(trainer.model.model, batch)
         save_trained(trainer)
 
-    monkeypatch.setattr(train_vedas, "save_trained", save)
+    monkeypatch.setattr(training_model, "save_trained", save)
     train(folder, data, tmp_path, stages=[2], max_steps=3, learning_rate=1e-2, **LORA)
     assert (seen["logits"] - logits_of(load(folder), batch)).abs().max() > 1e-2
     assert_near(logits_of(load(tmp_path), batch), seen["logits"], 1e-4)  # sums in another order
@@ -392,7 +392,7 @@ def test_lora_is_merged_into_the_output(folder, data, tmp_path, batch, monkeypat
 @pytest.mark.parametrize("settings", [{}, LORA], ids=["full", "lora"])
 def test_evaluation_and_the_best_model(folder, data, tmp_path, monkeypatch, settings):
     """A learning rate at which the first step is the best one."""
-    monkeypatch.setattr(train_vedas, "save_trained", lambda trainer: None)
+    monkeypatch.setattr(training_model, "save_trained", lambda trainer: None)
     trainer = train(
         folder,
         data,

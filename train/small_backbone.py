@@ -16,6 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from conversion.writing import replaced_folder
+
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -113,12 +115,11 @@ def write_backbone(
     tokenizer.chat_template = CHAT_TEMPLATE
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer, hidden_size, num_layers))
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
     smallest = (2 * PATCH) ** 2
-    Qwen2VLImageProcessorPil(patch_size=PATCH, min_pixels=4 * smallest, max_pixels=256 * smallest).save_pretrained(
-        output
-    )
+    images = Qwen2VLImageProcessorPil(patch_size=PATCH, min_pixels=4 * smallest, max_pixels=256 * smallest)
+    with replaced_folder(output, keeps_others=True) as folder:
+        for part in (model, tokenizer, images):
+            part.save_pretrained(folder)
     return Path(output)
 
 

@@ -23,7 +23,7 @@ from train.deeplatent_rl.policy import AdapterArguments, check_policy, prepare_p
 from train.deeplatent_rl.rewards import RewardArguments, WeightedRewards
 from train.deeplatent_rl.rollouts import QuestionCollator, RolloutArguments
 from train.reasoning_data import read_reasoning
-from train.training_model import TrainingModel, last_complete_checkpoint, save_trained
+from train.training_model import TrainingModel, run_training
 
 
 @dataclass
@@ -75,10 +75,7 @@ def main(
         rewards=rewards,
         dump=dump,
     )
-    resume = training_args.resume_from_checkpoint
-    trainer.train(last_complete_checkpoint(training_args.output_dir) if resume == "last" else resume)
-    save_trained(trainer)
-    trainer.save_state()  # the curve of the rewards, for `train.deeplatent_rl.progress`
+    run_training(trainer, keeps_log=True)  # the curve of the rewards, for `train.deeplatent_rl.progress`
     return trainer
 
 

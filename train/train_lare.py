@@ -30,7 +30,7 @@ from train.config_overrides import load_config
 from train.lare.data import LaReCollator, from_reasoning, read_llava
 from train.lare.objective import LaReObjective, LatentLossArguments
 from train.reasoning_data import read_reasoning
-from train.training_model import LatentTrainer, TrainingModel, last_complete_checkpoint, load_objective, save_trained
+from train.training_model import LatentTrainer, TrainingModel, load_objective, run_training
 
 
 @dataclass(frozen=True)
@@ -212,9 +212,7 @@ def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: T
         data_collator=LaReCollator(processor, args.max_length),
         processing_class=processor,
     )
-    resume = training_args.resume_from_checkpoint
-    trainer.train(last_complete_checkpoint(training_args.output_dir) if resume == "last" else resume)
-    save_trained(trainer)
+    run_training(trainer)
     return trainer
 
 

@@ -21,9 +21,8 @@ from train.replay import ReplayArguments, ReplayObjective
 from train.training_model import (
     LatentTrainer,
     TrainingModel,
-    last_complete_checkpoint,
     load_objective,
-    save_trained,
+    run_training,
 )
 
 
@@ -154,9 +153,7 @@ def main(args: ScriptArguments, replay_args: ReplayArguments, training_args: Tra
         processing_class=processor,
         callbacks=callbacks,
     )
-    resume = training_args.resume_from_checkpoint
-    trainer.train(last_complete_checkpoint(training_args.output_dir) if resume == "last" else resume)
-    save_trained(trainer)
+    run_training(trainer)
     return trainer
 
 

@@ -7,6 +7,7 @@ synchronised like all others. A checkpoint holds the model where users look for 
 
 import json
 from collections import defaultdict
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from transformers.utils import logging
 from configuration_latentvlm.model_card import write_model_card
 from configuration_latentvlm.transformers_contract import check_contract
 from conversion.known_answers import record_answers, record_answers_apart
+from conversion.writing import filled_folder, locked
 
 
 check_contract("training")
@@ -92,8 +94,8 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     found = {}
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json"):
         try:
-            json.loads(path.read_text())
-        except json.JSONDecodeError:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # cut off in the middle, perhaps of a character
             continue
         found[int(path.parent.name.rsplit("-", 1)[1])] = str(path.parent)
     return found[max(found)] if found else None
@@ -109,6 +111,13 @@ class LatentTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.label_names = ["labels"]  # `TrainingModel.forward` takes any batch, so they cannot be read off it
         self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
+        epochs, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
+        )
+        # transformers would begin the epoch that `max_steps` lies in again, and take one step before it looks.
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else (epochs, batches)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -136,6 +145,11 @@ class LatentTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._is_checkpoint = _internal_call
         super().save_model(output_dir, _internal_call)
+
+    def save_whole(self, folder: str | Path) -> None:
+        """Write the model as others read it, which is not how a run's own checkpoints have it."""
+        self._is_checkpoint = False
+        super().save_model(str(folder), _internal_call=True)  # `True` pushes nothing to the Hub
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
@@ -175,15 +189,38 @@ class LatentTrainer(Trainer):
 
 
 def save_trained(trainer: LatentTrainer) -> None:
-    """Leave a whole checkpoint in the output folder, adapters merged, with its known answers."""
+    """Leave a whole checkpoint in the output folder, adapters merged, with its known answers; `config.json` comes last."""
     whole, folder = trainer.accelerator.unwrap_model(trainer.model), Path(trainer.args.output_dir)
-    if not hasattr(whole.model, "peft_config") or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        trainer.save_model()
-    else:
-        if trainer.args.should_save:
-            whole.model.save_pretrained(folder / "adapter")
-        whole.model = whole.model.merge_and_unload()
-        trainer.save_model()
-    if trainer.args.should_save and (folder / "config.json").is_file():
-        is_alone = trainer.args.world_size == 1 and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled
-        (record_answers if is_alone else record_answers_apart)(folder)
+    is_writer, is_sharded = trainer.args.should_save, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    with filled_folder(folder, "config.json", is_writer, trainer.accelerator.wait_for_everyone) as partial:
+        if hasattr(whole.model, "peft_config") and not is_sharded:
+            if is_writer:
+                whole.model.save_pretrained(partial / "adapter")
+            whole.model = whole.model.merge_and_unload()
+        trainer.save_whole(partial)
+        if is_writer and (partial / "config.json").is_file():
+            is_alone = trainer.args.world_size == 1 and not is_sharded
+            (record_answers if is_alone else record_answers_apart)(partial)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def run_training(trainer: LatentTrainer, keeps_log: bool = False) -> None:
+    """Train to the end, from the last checkpoint with `--resume_from_checkpoint last`, and save.
+
+    A run that was at its end takes no further step. No other process may train into the same folder meanwhile.
+
+    Args:
+        keeps_log: leave `trainer_state.json`, with all that was logged, beside the model.
+
+    Raises:
+        ValueError: another process writes the output folder.
+    """
+    args = trainer.args
+    # The workers of a run that was killed hold its lock until they notice.
+    with locked(args.output_dir, wait=30) if args.should_save else nullcontext():
+        resume = args.resume_from_checkpoint
+        trainer.train(last_complete_checkpoint(args.output_dir) if resume == "last" else resume)
+        if keeps_log:
+            trainer.save_state()
+        save_trained(trainer)

@@ -11,7 +11,7 @@ For the large scenes of 224 pixels and more, with a cell per merged patch:
 
 Language-model losses alone teach a small tower very slowly: an answer is one word about one of many things. Here linear
 heads on its features name color, shape and digit of each cell, and what else the data say about cells: the corner at
-which a jigsaw piece is at home, the walls of a maze, the value of a bar. The heads are thrown away. The folder is changed in place:
+which a jigsaw piece is at home, the walls of a maze, the value of a bar. The heads are thrown away. The folder is replaced:
 a Qwen2.5-VL backbone (`train.small_backbone`), whose merged patches must be the cells, or a CLIP tower
 (`train.lare.small`), whose patches must lie whole in them; CLIP's last layer but one is trained, as LLaVA reads it.
 """
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, Qwen2_5_VLForConditionalGeneration
 
+from conversion.writing import replaced_folder
 from train.tasks.chart import VALUES
 from train.tasks.maze import OPEN, WALLS
 from train.tasks.shapes import COLORS, DIGITS, GRID, QUADRANTS, SHAPES
@@ -175,9 +176,11 @@ def pretrain(
                 right[k] += ((one.argmax(-1) == target[..., k]) & there).sum()
                 seen[k] += there.sum()
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    tower.model.to(tower.kept_dtype).save_pretrained(folder)
     scores = {name: float(count / total) for name, count, total in zip(names, right, seen.clamp(min=1))}
-    (Path(folder) / "vision_pretraining.json").write_text(json.dumps(scores))
+    # Swapped whole: a tower that was trained already, in a folder that says otherwise, would be trained twice.
+    with replaced_folder(folder, keeps_others=True) as partial:
+        tower.model.to(tower.kept_dtype).save_pretrained(partial)
+        (partial / "vision_pretraining.json").write_text(json.dumps(scores))
     return scores
 
 

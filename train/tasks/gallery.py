@@ -5,6 +5,8 @@ import json
 from html import escape
 from pathlib import Path
 
+from conversion.writing import write_file
+
 
 GALLERY_SIZE = 120  # samples; a page with thousands of pictures does not open
 STYLE = (
@@ -45,7 +47,7 @@ def write_gallery(data: str | Path, output: str | Path | None = None, limit: int
         f"<main>{articles}</main></html>\n"
     )
     output = data.parent / "gallery.html" if output is None else Path(output)
-    output.write_text(page, encoding="utf-8")
+    write_file(output, page)
     return output
 
 
