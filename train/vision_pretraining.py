@@ -27,6 +27,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, Qwen2_5_VLForConditionalGeneration
 
 from conversion.writing import replaced_folder
+from modeling_latentvlm.complete_weights import load_complete
 from train.tasks.chart import VALUES
 from train.tasks.maze import OPEN, WALLS
 from train.tasks.shapes import COLORS, DIGITS, GRID, QUADRANTS, SHAPES
@@ -51,7 +52,7 @@ class CellFeatures(nn.Module):
         super().__init__()
         self.is_clip = AutoConfig.from_pretrained(folder).model_type == "clip_vision_model"
         loader = CLIPVisionModel if self.is_clip else Qwen2_5_VLForConditionalGeneration
-        self.model = loader.from_pretrained(folder)
+        self.model = load_complete(loader, folder)
         self.kept_dtype = self.model.dtype
         self.model.float()  # steps of training are lost on weights of few digits
         self.processor = AutoImageProcessor.from_pretrained(folder)
