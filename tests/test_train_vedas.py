@@ -337,6 +337,40 @@ def test_killed_and_resumed_equals_uninterrupted(folder, data, tmp_path, monkeyp
         torch.testing.assert_close(actual[name], value, atol=1e-6, rtol=0, msg=name)
 
 
+@pytest.mark.parametrize("limits", [{"max_steps": 4}, {}], ids=["max_steps", "epochs"])
+def test_a_run_that_was_at_its_end_takes_no_further_step(folder, data, tmp_path, monkeypatch, limits):
+    """`max_steps` within an epoch, where transformers would begin it again; and the same command gives the same files."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "stages": [2], "resume_from_checkpoint": "last"} | limits
+    whole = train(folder, data, tmp_path, **settings)
+    files = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    files |= {path: path.read_bytes() for path in tmp_path.glob("training/*")}
+    steps = []
+    monkeypatch.setattr(LatentTrainer, "training_step", lambda *args, **kwargs: steps.append(args))
+    again = train(folder, data, tmp_path, **settings)
+    assert not steps and again.state.global_step == whole.state.global_step == len(logged(whole, "loss"))
+    assert len(files) == 2 and all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_a_model_is_saved_with_its_config_last(folder, data, tmp_path, monkeypatch):
+    """A recipe takes a folder with a config for a stage that is done."""
+
+    def killed(*args, **kwargs):
+        assert not (tmp_path / "config.json").exists()
+        raise Killed
+
+    train(folder, data, tmp_path, max_steps=1, stages=[2])
+    before = {path.name for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(training_model, "record_answers", lambda folder: (folder / "config.json").stat())
+        patch.setattr(training_model.LatentTrainer, "save_whole", killed)
+        (tmp_path / "config.json").unlink()
+        with pytest.raises(Killed):
+            train(folder, data, tmp_path, max_steps=1, stages=[2])
+    assert not (tmp_path / "config.json").exists()
+    train(folder, data, tmp_path, max_steps=1, stages=[2])
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
 def test_the_last_checkpoint_is_the_one_of_most_steps(tmp_path):
     for step in (9, 10, 2):
         (tmp_path / f"checkpoint-{step}").mkdir()

@@ -193,6 +193,28 @@ def find_objective(objective: LaReObjective, args: ScriptArguments) -> None:
         )
 
 
+def check_negatives(objective: LaReObjective, data: list, training_args: TrainingArguments) -> None:
+    """Raise a `ValueError` where no batch of a run can hold two rows that the alignment could tell apart.
+
+    A batch that has none is possible in any run: its rows are left out, and logged as `align_without_negative`.
+    """
+    if objective.alignment is None:
+        return
+    size = training_args.train_batch_size * training_args.world_size * training_args.gradient_accumulation_steps
+    if size < 2:
+        raise ValueError(
+            "The alignment loss tells rows of a batch apart, but the global batch holds 1 row: set `global_batch_size` to 2 or "
+            "more, or `align_loss_weight` to 0."
+        )
+    reasonings = {one.reasoning for one in data if one.reasoning}
+    pictures = {tuple(image if isinstance(image, str) else id(image) for image in one.images) for one in data}
+    if len(reasonings) < 2 and len(pictures) < 2:
+        raise ValueError(
+            f"The alignment loss tells rows apart, but all {len(data)} rows of the data have the same reasoning and the same "
+            "pictures: set `align_loss_weight` to 0."
+        )
+
+
 def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: TrainingArguments) -> LatentTrainer:
     set_seed(training_args.seed)
     stage = STAGES[args.stage]
@@ -204,6 +226,7 @@ def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: T
     objective = LaReObjective(model, processor.image_processor, loss_args, stage.has_latents, args.stage == 2)
     find_objective(objective, args)
     data = read_data(args.data_path, args, args.drop_incomplete)
+    check_negatives(objective, data, training_args)
     trainer = LatentTrainer(
         model=TrainingModel(model, objective),
         args=training_args,

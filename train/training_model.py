@@ -5,9 +5,12 @@ synchronised like all others. A checkpoint holds the model where users look for 
 `training/objective.safetensors`, which inference never reads.
 """
 
+import hashlib
 import json
 from collections import defaultdict
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -55,6 +58,25 @@ class TrainingModel(nn.Module):
             return getattr(self.model, name)
 
 
+@dataclass
+class StepPart:
+    """A micro-batch as a part of its optimizer step, for an objective with `sees_whole_step`.
+
+    Args:
+        seed: of everything random in it: what is computed ahead must be what is computed with gradients.
+        others: what the objective returned as `rows` of the other parts; None while they are being computed.
+    """
+
+    seed: int
+    others: list | None = None
+
+    @contextmanager
+    def random_state(self, device: torch.device) -> Iterator[None]:
+        with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            yield
+
+
 def split_state(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
@@ -89,6 +111,20 @@ def load_objective(objective: nn.Module, folder: str | Path) -> bool:
     return True
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed of 63 bits that depends on every number, and on their order."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def map_tensors(function: Callable, values):
+    """Apply a function to all tensors in dicts and tuples."""
+    if isinstance(values, torch.Tensor):
+        return function(values)
+    if isinstance(values, dict):
+        return {name: map_tensors(function, value) for name, value in values.items()}
+    return tuple(map_tensors(function, value) for value in values)
+
+
 def last_complete_checkpoint(folder: str | Path) -> str | None:
     """The newest `checkpoint-N` of a run that was written to its end: the trainer's state is what comes last."""
     found = {}
@@ -111,6 +147,8 @@ class LatentTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.label_names = ["labels"]  # `TrainingModel.forward` takes any batch, so they cannot be read off it
         self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._step_batches: list[dict] = []  # of the step that begins, where its parts have to know each other
+        self._step_parts: list[StepPart] = []  # of the micro-batches that are still to come
 
     def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
         epochs, batches = super()._init_training_state(
@@ -118,6 +156,35 @@ class LatentTrainer(Trainer):
         )
         # transformers would begin the epoch that `max_steps` lies in again, and take one step before it looks.
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else (epochs, batches)
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        objective = self.accelerator.unwrap_model(self.model).objective
+        self._step_parts = []
+        self._step_batches = batches if len(batches) > 1 and getattr(objective, "sees_whole_step", False) else []
+        return batches, num_items
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._step_batches:
+            # Not in `get_batch_samples`: a resumed run restores its random state only behind that.
+            self._step_parts, self._step_batches = self._compute_ahead(model), []
+        if self._step_parts:
+            inputs = dict(inputs) | {"part": self._step_parts.pop(0)}
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _compute_ahead(self, model) -> list[StepPart]:
+        """Run all micro-batches of a step once for what each has to know of the others (gradient caching)."""
+        model.train()
+        place = self.args.seed, self.state.global_step, self.args.process_index
+        parts = [StepPart(seed_of(*place, number)) for number in range(len(self._step_batches))]
+        is_sharded, rows = self.is_fsdp_enabled or self.is_deepspeed_enabled, []
+        # With gradients, which are dropped, the same code runs as in the pass that needs them; sharded models would wait for
+        # a backward pass, and DDP's wrapper as well.
+        whole = model if is_sharded else self.accelerator.unwrap_model(model)
+        for batch, part in zip(self._step_batches, parts):
+            with torch.set_grad_enabled(not is_sharded), self.compute_loss_context_manager():
+                rows.append(map_tensors(torch.Tensor.detach, whole(**self._prepare_inputs(batch), part=part)["rows"]))
+        return [StepPart(part.seed, [*rows[:number], *rows[number + 1 :]]) for number, part in enumerate(parts)]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

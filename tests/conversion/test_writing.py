@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from conversion import writing
 from conversion.writing import filled_folder, link_missing, locked, replaced_file, replaced_folder, write_file
@@ -135,6 +136,27 @@ def test_a_lock_is_never_held_twice_while_it_is_made_and_deleted(tmp_path):
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert max(most) == 1 and len(most) > 50 and not visible(tmp_path)
+
+
+def test_who_waited_for_a_lock_that_was_deleted_waits_for_the_new_one(tmp_path):
+    path, entered = tmp_path / ".out.lock", threading.Event()
+    first, second = FileLock(path), FileLock(path)
+    first.acquire()
+
+    def wait():
+        with locked(tmp_path / "out", wait=20):
+            entered.set()
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    time.sleep(0.3)
+    path.unlink()
+    second.acquire(timeout=5)
+    first.release()
+    assert not entered.wait(0.5)
+    second.release()
+    assert entered.wait(20)
+    waiter.join()
 
 
 def test_a_lock_is_free_when_its_process_is_killed(tmp_path):
