@@ -7,10 +7,6 @@ SOURCES := configuration_latentvlm modeling_latentvlm processing_latentvlm conve
 SETUP := constraints.txt setup.cfg pyproject.toml .ci/install_torch.py
 PYTEST := python -m pytest -q -n auto --dist loadfile
 
-# The core suite, and what it needs beside the package. By file, since collecting the others needs all of `.[dev]`.
-CORE := -m core $(sort $(shell grep --recursive --files-with-matches --include='*.py' mark.core tests))
-CORE_NEEDS := pytest pytest-xdist scipy
-
 # Versions of transformers that the core suite runs on; the whole suite runs on the one in constraints.txt.
 # vLLM takes 5.19. A line HUB_X names the newest huggingface_hub that transformers X accepts, where that is not the pin.
 MATRIX := 5.17.0 5.19.0 5.21.1 5.23.0
@@ -41,18 +37,18 @@ test: $(VENV)/.ready
 test-slow: $(VENV)/.ready
 	$(BIN)/$(PYTEST) --slow -m slow $(ARGS)
 
-# An environment of the matrix: the pins, but another transformers, and only what the core suite needs.
+# An environment of the matrix: the pins, but another transformers, and what the core suite needs.
 .venvs/%/.ready: $(SETUP) Makefile
 	$(call make_venv,.venvs/$*)
 	grep -v -e '^transformers==' $(if $(HUB_$*),-e '^huggingface-hub==') constraints.txt > .venvs/$*/constraints.txt
 	.venvs/$*/bin/python -m pip install --quiet --constraint .venvs/$*/constraints.txt transformers==$* \
-		$(if $(HUB_$*),huggingface-hub==$(HUB_$*)) --editable . $(CORE_NEEDS)
+		$(if $(HUB_$*),huggingface-hub==$(HUB_$*)) --editable ".[train]" pytest pytest-xdist
 	touch $@
 
 # `make core-5.19.0` runs the core suite on that version alone.
 core-%: .venvs/%/.ready
 	@echo "Core suite on transformers $*"
-	.venvs/$*/bin/$(PYTEST) $(CORE) $(ARGS)
+	.venvs/$*/bin/$(PYTEST) -m core $(ARGS)
 
 test-matrix: $(MATRIX:%=core-%)
 
@@ -61,7 +57,7 @@ test-matrix: $(MATRIX:%=core-%)
 test-newest:
 	$(call make_venv,.venvs/newest,--newest)
 	.venvs/newest/bin/python .ci/newest.py
-	.venvs/newest/bin/$(PYTEST) $(CORE) $(ARGS)
+	.venvs/newest/bin/$(PYTEST) -m core $(ARGS)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check $(SOURCES)

@@ -288,6 +288,7 @@ _TRAINING = (
             "_load_optimizer_and_scheduler": ("checkpoint",),
         },
         callers={
+            "prediction_step": ("keys_to_ignore_at_inference",),
             "save_model": ("_save",),
             "_inner_training_loop": ("_init_training_state",),
             "_save_checkpoint": ("save_model", "_save_optimizer_and_scheduler"),

@@ -540,3 +540,6 @@ def test_the_command_under_accelerate(small, taught, tmp_path, name, processes):
     assert run.returncode == 0, run.stderr[-3000:]
     state = json.loads((tmp_path / "out" / "checkpoint-2" / "trainer_state.json").read_text())
     assert len([entry for entry in state["log_history"] if entry["align_loss"] > 0]) == 2
+    # Recorded by a process of its own, and not for the run's own checkpoints.
+    assert AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).check_known_answers().worst < 0.5
+    assert not (tmp_path / "out" / "checkpoint-2" / "known_answers").exists()

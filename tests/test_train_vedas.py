@@ -396,6 +396,7 @@ def test_the_output_is_a_checkpoint_and_the_objective_lies_apart(folder, data, t
     expected = logits_of(whole.model, batch)
     assert (expected - logits_of(load(folder), batch)).abs().max() > 1e-2
     assert_near(logits_of(load(out), batch), expected)
+    assert load(out).check_known_answers().worst < 0.5  # recorded at the end of training
     loaded = AutoProcessor.from_pretrained(out, trust_remote_code=True)
     assert loaded.tokenizer.get_vocab() == trainer.processing_class.tokenizer.get_vocab()
 
@@ -417,6 +418,7 @@ def test_lora_is_merged_into_the_output(folder, data, tmp_path, batch, monkeypat
     train(folder, data, tmp_path, stages=[2], max_steps=3, learning_rate=1e-2, **LORA)
     assert (seen["logits"] - logits_of(load(folder), batch)).abs().max() > 1e-2
     assert_near(logits_of(load(tmp_path), batch), seen["logits"], 1e-4)  # sums in another order
+    assert load(tmp_path).check_known_answers().worst < 0.5
     adapted = peft.PeftModel.from_pretrained(load(folder), tmp_path / "adapter")
     assert_near(logits_of(adapted, batch), seen["logits"])
     names = load_file(tmp_path / "model.safetensors").keys()

@@ -20,6 +20,7 @@ from .known_answers import (
     KnownAnswers,
     compute_answer,
     deviation,
+    dtype_name,
     encode,
     find_changed_weight,
     versions_here,
@@ -91,8 +92,7 @@ def check_answers(model, processor, known: KnownAnswers, where: str) -> AnswerRe
     check_origin(model, known, where)
     report = AnswerReport(where, known.versions)
     report.rows += compare_inputs(processor, known)
-    dtype = str(model.dtype).removeprefix("torch.")
-    tried = model
+    tried, dtype = model, dtype_name(model)
     if dtype != "float32" and model.num_parameters() <= LARGEST_COPY and "float32" in known.answers:
         tried, dtype = copy.deepcopy(model).float(), "float32"
     expected = known.answers[dtype]
@@ -107,10 +107,6 @@ def check_answers(model, processor, known: KnownAnswers, where: str) -> AnswerRe
         if changed is not None:
             report.remarks.append(f"The weights are not those that the answers were recorded from: {changed} differs.")
     return report
-
-
-def dtype_name(model) -> str:
-    return str(model.dtype).removeprefix("torch.")
 
 
 def check_origin(model, known: KnownAnswers, where: str) -> None:

@@ -155,6 +155,11 @@ def read_metadata(content: bytes) -> dict[str, str]:
     return json.loads(content[8 : 8 + size]).get("__metadata__", {})
 
 
+def dtype_name(model) -> str:
+    """The dtype of a model as the answers file spells it, e.g. "bfloat16"."""
+    return str(model.dtype).removeprefix("torch.")
+
+
 def versions_here() -> dict[str, str]:
     return {
         "latentvlm": __version__,
@@ -231,12 +236,12 @@ def compute_answer(
 
 
 def record(model, processor) -> KnownAnswers:
-    """Record a prompt and what `model`, in float32, makes of it."""
+    """Record a prompt and what the model makes of it in the dtype that it is in."""
     picture, stored = draw_picture(processor), io.BytesIO()
     picture.save(stored, format="PNG")
     inputs = encode(processor, picture, QUESTION)
     answer = compute_answer(model, inputs)
-    dtype = str(model.dtype).removeprefix("torch.")
+    dtype = dtype_name(model)
     return KnownAnswers(
         inputs=inputs,
         picture=stored.getvalue(),

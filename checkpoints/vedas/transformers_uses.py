@@ -287,6 +287,7 @@ _TRAINING = (
             "_load_optimizer_and_scheduler": ("checkpoint",),
         },
         callers={
+            "prediction_step": ("keys_to_ignore_at_inference",),
             "save_model": ("_save",),
             "_save_checkpoint": ("save_model", "_save_optimizer_and_scheduler"),
         },
