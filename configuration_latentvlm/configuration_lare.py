@@ -144,6 +144,8 @@ class LaReConfig(HubCodeMixin, LlavaConfig):
             height, width = (size, size) if isinstance(size, int) else size
             if height != width:
                 raise ValueError(f"`vision_config.{name}` must be square, got {height} x {width}.")
+            if height < 1:
+                raise ValueError(f"`vision_config.{name}` must be >= 1, got {height}.")
             sides.append(height)
         return sides[0] // sides[1]
 
@@ -187,7 +189,8 @@ class LaReConfig(HubCodeMixin, LlavaConfig):
 
     def validate_extractor(self):
         """Part of `@strict`-powered validation."""
-        if self.extractor_hidden_size % self.extractor_num_heads:
+        # Validators run in no order of ours: the sizes may not have been looked at yet.
+        if self.extractor_num_heads < 1 or self.extractor_hidden_size % self.extractor_num_heads:
             raise ValueError(
                 f"`extractor_num_heads` ({self.extractor_num_heads}) must divide `extractor_hidden_size` "
                 f"({self.extractor_hidden_size})."

@@ -203,6 +203,17 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
 
+    def validate_latent_token(self):
+        """Part of `@strict`-powered validation."""
+        vocab_size = self.get_text_config().vocab_size
+        if not 0 <= self.latent_token_id < vocab_size:
+            raise ValueError(
+                f"`latent_token_id` must lie within `text_config.vocab_size` ({vocab_size}), got {self.latent_token_id}."
+            )
+        for name in ("image_token_id", "video_token_id"):
+            if self.latent_token_id == getattr(self, name):
+                raise ValueError(f"`latent_token_id` and `{name}` must differ, both are {self.latent_token_id}.")
+
     def validate_routed_layers(self):
         """Part of `@strict`-powered validation."""
         layers = self.get_text_config().num_hidden_layers

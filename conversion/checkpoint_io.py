@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from conversion.reading import read_json_object
 from conversion.writing import recover_folder
 
 
@@ -107,7 +108,10 @@ def find_shards(folder: Path) -> list[Path]:
         pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
         found = f"only {', '.join(pickled[:3])}: save them as safetensors first" if pickled else "neither"
         raise ValueError(f"A backbone must hold {SINGLE_FILE} or {INDEX_FILE}, got {found}, in {folder}.")
-    names = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()
+    weight_map = read_json_object(folder / INDEX_FILE).get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{folder / INDEX_FILE} must hold a `weight_map` of weights to files.")
     files = [folder / name for name in sorted(set(names))]
     absent = [file.name for file in files if not file.is_file()]
     if absent:

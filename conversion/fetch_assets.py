@@ -32,6 +32,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
+from conversion.commands import exit_on_error
 from conversion.gguf_weights import (
     build_text_config,
     build_tokenizer,
@@ -316,4 +317,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -4,6 +4,8 @@ from typing import Any
 
 from PIL import Image
 
+from processing_latentvlm.text_checks import check_texts
+
 
 class LatentProcessorMixin:
     """For a `ProcessorMixin` whose tokenizer has tokens of ours, which `latent_tokens` names. They act, so they are reserved."""
@@ -13,6 +15,7 @@ class LatentProcessorMixin:
 
     def check_image_count(self, rows: list[str], images: Any) -> None:
         """Every placeholder of the text needs an image, and every image a placeholder."""
+        check_texts(rows)
         asked = [sample.count(self.image_token) for sample in rows]
         nested = isinstance(images, list) and images and all(isinstance(row, list) for row in images)
         given = (

@@ -6,6 +6,7 @@ A block of an earlier answer stands in a message as `{"type": "latent", "grid": 
 """
 
 from configuration_latentvlm.transformers_contract import check_contract
+from processing_latentvlm.text_checks import check_texts, is_whole_number
 
 
 check_contract("processing")  # before the imports below: what they miss is said here
@@ -51,6 +52,7 @@ class DeepLatentProcessor(QwenLatentProcessor):
         grids: list[tuple[int, int]] = []
         if text is not None:
             rows = [text] if isinstance(text, str) else list(text)
+            check_texts(rows)
             text = [self.expand_blocks(row, sample, grids) for row, sample in enumerate(rows)]
         features = super().__call__(images=images, text=text, videos=videos, **kwargs)
         if grids:
@@ -78,7 +80,12 @@ class DeepLatentProcessor(QwenLatentProcessor):
         return _BLOCK.sub(expand, sample)
 
     def render_latent(self, item: dict) -> str:
-        height, width = item["grid"]
+        grid = item.get("grid")
+        if not isinstance(grid, list | tuple) or len(grid) != 2 or not all(is_whole_number(side, 1) for side in grid):
+            raise ValueError(
+                f"`grid` of a latent item must be two whole numbers >= 1, height and width, got {grid!r}."
+            )
+        height, width = grid
         return f"{LATENT_START}{height}x{width}{LATENT_END}"
 
     @property

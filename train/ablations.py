@@ -13,6 +13,7 @@ import json
 import statistics
 from pathlib import Path
 
+from conversion.commands import exit_on_error
 from conversion.writing import write_file
 from train.recipes import BATCH, RL_STEPS, SMALL_RL, run, score
 
@@ -109,4 +110,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoProcessor
 
 from configuration_latentvlm import DeepLatentConfig, LaReConfig, VedasConfig
 from configuration_latentvlm.model_card import render_model_card
+from conversion.commands import exit_on_error
 from conversion.known_answers import record_answers
 from conversion.refresh_code import refresh_code
 from conversion.writing import replaced_folder, write_file
@@ -156,4 +157,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -28,6 +28,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from conversion.commands import exit_on_error
 from conversion.writing import replaced_file, write_file
 from train.checkpoints import ENDS
 from train.faithfulness.statistics import paired
@@ -249,4 +250,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

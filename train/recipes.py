@@ -23,6 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
+from conversion.commands import exit_on_error
 from conversion.writing import append_lines, locked, write_file
 from train.answers import accuracy, conversation_of, extract_answer
 from train.deeplatent_rl.progress import describe_progress
@@ -368,4 +369,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

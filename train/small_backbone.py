@@ -8,7 +8,6 @@ The folder looks like a published backbone: the converters take it as they take 
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -16,6 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from conversion.commands import exit_on_error
+from conversion.reading import read_json_lines
 from conversion.writing import replaced_folder
 
 
@@ -124,12 +125,23 @@ def write_backbone(
 
 
 def texts_of(*paths: str | Path) -> list[str]:
-    """Questions, steps and answers of files that `train.tasks` wrote."""
-    lines = [line for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    rows = [json.loads(line) for line in lines]
-    return [
-        text for row in rows for text in (row["question"], *row["rationale"], row["answer"], "The answer is \\boxed{")
-    ]
+    """Questions, steps and answers of files that `train.tasks` wrote.
+
+    Raises:
+        ValueError: a row is not what it writes; the message names it.
+    """
+    texts = []
+    for path in paths:
+        for origin, row in read_json_lines(path):
+            row = row if isinstance(row, dict) else {}
+            rationale = row.get("rationale")
+            found = [row.get("question"), *(rationale if isinstance(rationale, list) else [None]), row.get("answer")]
+            if not all(isinstance(text, str) for text in found):
+                raise ValueError(
+                    f"{origin} must be a sample of `train.tasks`, with `question`, `rationale` and `answer`."
+                )
+            texts += [*found, "The answer is \\boxed{"]
+    return texts
 
 
 def main() -> None:
@@ -143,4 +155,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

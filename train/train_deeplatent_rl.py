@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
 
+from conversion.commands import exit_on_error
+from conversion.reading import check_config_file
 from train.deeplatent_rl.dump import RolloutDump
 from train.deeplatent_rl.grpo_trainer import GRPOTrainer, GRPOTrainingArguments
 from train.deeplatent_rl.judge import JudgeArguments
@@ -54,6 +56,7 @@ def main(
 ) -> GRPOTrainer:
     set_seed(training_args.seed)
     rewards = WeightedRewards(reward_args, judge)
+    check_config_file(script.model_path)
     processor = AutoProcessor.from_pretrained(script.model_path, trust_remote_code=True)
     given = {"attn_implementation": script.attn_implementation} if script.attn_implementation else {}
     model = AutoModel.from_pretrained(script.model_path, trust_remote_code=True, dtype=script.dtype, **given)
@@ -99,4 +102,5 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    with exit_on_error():
+        run(sys.argv[1:])

@@ -26,6 +26,8 @@ from torch import nn
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
 from conversion.backbone import parse_overrides
+from conversion.commands import exit_on_error
+from conversion.reading import check_config_file
 from train.config_overrides import load_config
 from train.lare.data import LaReCollator, from_reasoning, read_llava
 from train.lare.objective import LaReObjective, LatentLossArguments
@@ -219,6 +221,7 @@ def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: T
     set_seed(training_args.seed)
     stage = STAGES[args.stage]
     complete_arguments(args, training_args)
+    check_config_file(args.model_path)
     processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=True)
     model = load_model(args)
     check_stage(model, args)
@@ -240,5 +243,6 @@ def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: T
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser((ScriptArguments, LatentLossArguments, LaReTrainingArguments))
-    main(*parser.parse_args_into_dataclasses())
+    with exit_on_error():
+        parser = HfArgumentParser((ScriptArguments, LatentLossArguments, LaReTrainingArguments))
+        main(*parser.parse_args_into_dataclasses())

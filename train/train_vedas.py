@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
+from conversion.commands import exit_on_error
+from conversion.reading import check_config_file
 from train.curriculum import Curriculum, CurriculumCollator
 from train.gradient_dynamics import GradientDynamics
 from train.reasoning_data import read_reasoning
@@ -132,6 +134,7 @@ def prepare_weights(model, args: ScriptArguments, training_args: TrainingArgumen
 
 def main(args: ScriptArguments, replay_args: ReplayArguments, training_args: TrainingArguments) -> LatentTrainer:
     set_seed(training_args.seed)
+    check_config_file(args.model_path)
     processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=True)
     model = load_model(args)
     stages = plan_stages(args, training_args, model.config.num_latent_steps)
@@ -158,5 +161,6 @@ def main(args: ScriptArguments, replay_args: ReplayArguments, training_args: Tra
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser((ScriptArguments, ReplayArguments, VedasTrainingArguments))
-    main(*parser.parse_args_into_dataclasses())
+    with exit_on_error():
+        parser = HfArgumentParser((ScriptArguments, ReplayArguments, VedasTrainingArguments))
+        main(*parser.parse_args_into_dataclasses())

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, Qwen2_5_VLForConditionalGeneration
 
+from conversion.commands import exit_on_error
+from conversion.reading import read_json_lines
 from conversion.writing import replaced_folder
 from modeling_latentvlm.complete_weights import load_complete
 from train.tasks.chart import VALUES
@@ -92,9 +94,15 @@ def read_scenes(data: str | Path | list[str | Path]) -> tuple[list[Path], Tensor
         ValueError: no row, things that do not stand in cells, or pictures or grids of several sizes.
     """
     paths = [Path(one) for one in (data if isinstance(data, list) else [data])]
-    rows = [(path, json.loads(line)) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
     images, labels, sizes = [], [], set()
-    for path, row in rows:
+    rows = ((path, origin, row) for path in paths for origin, row in read_json_lines(path))
+    for path, origin, row in rows:
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("image"), str)
+            or not isinstance(row.get("objects"), list)
+        ):
+            raise ValueError(f"{origin} must be a sample of `train.tasks`, with `image` and `objects`.")
         if (grid := row.get("grid", GRID)) is None:  # files of the first version do not say
             raise ValueError(
                 f"{row['id']} of {path} cannot teach about cells: its things stand freely (a hard level)."
@@ -197,4 +205,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

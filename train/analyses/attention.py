@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 
+from conversion.commands import exit_on_error
 from conversion.writing import replaced_file, write_file
 from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
 from train.analyses.collection import (
@@ -147,4 +148,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -18,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from conversion.commands import exit_on_error
 from conversion.writing import replaced_file, write_file
 from modeling_latentvlm.refocus_decoding import change_of
 from train.analyses.collection import (
@@ -108,4 +109,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -42,6 +42,7 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import SVC
 from torch import Tensor
 
+from conversion.commands import exit_on_error
 from conversion.writing import replaced_file, write_file
 from train.analyses.collection import (
     GREEDY,
@@ -275,4 +276,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

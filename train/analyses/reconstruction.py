@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from conversion.commands import exit_on_error
 from conversion.writing import replaced_file, write_file
 from train.analyses.collection import Study, analysis_parser, check_steps, encoded_batches, open_study
 from train.lare.image_reconstruction import ImageReconstruction, load_vae
@@ -126,4 +127,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -13,6 +13,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, is_torchvision_available
 
+from conversion.reading import check_config_file
 from modeling_latentvlm.complete_weights import load_complete
 from processing_latentvlm.processing_qwen import QwenLatentProcessor
 from train.decontamination.journal import hash_file
@@ -53,6 +54,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {DTYPES}, got {dtype!r}.")
+    check_config_file(model)
     loaded = load_complete(
         AutoModelForImageTextToText,
         model,

@@ -24,6 +24,7 @@ from transformers import set_seed
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from configuration_latentvlm import LaReConfig
+from conversion.commands import exit_on_error
 from conversion.writing import replaced_folder, write_file
 from modeling_latentvlm import LaReForCausalLM
 from modeling_latentvlm.trace import LatentStep
@@ -268,4 +269,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL
 from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from conversion.commands import exit_on_error
 from conversion.writing import replaced_folder
 from train.lare.image_reconstruction import CODE_CHANNELS
 from train.small_backbone import CHAT_TEMPLATE, texts_of, train_tokenizer
@@ -114,4 +115,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()
