@@ -20,7 +20,12 @@ _IMAGES, _VIDEOS = ("pixel_values", "image_grid_thw"), ("pixel_values_videos", "
 _CONFIGURATION = (
     Use(
         "transformers.configuration_utils:PreTrainedConfig",
-        hooks={"to_dict": (), "to_json_file": ("json_file_path",), "get_text_config": ()},
+        hooks={
+            "to_dict": (),
+            "to_json_file": ("json_file_path",),
+            "get_text_config": (),
+            "get_config_dict": ("pretrained_model_name_or_path",),
+        },
         attributes=("model_type",),
     ),
     Use("huggingface_hub.dataclasses:strict"),

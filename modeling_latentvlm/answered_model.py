@@ -4,6 +4,7 @@ import os
 from importlib import import_module
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import AutoProcessor
 from transformers.utils import cached_file, logging
 
@@ -65,9 +66,14 @@ class KnownAnswersMixin:
                 any of the `new_weights`, which is a backbone's, may lack them; `ignore_mismatched_sizes=True` lets all through.
             RuntimeError: the model does not answer as it did when it was written; the message is a table.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
-        )
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights in {pretrained_model_name_or_path} must be intact safetensors files: {error}"
+            ) from error
         if not ignore_mismatched_sizes:
             check_weights_complete(model, info, cls.new_weights)
         if cls.__module__.startswith(PACKAGES) and pretrained_model_name_or_path is not None:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import nn
 
 
@@ -39,7 +40,10 @@ def load_complete(loader, path, **options) -> nn.Module:
     Raises:
         ValueError: a weight is missing or has another shape; the message names it.
     """
-    model, info = loader.from_pretrained(path, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    try:
+        model, info = loader.from_pretrained(path, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {path} must be intact safetensors files: {error}") from error
     try:
         check_weights_complete(model, info, getattr(model, "new_weights", ()))
     except ValueError as error:

@@ -4,7 +4,7 @@ from typing import Any
 
 from PIL import Image
 
-from processing_latentvlm.text_checks import check_texts
+from processing_latentvlm.text_checks import check_conversation
 
 
 class LatentProcessorMixin:
@@ -15,7 +15,6 @@ class LatentProcessorMixin:
 
     def check_image_count(self, rows: list[str], images: Any) -> None:
         """Every placeholder of the text needs an image, and every image a placeholder."""
-        check_texts(rows)
         asked = [sample.count(self.image_token) for sample in rows]
         nested = isinstance(images, list) and images and all(isinstance(row, list) for row in images)
         given = (
@@ -50,6 +49,7 @@ class LatentProcessorMixin:
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """As in transformers, with the items of `render_latent` in assistant messages."""
+        check_conversation(conversation)
         batched = bool(conversation) and isinstance(conversation[0], list | tuple)
         rendered = [
             [self.render_message(message) for message in messages]

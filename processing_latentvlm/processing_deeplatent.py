@@ -6,7 +6,7 @@ A block of an earlier answer stands in a message as `{"type": "latent", "grid": 
 """
 
 from configuration_latentvlm.transformers_contract import check_contract
-from processing_latentvlm.text_checks import check_texts, is_whole_number
+from processing_latentvlm.text_checks import as_rows, is_whole_number
 
 
 check_contract("processing")  # before the imports below: what they miss is said here
@@ -51,9 +51,7 @@ class DeepLatentProcessor(QwenLatentProcessor):
         """
         grids: list[tuple[int, int]] = []
         if text is not None:
-            rows = [text] if isinstance(text, str) else list(text)
-            check_texts(rows)
-            text = [self.expand_blocks(row, sample, grids) for row, sample in enumerate(rows)]
+            text = [self.expand_blocks(row, sample, grids) for row, sample in enumerate(as_rows(text))]
         features = super().__call__(images=images, text=text, videos=videos, **kwargs)
         if grids:
             features["latent_grid_hw"] = torch.tensor(grids) if "return_tensors" in kwargs else grids
