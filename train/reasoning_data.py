@@ -12,6 +12,7 @@ A line of a JSONL file (`train.tasks` writes such files), or a row of a `dataset
 left alone.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -165,7 +166,7 @@ class DatasetRows:
 
     @staticmethod
     def can_read(path: Path) -> bool:
-        return path.is_dir() or path.suffix == ".parquet"
+        return os.path.isdir(path) or path.suffix == ".parquet"
 
     def __len__(self) -> int:
         return len(self.data)
