@@ -107,11 +107,6 @@ class LaReProcessor(HubCodeMixin, LatentProcessorMixin, LlavaProcessor):
             self.check_image_count(as_rows(text), images)
         return super().__call__(images=images, text=text, **kwargs)
 
-    def render_message(self, message: dict) -> dict:
-        rendered = super().render_message(message)
-        # Language models' own templates concatenate it, and know no empty list.
-        return rendered if rendered["content"] else rendered | {"content": ""}
-
     def render_latent(self, item: dict) -> str:
         return BOT + EOT
 

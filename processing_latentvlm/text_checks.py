@@ -1,5 +1,7 @@
 """Texts and chats that cannot be rendered or encoded, found where they are given."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -12,11 +14,27 @@ def as_rows(text: Any) -> list[str]:
     if not isinstance(text, str | list | tuple):
         raise ValueError(f"`text` must be a text or a list of texts, got {type(text).__name__}.")
     rows = [text] if isinstance(text, str) else list(text)
+    if not rows:
+        raise ValueError("`text` must hold at least one text.")
     for row, one in enumerate(rows):
         if not isinstance(one, str):
             raise ValueError(f"Row {row} of `text` must be a text, got {type(one).__name__}.")
         check_encodable(one, f"Row {row} of `text`")
     return rows
+
+
+@contextmanager
+def template_errors() -> Iterator[None]:
+    """What a chat template refuses is the caller's to mend: a `ValueError` in place of jinja's own."""
+    try:
+        from jinja2 import TemplateError
+    except ImportError:  # transformers says that templates need it
+        yield
+        return
+    try:
+        yield
+    except TemplateError as error:
+        raise ValueError(f"The chat template cannot render this conversation: {error}") from error
 
 
 def check_encodable(text: str, where: str) -> None:

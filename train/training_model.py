@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
@@ -183,7 +184,8 @@ class LatentTrainer(Trainer):
         whole = model if is_sharded else self.accelerator.unwrap_model(model)
         for batch, part in zip(self._step_batches, parts):
             with torch.set_grad_enabled(not is_sharded), self.compute_loss_context_manager():
-                rows.append(map_tensors(torch.Tensor.detach, whole(**self._prepare_inputs(batch), part=part)["rows"]))
+                batch = send_to_device(batch, self.args.device)
+                rows.append(map_tensors(torch.Tensor.detach, whole(**batch, part=part)["rows"]))
         return [StepPart(part.seed, [*rows[:number], *rows[number + 1 :]]) for number, part in enumerate(parts)]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
