@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
+from configuration_latentvlm.transformers_contract import check_contract
 from conversion.commands import exit_on_error
 from conversion.reading import check_config_file
 from train.curriculum import Curriculum, CurriculumCollator
@@ -114,6 +115,7 @@ def prepare_weights(model, args: ScriptArguments, training_args: TrainingArgumen
     if args.lora:
         from peft import LoraConfig, get_peft_model
 
+        check_contract("adapters")
         model = get_peft_model(
             model,
             LoraConfig(

@@ -7,6 +7,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from configuration_latentvlm.transformers_contract import check_contract
 from modeling_latentvlm.modeling_deeplatent import NEW_WEIGHTS
 from train.config_overrides import load_config
 from train.deeplatent.collator import DeepLatentCollator
@@ -144,6 +145,7 @@ def prepare_weights(model, args: SftArguments, training_args: TrainingArguments)
     if args.lora:
         from peft import LoraConfig, get_peft_model
 
+        check_contract("adapters")
         model = get_peft_model(
             model,
             LoraConfig(
