@@ -22,7 +22,12 @@ _IMAGES, _VIDEOS = ("pixel_values", "image_grid_thw"), ("pixel_values_videos", "
 _CONFIGURATION = (
     Use(
         "transformers.configuration_utils:PreTrainedConfig",
-        hooks={"to_dict": (), "to_json_file": ("json_file_path",), "get_text_config": ()},
+        hooks={
+            "to_dict": (),
+            "to_json_file": ("json_file_path",),
+            "get_text_config": (),
+            "get_config_dict": ("pretrained_model_name_or_path",),
+        },
         attributes=("model_type", "__post_init__"),
         callers={"save_pretrained": ("to_json_file",)},
     ),
@@ -291,6 +296,7 @@ _TRAINING = (
         hooks={
             "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
             "training_step": ("model", "inputs", "num_items_in_batch"),
+            "_init_training_state": ("max_steps", "num_update_steps_per_epoch", "num_train_epochs"),
             "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
             "floating_point_ops": ("inputs",),
             "log": ("logs",),
@@ -322,6 +328,7 @@ _TRAINING = (
         callers={
             "prediction_step": ("keys_to_ignore_at_inference",),
             "save_model": ("_save",),
+            "_inner_training_loop": ("_init_training_state",),
             "_save_checkpoint": ("save_model", "_save_optimizer_and_scheduler"),
         },
     ),

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 from configuration_latentvlm.hub_code import find_stale_code
 from conversion.refresh_code import read_hub_classes, read_json
+from conversion.writing import write_file
 from modeling_latentvlm.known_answers import FILE, FOLDER, KnownAnswers, compute_answer, digest_weights, record
 
 
@@ -62,7 +63,7 @@ def write_known_answers(folder: str | Path) -> str | None:
         known.dtype = str(stored).removeprefix("torch.")
         known.answers[known.dtype] = compute_answer(model, known.inputs, known.answers["float32"], force_grids=True)
     known.weights = digest_weights(model.state_dict())
-    write_file(folder, known)
+    write_answers(folder, known)
     return None
 
 
@@ -91,9 +92,6 @@ def load(folder: Path, dtype: torch.dtype):
     return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
 
 
-def write_file(folder: Path, known: KnownAnswers) -> None:
+def write_answers(folder: Path, known: KnownAnswers) -> None:
     target = folder / FOLDER / FILE
-    target.parent.mkdir(exist_ok=True)
-    partial = target.with_name(f"{FILE}.partial")
-    partial.write_bytes(known.to_bytes())
-    os.replace(partial, target)
+    write_file(target, known.to_bytes())

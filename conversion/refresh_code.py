@@ -100,7 +100,7 @@ def refresh_code(folder: str | Path) -> list[str]:
 
 def replace_files(folder: Path, texts: dict[str, str]) -> None:
     """Swap the folder for one with other texts, so that no moment shows code of two versions. Weights are linked."""
-    from conversion.checkpoint_io import replaced_folder
+    from conversion.writing import replaced_folder
 
     def link(source: str, target: str) -> None:
         try:

@@ -89,6 +89,7 @@ class DeepLatentForConditionalGeneration(
 
     config: DeepLatentConfig
     config_class = DeepLatentConfig
+    new_weights = NEW_WEIGHTS
     # Small, and the seat of all latents: quantizers skip them, and float16 (which overflows where bfloat16 does not) too.
     _keep_in_fp32_modules = ["latent_control", "latent_blocks"]
     _no_split_modules = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock", "LatentBlockBuilder"]
@@ -100,28 +101,6 @@ class DeepLatentForConditionalGeneration(
         guard_backbone(self)
         self.register_load_state_dict_pre_hook(rename_hub_weights)
         self.post_init()
-
-    @classmethod
-    def from_pretrained(
-        cls, *args, ignore_mismatched_sizes: bool = False, output_loading_info: bool = False, **kwargs
-    ):
-        """As in transformers, but a backbone that is not all there is an error and no line in a log.
-
-        Raises:
-            ValueError: a weight has another shape than the config says, or is missing. Only a checkpoint without any of the
-                latent weights, which is a backbone's, may lack them; `ignore_mismatched_sizes=True` lets all through.
-        """
-        model, info = super().from_pretrained(*args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs)
-        wrong = [f"{name} is {tuple(got)}, expected {tuple(want)}" for name, got, want in info["mismatched_keys"]]
-        if wrong and not ignore_mismatched_sizes:
-            raise ValueError(f"The checkpoint does not fit its config: {'; '.join(sorted(wrong))}.")
-        fresh = {name for name in info["missing_keys"] if name.startswith(NEW_WEIGHTS)}
-        missing = sorted(set(info["missing_keys"]) - fresh)
-        if fresh and len(fresh) < sum(name.startswith(NEW_WEIGHTS) for name in model.state_dict()):
-            missing += sorted(fresh)  # a backbone has none of them; some of them is no checkpoint of anything
-        if missing and not ignore_mismatched_sizes:
-            raise ValueError(f"The checkpoint lacks {len(missing)} weights: {', '.join(missing[:5])}.")
-        return (model, info) if output_loading_info else model
 
     @property
     def latent_placeholder_id(self) -> int:

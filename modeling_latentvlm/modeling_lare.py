@@ -78,6 +78,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
 
     config: LaReConfig
     config_class = LaReConfig
+    new_weights = ("refocus.",)
     accepts_loss_kwargs = False
     _supports_flex_attn = False  # steps need a row of attention, which its mask, a program, does not give
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}

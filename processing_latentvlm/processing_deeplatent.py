@@ -6,6 +6,7 @@ A block of an earlier answer stands in a message as `{"type": "latent", "grid": 
 """
 
 from configuration_latentvlm.transformers_contract import check_contract
+from processing_latentvlm.text_checks import as_rows, is_whole_number
 
 
 check_contract("processing")  # before the imports below: what they miss is said here
@@ -49,7 +50,7 @@ class DeepLatentProcessor(QwenLatentProcessor):
             ValueError: an image cannot be read or is empty, or a latent token stands outside a block.
         """
         grids: list[tuple[int, int]] = []
-        rows = [] if text is None else [text] if isinstance(text, str) else list(text)
+        rows = [] if text is None else as_rows(text)
         if text is not None:
             text = [self.expand_blocks(row, sample, grids) for row, sample in enumerate(rows)]
         features = super().__call__(images=images, text=text, videos=videos, **kwargs)
@@ -108,7 +109,12 @@ class DeepLatentProcessor(QwenLatentProcessor):
         return sorted(merged, key=lambda entry: entry["span"])
 
     def render_latent(self, item: dict) -> str:
-        height, width = item["grid"]
+        grid = item.get("grid")
+        if not isinstance(grid, list | tuple) or len(grid) != 2 or not all(is_whole_number(side, 1) for side in grid):
+            raise ValueError(
+                f"`grid` of a latent item must be two whole numbers >= 1, height and width, got {grid!r}."
+            )
+        height, width = grid
         return f"{LATENT_START}{height}x{width}{LATENT_END}"
 
     @property

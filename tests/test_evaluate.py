@@ -16,6 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.generation import LogitsProcessorList
 from transformers.utils import cached_file
 
+from conversion.writing import locked
 from train.answers import conversation_of
 from train.evaluate import EvaluationArguments, evaluate
 from train.evaluation import answering, evaluation, loading
@@ -24,7 +25,7 @@ from train.evaluation.evaluation import evaluate_rows, split_batches
 from train.evaluation.loading import hash_model, load_model, load_processor
 from train.evaluation.processes import Processes
 from train.evaluation.report import draw_table, summarize
-from train.evaluation.results import bind, lock_folder
+from train.evaluation.results import bind
 from train.evaluation.rows import read_evaluation
 from train.evaluation.swapping import Swap, find_donors
 
@@ -478,7 +479,7 @@ def test_a_model_of_a_hub_is_known_by_its_commit(tmp_path, monkeypatch):
 
 
 def test_two_evaluations_do_not_share_a_folder(folders, data, tmp_path):
-    with lock_folder(tmp_path), pytest.raises(ValueError, match="Another evaluation writes into"):
+    with locked(tmp_path), pytest.raises(ValueError, match="Another process writes"):
         evaluate(arguments(folders, data, tmp_path), AnswerSettings(**SHORT))
 
 

@@ -777,6 +777,29 @@ def test_resumed_is_uninterrupted(folder, data, tmp_path, killed_at, adapters):
     assert sorted(with_rollouts) == ["checkpoint-1", "checkpoint-3", "checkpoint-5"]
 
 
+def test_a_run_that_was_at_its_end_takes_no_further_step(folder, data, tmp_path, monkeypatch):
+    options = (
+        *EASY,
+        "--max_steps",
+        2,
+        "--save_steps",
+        1,
+        "--save_strategy",
+        "steps",
+        "--resume_from_checkpoint",
+        "last",
+    )
+    run(folder, data, tmp_path, *options)
+    names = ("model.safetensors", "trainer_state.json")
+    before = [(tmp_path / name).read_bytes() for name in names]
+    with monkeypatch.context() as patch:
+        patch.setattr(GRPOTrainer, "training_step", None)
+        again = run(folder, data, tmp_path, *options)
+    assert again.state.global_step == 2
+    assert [(tmp_path / name).read_bytes() for name in names][0] == before[0]
+    assert len(json.loads((tmp_path / names[1]).read_text())["log_history"]) >= 2
+
+
 def test_two_processes_equal_one(folder, data, tmp_path):
     """Although one of them may see no latent at all: the data hold a question without an image."""
     rows = [json.loads(line) for line in data.read_text().splitlines()]

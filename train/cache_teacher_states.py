@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from conversion.commands import exit_on_error
 from train.config_overrides import load_config
 from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.sft import DataArguments, load_model, load_processor, local_folder
@@ -117,4 +118,5 @@ PARSER = HfArgumentParser((CacheArguments, DataArguments))
 
 
 if __name__ == "__main__":
-    main(*PARSER.parse_args_into_dataclasses())
+    with exit_on_error():
+        main(*PARSER.parse_args_into_dataclasses())

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from conversion.backbone import parse_overrides
+from conversion.reading import check_config_file
 
 
 def fields_of(config: PreTrainedConfig, assignments: Sequence[str], option: str) -> dict[str, Any]:
@@ -34,5 +35,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()):
     Raises:
         ValueError: there is no such field.
     """
+    check_config_file(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=True)
     return type(config).from_dict(config.to_dict() | fields_of(config, overrides, "config_overrides"))

@@ -8,12 +8,13 @@ relative to the file. What becomes of an assistant's pictures is the collator's 
     "drop"     it is left out: the text alone
 """
 
-import json
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+from conversion.reading import is_file, read_json_lines
 
 
 PATCH = 28  # pixels of a merged patch
@@ -28,22 +29,40 @@ def read_trajectories(path: str | Path) -> list[dict]:
     """
     path = Path(path)
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # U+2028 may stand in a text
-        if not line.strip():
-            continue
-        try:
-            sample = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Line {number} of {path} is no JSON: {error}") from error
+    for origin, sample in read_json_lines(path):
         if not isinstance(sample, dict) or not isinstance(sample.get("messages"), list):
-            raise ValueError(f"Line {number} of {path} must be an object with a list of `messages`.")
+            raise ValueError(f"{origin} must be an object with a list of `messages`.")
+        check_chat(sample["messages"], origin)
         for item in picture_items(sample["messages"]):
             if isinstance(item["image"], str):
                 item["image"] = str(path.parent / item["image"])
-                if not Path(item["image"]).is_file():
-                    raise ValueError(f"Line {number} of {path} names an image that does not exist: {item['image']}.")
+                if not is_file(item["image"]):
+                    raise ValueError(f"{origin} names an image that does not exist: {item['image'][:500]}.")
         samples.append(sample)
     return samples
+
+
+def check_chat(messages: list, origin: str) -> None:
+    """Refuse messages that no chat template could render.
+
+    Raises:
+        ValueError: it is no message with a `role` and texts or items, or an item lacks what its `type` needs.
+    """
+    for number, message in enumerate(messages):
+        where = f"{origin}: message {number}"
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, str | list) or not isinstance(message.get("role"), str):
+            raise ValueError(f"{where} must have a `role` and a `content`, got {str(message)[:200]!a}.")
+        for item in content if isinstance(content, list) else []:
+            kind = item.get("type") if isinstance(item, dict) else None
+            needed = {"text": str, "image": str, "latent": object}.get(kind) if isinstance(kind, str) else None
+            if needed is None or (needed is str and not isinstance(item.get(kind), str)):
+                raise ValueError(
+                    f"{where}: an item of `content` must be {{type: text, text: ..}} or {{type: image, image: PATH}}, got "
+                    f"{str(item)[:200]!a}."
+                )
+    if not messages:
+        raise ValueError(f"{origin} holds no message.")
 
 
 def picture_items(messages: list[dict]) -> list[dict]:

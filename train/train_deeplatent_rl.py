@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
 
+from conversion.commands import exit_on_error
+from conversion.reading import check_config_file
 from train.deeplatent_rl.dump import RolloutDump
 from train.deeplatent_rl.grpo_trainer import GRPOTrainer, GRPOTrainingArguments
 from train.deeplatent_rl.judge import JudgeArguments
@@ -23,7 +25,7 @@ from train.deeplatent_rl.policy import AdapterArguments, check_policy, prepare_p
 from train.deeplatent_rl.rewards import RewardArguments, WeightedRewards
 from train.deeplatent_rl.rollouts import QuestionCollator, RolloutArguments
 from train.reasoning_data import read_reasoning
-from train.training_model import TrainingModel, last_complete_checkpoint, save_trained
+from train.training_model import TrainingModel, run_training
 
 
 @dataclass
@@ -54,6 +56,7 @@ def main(
 ) -> GRPOTrainer:
     set_seed(training_args.seed)
     rewards = WeightedRewards(reward_args, judge)
+    check_config_file(script.model_path)
     processor = AutoProcessor.from_pretrained(script.model_path, trust_remote_code=True)
     given = {"attn_implementation": script.attn_implementation} if script.attn_implementation else {}
     model = AutoModel.from_pretrained(script.model_path, trust_remote_code=True, dtype=script.dtype, **given)
@@ -75,10 +78,7 @@ def main(
         rewards=rewards,
         dump=dump,
     )
-    resume = training_args.resume_from_checkpoint
-    trainer.train(last_complete_checkpoint(training_args.output_dir) if resume == "last" else resume)
-    save_trained(trainer)
-    trainer.save_state()  # the curve of the rewards, for `train.deeplatent_rl.progress`
+    run_training(trainer, keeps_log=True)  # the curve of the rewards, for `train.deeplatent_rl.progress`
     return trainer
 
 
@@ -102,4 +102,5 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    with exit_on_error():
+        run(sys.argv[1:])

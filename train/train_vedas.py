@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
 from configuration_latentvlm.transformers_contract import check_contract
+from conversion.commands import exit_on_error
+from conversion.reading import check_config_file
 from train.curriculum import Curriculum, CurriculumCollator
 from train.gradient_dynamics import GradientDynamics
 from train.reasoning_data import read_reasoning
@@ -22,9 +24,8 @@ from train.replay import ReplayArguments, ReplayObjective
 from train.training_model import (
     LatentTrainer,
     TrainingModel,
-    last_complete_checkpoint,
     load_objective,
-    save_trained,
+    run_training,
 )
 
 
@@ -135,6 +136,7 @@ def prepare_weights(model, args: ScriptArguments, training_args: TrainingArgumen
 
 def main(args: ScriptArguments, replay_args: ReplayArguments, training_args: TrainingArguments) -> LatentTrainer:
     set_seed(training_args.seed)
+    check_config_file(args.model_path)
     processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=True)
     model = load_model(args)
     stages = plan_stages(args, training_args, model.config.num_latent_steps)
@@ -156,12 +158,11 @@ def main(args: ScriptArguments, replay_args: ReplayArguments, training_args: Tra
         processing_class=processor,
         callbacks=callbacks,
     )
-    resume = training_args.resume_from_checkpoint
-    trainer.train(last_complete_checkpoint(training_args.output_dir) if resume == "last" else resume)
-    save_trained(trainer)
+    run_training(trainer)
     return trainer
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser((ScriptArguments, ReplayArguments, VedasTrainingArguments))
-    main(*parser.parse_args_into_dataclasses())
+    with exit_on_error():
+        parser = HfArgumentParser((ScriptArguments, ReplayArguments, VedasTrainingArguments))
+        main(*parser.parse_args_into_dataclasses())

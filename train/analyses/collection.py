@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, set_seed
 
+from conversion.reading import check_config_file
 from train.answers import encode_questions
 from train.reasoning_data import ADAPTERS, ReasoningSample, read_reasoning
 
@@ -69,6 +70,7 @@ def open_study(options: argparse.Namespace) -> Study:
         print(f"{len(samples) - len(with_image)} of {len(samples)} questions have no image and are left out.")
     set_seed(options.seed)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
+    check_config_file(options.model)
     model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=options.dtype)
     model = model.to(options.device).eval()
     return Study(model, processor, with_image[: options.limit], output, options.batch_size)

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from conversion.commands import exit_on_error
+from conversion.writing import replaced_file, write_file
 from train.analyses.collection import Study, analysis_parser, check_steps, encoded_batches, open_study
 from train.lare.image_reconstruction import ImageReconstruction, load_vae
 from train.lare.objective import window_crops
@@ -126,7 +128,8 @@ def draw(columns: dict[str, Tensor], path: Path, most: int = 8) -> None:
             axes[row, column].imshow(pictures[row].permute(1, 2, 0).numpy())
             axes[row, column].set_axis_off()
         axes[0, column].set_title(name)
-    figure.savefig(path, dpi=110)
+    with replaced_file(path) as partial:
+        figure.savefig(partial, dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -147,10 +150,11 @@ def main(arguments: list[str] | None = None) -> None:
     module = load_reconstruction(options.model, options.vae_path, options.crop_size, study.processor.image_processor)
     table, *columns = reconstruct(study, module, options.denoising_steps, options.seed)
     summary = summarize(table)
-    summary.to_csv(study.output / "reconstruction.csv", index=False)
+    write_file(study.output / "reconstruction.csv", summary.to_csv(index=False))
     draw(dict(zip(("window", "from latents", "control"), columns)), study.output / "reconstruction.png")
     print(summary.to_string(index=False, float_format="{:.4f}".format))
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -14,7 +14,7 @@ from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.distillation import SftObjective
 from train.deeplatent.teacher_states import TeacherCache, choose_layers, make_fingerprint
 from train.deeplatent.trajectories import CHAINS_OF_THOUGHT, WITHOUT_PICTURES, Trajectories
-from train.training_model import LatentTrainer, TrainingModel, last_complete_checkpoint, save_trained
+from train.training_model import LatentTrainer, TrainingModel, run_training
 
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -216,9 +216,7 @@ def train_sft(args: SftArguments, data_args: DataArguments, training_args: Train
         data_collator=collator,
         processing_class=processor,
     )
-    resume = training_args.resume_from_checkpoint
-    trainer.train(last_complete_checkpoint(training_args.output_dir) if resume == "last" else resume)
-    save_trained(trainer)
+    run_training(trainer)
     return trainer
 
 

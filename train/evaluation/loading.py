@@ -13,6 +13,8 @@ from transformers import (
 )
 from transformers.utils import cached_file, is_torchvision_available
 
+from conversion.reading import check_config_file
+from modeling_latentvlm.complete_weights import load_complete
 from processing_latentvlm.processing_qwen import QwenLatentProcessor
 from train.decontamination.journal import hash_file
 
@@ -48,12 +50,18 @@ def load_model(
     """The model in evaluation mode, on `device` or, by default, on a GPU where there is one.
 
     Raises:
-        ValueError: an unknown dtype.
+        ValueError: an unknown dtype, or weights that are missing or do not fit the config.
     """
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {DTYPES}, got {dtype!r}.")
-    loaded = AutoModelForImageTextToText.from_pretrained(
-        model, trust_remote_code=True, dtype=dtype, attn_implementation=attn_implementation, use_safetensors=True
+    check_config_file(model)
+    loaded = load_complete(
+        AutoModelForImageTextToText,
+        model,
+        trust_remote_code=True,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        use_safetensors=True,
     )
     return loaded.eval().to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 

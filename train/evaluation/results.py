@@ -5,25 +5,15 @@ its own, `results.rank<N>.jsonl`; at the start of the next run, and at the end, 
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from conversion.writing import append_lines, write_file
 from train.evaluation.rows import EvaluationRow, answer_key
 
 
-RESULTS, RUN, LOCK = "results.jsonl", "run.json", ".lock"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears under its name complete or not at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+RESULTS, RUN = "results.jsonl", "run.json"
 
 
 def lines_of(records: Iterable[dict]) -> str:
@@ -34,26 +24,6 @@ def key_of(record: dict) -> tuple:
     return answer_key((record["data"], record["id"]), record.get("repeat", 0))
 
 
-def lock_folder(folder: Path) -> IO | None:
-    """Keep other evaluations out while the file that is returned stays open. Where no lock can be had, do without.
-
-    Raises:
-        ValueError: another evaluation writes there.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / LOCK).open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise ValueError(f"Another evaluation writes into {folder}.") from error
-    return lock
-
-
 def bind(folder: Path, fingerprint: dict[str, Any]) -> None:
     """Begin a run in a folder, or make sure that the one begun there, and that finished any row, is this one.
 
@@ -62,7 +32,7 @@ def bind(folder: Path, fingerprint: dict[str, Any]) -> None:
     """
     run, fingerprint = folder / RUN, json.loads(json.dumps(fingerprint))
     if not any(part.stat().st_size for part in folder.glob("results*.jsonl")):
-        write_whole(run, json.dumps(fingerprint, indent=2) + "\n")
+        write_file(run, json.dumps(fingerprint, indent=2) + "\n")
         return
     if not run.is_file():
         raise ValueError(f"{folder} holds results, but no {RUN} that says of what. Give another `output`.")
@@ -118,7 +88,7 @@ def gather(folder: Path, rows: list[EvaluationRow], repeats: int = 1) -> dict[tu
     if strange:
         raise ValueError(f"{folder} has results of rows that the data has not: {sorted(strange)[:3]}.")
     finished = {key: found[key] for key in keys if key in found}
-    write_whole(folder / RESULTS, lines_of(finished.values()))
+    write_file(folder / RESULTS, lines_of(finished.values()))
     for part in parts:
         if part.name != RESULTS:
             part.unlink()
@@ -137,7 +107,4 @@ class ResultsFile:
         self.path = folder / f"results.rank{rank}.jsonl"
 
     def append(self, records: list[dict]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(lines_of(records))
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.path, lines_of(records))

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoProcessor, set_seed
 
+from conversion.commands import exit_on_error
+from conversion.reading import check_config_file
 from train.analyses.collection import prepare_output
 from train.faithfulness.arms import ARMS
 from train.faithfulness.controls import controls_result
@@ -82,6 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = prepare_output(options.output)
     items = read_items(options.data, options.data_format, options.split, options.limit)
     set_seed(options.seed)
+    check_config_file(options.model)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=options.dtype).to(options.device)
     subject = Subject(
@@ -125,4 +128,5 @@ def summary(results) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()
