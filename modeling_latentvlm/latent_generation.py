@@ -74,6 +74,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         check_settings(settings, kwargs, output_latents, self.device)
         low, high = self._block_limits(settings, min_latent_blocks, max_latent_blocks)
+        latent_noise = False if latent_noise is None else latent_noise
         context = self._new_generation_context(latent_grid, latent_intervention, latent_noise, output_latents, high)
         context.modulator = latent_modulator
         self._check_modulation(latent_noise, latent_modulator)
