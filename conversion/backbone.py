@@ -25,6 +25,7 @@ from yaml import YAMLError
 
 from conversion.checkpoint_io import SourceWeights, write_json
 from conversion.fetch_assets import make_reference_image
+from processing_latentvlm.pictures import open_picture
 
 
 CAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -302,8 +303,8 @@ def reference_picture() -> Image.Image:
     """A photo to measure image features on, small enough for the largest tower on a CPU; drawn where it is missing."""
     if not REFERENCE_PHOTO.is_file():
         return make_reference_image()
-    with Image.open(REFERENCE_PHOTO) as photo:
-        return photo.convert("RGB").resize((REFERENCE_SIZE, REFERENCE_SIZE), Image.Resampling.BICUBIC)
+    photo = open_picture(REFERENCE_PHOTO, str(REFERENCE_PHOTO))
+    return photo.resize((REFERENCE_SIZE, REFERENCE_SIZE), Image.Resampling.BICUBIC)
 
 
 def root_mean_square(features: Tensor) -> float:

@@ -101,7 +101,7 @@ class LaReProcessor(HubCodeMixin, LatentProcessorMixin, LlavaProcessor):
         if videos is not None:
             raise ValueError("LaRe takes images, no videos.")
         if images is not None:
-            images = self.load_images(images)
+            images = self.prepare_images(images, kwargs)
         if text is not None:
             self.check_image_count([text] if isinstance(text, str) else list(text), images)
         return super().__call__(images=images, text=text, **kwargs)

@@ -9,10 +9,11 @@ import torch
 from conftest import picture, user_turn
 from PIL import Image
 
+from processing_latentvlm.pictures import open_picture
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
 from train.data import fit_grid
 from train.deeplatent.collator import DeepLatentCollator, PictureSizes
-from train.deeplatent.trajectories import Trajectories, open_picture, picture_items, shorten
+from train.deeplatent.trajectories import Trajectories, picture_items, shorten
 
 
 RESERVED = (*LATENT_TOKENS, "<|image_pad|>")

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from processing_latentvlm.pictures import read_size
 from train.config_overrides import load_config
 from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.sft import DataArguments, load_model, load_processor, local_folder
@@ -25,7 +26,7 @@ from train.deeplatent.teacher_states import (
     make_fingerprint,
     read_hidden_states,
 )
-from train.deeplatent.trajectories import Trajectories, picture_items, picture_size
+from train.deeplatent.trajectories import Trajectories, picture_items
 
 
 @dataclass
@@ -60,7 +61,7 @@ def this_process(args: CacheArguments) -> tuple[int, int]:
 def count_tokens(data: Trajectories, collator: DeepLatentCollator) -> int:
     """Image tokens of all assistant's pictures, from their sizes alone."""
     grids = (
-        collator.sizes.grid_of(picture_size(item["image"]))
+        collator.sizes.grid_of(read_size(item["image"]))
         for number in range(len(data))
         for item in picture_items(data[number]["messages"], "assistant")
     )

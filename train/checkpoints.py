@@ -90,6 +90,13 @@ def shipped(name: str, folder: Path = CHECKPOINTS) -> Path:
     return path
 
 
+def settle_image_size(processor) -> None:
+    """Resize every picture as in training, where training knew one square size: of others such a model knows nothing."""
+    least, most = getattr(processor, "trained_image_sizes", None) or (None, None)
+    if least is not None and least == most and least[0] == least[1]:
+        processor.image_size = least[0]
+
+
 def ship(name: str, run: Path, folder: Path = CHECKPOINTS) -> Path:
     """Write what a recipe trained as a checkpoint that ships.
 
@@ -109,7 +116,9 @@ def ship(name: str, run: Path, folder: Path = CHECKPOINTS) -> Path:
     if size > LARGEST:
         raise ValueError(f"The weights of {source} take {size} bytes in bfloat16; {LARGEST} may ship.")
     model.save_pretrained(target)
-    AutoProcessor.from_pretrained(source, trust_remote_code=True).save_pretrained(target)
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+    settle_image_size(processor)
+    processor.save_pretrained(target)
     steps = [json.loads(line) for line in (run / "times.jsonl").read_text(encoding="utf-8").splitlines()]
     settings = json.loads((run / SETTINGS).read_text(encoding="utf-8"))
     task, language = settings["task"], settings["language"]

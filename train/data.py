@@ -12,8 +12,9 @@ import json
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
+
+from processing_latentvlm.pictures import read_size
 
 
 PATCH = 28  # pixels of a merged patch
@@ -116,10 +117,7 @@ class TrajectoryCollator:
         return message | {"content": content}
 
     def grid_of(self, image) -> tuple[int, int]:
-        if isinstance(image, Image.Image):
-            return fit_grid(*image.size, self.latent_grid_size)
-        with Image.open(image) as opened:
-            return fit_grid(*opened.size, self.latent_grid_size)
+        return fit_grid(*read_size(image), self.latent_grid_size)
 
     def labels(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Keep what follows an assistant header, to the end of its turn; -100 elsewhere.

@@ -22,7 +22,8 @@ from train.deeplatent_rl.objective import GRPOObjective, ObjectiveArguments
 from train.deeplatent_rl.policy import AdapterArguments, check_policy, prepare_policy
 from train.deeplatent_rl.rewards import RewardArguments, WeightedRewards
 from train.deeplatent_rl.rollouts import QuestionCollator, RolloutArguments
-from train.reasoning_data import read_reasoning
+from train.reasoning_data import ReasoningSample, read_reasoning
+from train.trained_sizes import record_image_sizes
 from train.training_model import TrainingModel, last_complete_checkpoint, save_trained
 
 
@@ -61,6 +62,7 @@ def main(
         script.data_path, script.data_format, script.split, script.drop_incomplete, needs_steps=False
     )
     check_policy(model, objective_args, data)
+    record_image_sizes(processor, data, ReasoningSample.image_sizes)
     in_16_bits = training_args.bf16 or training_args.fp16
     model, reference = prepare_policy(model, objective_args, adapters, in_16_bits)
     dump = None

@@ -16,8 +16,9 @@ from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArg
 
 from train.curriculum import Curriculum, CurriculumCollator
 from train.gradient_dynamics import GradientDynamics
-from train.reasoning_data import read_reasoning
+from train.reasoning_data import ReasoningSample, read_reasoning
 from train.replay import ReplayArguments, ReplayObjective
+from train.trained_sizes import record_image_sizes
 from train.training_model import (
     LatentTrainer,
     TrainingModel,
@@ -140,6 +141,7 @@ def main(args: ScriptArguments, replay_args: ReplayArguments, training_args: Tra
     eval_data = read_reasoning(args.eval_data_path, args.data_format, args.split) if args.eval_data_path else None
     objective = ReplayObjective(model.config, processor.image_processor, replay_args)
     load_objective(objective, args.model_path)
+    record_image_sizes(processor, data, ReasoningSample.image_sizes)
     rationale_steps = args.rationale_steps or max(1, model.config.num_latent_steps)
     collator = CurriculumCollator(processor, rationale_steps, keep_images=objective.weight > 0)
     callbacks = [Curriculum(collator, stages, args.epochs_per_stage)]

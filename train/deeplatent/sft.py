@@ -13,6 +13,7 @@ from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.distillation import SftObjective
 from train.deeplatent.teacher_states import TeacherCache, choose_layers, make_fingerprint
 from train.deeplatent.trajectories import CHAINS_OF_THOUGHT, WITHOUT_PICTURES, Trajectories
+from train.trained_sizes import record_image_sizes
 from train.training_model import LatentTrainer, TrainingModel, last_complete_checkpoint, save_trained
 
 
@@ -196,6 +197,11 @@ def train_sft(args: SftArguments, data_args: DataArguments, training_args: Train
     layers = choose_layers(config.get_text_config().num_hidden_layers, args.align_layers)
     assistant_images = "image" if args.stage == "sft1" else "latent"
     collator = DeepLatentCollator(processor, config, assistant_images, data_args.max_question_pixels)
+    record_image_sizes(
+        processor,
+        range(len(data)),
+        lambda number: [collator.sizes.question_size_of(size) for size in data.question_image_sizes(number)],
+    )
     teacher = None
     if is_aligned:
         collator.cache = prepare_teacher(args, data, collator.sizes, processor, layers)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -42,6 +42,14 @@ class Conversation:
             ValueError: one cannot be read.
         """
         return ReasoningSample(self.images, "", [], "", self.origin).load_images()
+
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of the images in pixels, without decoding them.
+
+        Raises:
+            ValueError: one cannot be read.
+        """
+        return ReasoningSample(self.images, "", [], "", self.origin).image_sizes()
 
 
 def from_reasoning(sample: ReasoningSample, is_direct: bool = False) -> Conversation:
@@ -112,7 +120,7 @@ def read_llava(path: str | Path, drop_incomplete: bool = False) -> list[Conversa
     for origin, row in rows_of(path):
         try:
             conversation = from_llava(row, path.parent, origin)
-            open_headers(conversation)
+            conversation.image_sizes()  # opens their headers
             conversations.append(conversation)
         except ValueError as error:
             if not drop_incomplete:
@@ -123,14 +131,6 @@ def read_llava(path: str | Path, drop_incomplete: bool = False) -> list[Conversa
     if not conversations:
         raise ValueError(f"{path} holds no sample.")
     return conversations
-
-
-def open_headers(conversation: Conversation) -> None:
-    for image in conversation.images:
-        try:
-            Image.open(image).close()
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"{conversation.origin}: the image {image} cannot be read: {error}") from error
 
 
 def rows_of(path: Path) -> Iterable[tuple[str, Any]]:
