@@ -124,7 +124,14 @@ def read_config(folder: Path, config_class: type[PreTrainedConfig]) -> PreTraine
 
 def carried_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields that a config built around `config` takes over."""
-    return {name: value for name, value in config.to_dict().items() if name not in IDENTITY_FIELDS}
+    return without_code({name: value for name, value in config.to_dict().items() if name not in IDENTITY_FIELDS})
+
+
+def without_code(fields: Any) -> Any:
+    """Fields without `auto_map`, wherever it stands: a backbone's code is not ours to pass on, nor to run."""
+    if isinstance(fields, dict):
+        return {name: without_code(value) for name, value in fields.items() if name != "auto_map"}
+    return [without_code(value) for value in fields] if isinstance(fields, list) else fields
 
 
 @dataclasses.dataclass
@@ -161,17 +168,22 @@ def load_backbone(folder: Path, config_class: type[PreTrainedConfig]) -> Backbon
 
 def load_tokenizer(folder: Path):
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    for circumstance in ("is_local", "local_files_only"):  # of this loading; they would be saved
-        tokenizer.init_kwargs.pop(circumstance, None)
+    # The first two are of this loading, and would be saved. The last names the code of somebody else, which our checkpoint
+    # would run for everybody who trusts ours.
+    for name in ("is_local", "local_files_only", "auto_map"):
+        tokenizer.init_kwargs.pop(name, None)
     return tokenizer
 
 
 def load_image_processor(folder: Path, fallback: type = Qwen2VLImageProcessorPil, **fields):
     """The backbone's image processor; older transformers find theirs without torchvision by its class alone."""
     try:
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, **fields)
+        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, **fields)
     except ImportError:
-        return fallback.from_pretrained(folder, **fields)
+        image_processor = fallback.from_pretrained(folder, **fields)
+    if hasattr(image_processor, "auto_map"):
+        del image_processor.auto_map  # the code of somebody else
+    return image_processor
 
 
 def add_tokens(tokenizer, tokens: tuple[str, ...]) -> dict[str, int]:

@@ -32,6 +32,7 @@ from train.evaluation.report import draw_table, summarize
 from train.evaluation.results import ResultsFile, bind, gather, lock_folder, read_finished, write_whole
 from train.evaluation.rows import check_images, read_evaluation
 from train.evaluation.scoring import ANSWER_FORMATS
+from train.own_models import TRUST_HELP
 
 
 @dataclass
@@ -49,6 +50,7 @@ class EvaluationArguments:
     dtype: str = field(default="auto", metadata={"help": f"One of {DTYPES}."})
     device: str | None = field(default=None, metadata={"help": "By default a GPU where there is one."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Of the language model."})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
 
 
 def fingerprint_of(arguments: EvaluationArguments, settings: AnswerSettings, data: dict, model, device: str) -> dict:
@@ -80,8 +82,9 @@ def evaluate(arguments: EvaluationArguments, settings: AnswerSettings) -> dict |
     output, lock = Path(arguments.output), None
     rows = read_evaluation(arguments.data, arguments.answer_format, arguments.instruction, arguments.limit)
     device = processes.device(arguments.device)
-    model = load_model(arguments.model, arguments.dtype, device, arguments.attn_implementation)
-    processor = load_processor(arguments.model)
+    trust = arguments.trust_remote_code
+    model = load_model(arguments.model, arguments.dtype, device, arguments.attn_implementation, trust)
+    processor = load_processor(arguments.model, trust)
     check_settings(model, settings)
     try:
         if processes.is_main:

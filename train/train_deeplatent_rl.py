@@ -22,6 +22,7 @@ from train.deeplatent_rl.objective import GRPOObjective, ObjectiveArguments
 from train.deeplatent_rl.policy import AdapterArguments, check_policy, prepare_policy
 from train.deeplatent_rl.rewards import RewardArguments, WeightedRewards
 from train.deeplatent_rl.rollouts import QuestionCollator, RolloutArguments
+from train.own_models import TRUST_HELP
 from train.reasoning_data import ReasoningSample, read_reasoning
 from train.trained_sizes import record_image_sizes
 from train.training_model import TrainingModel, last_complete_checkpoint, save_trained
@@ -39,6 +40,7 @@ class ScriptArguments:
         default="float32", metadata={"help": "Of the weights; `--bf16` computes in bfloat16 either way."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, ..."})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
     dump_rollouts: str | None = field(default=None, metadata={"help": "Folder for what was sampled, as JSONL."})
     dump_every: int = field(default=1, metadata={"help": "Steps from one dump to the next."})
     dump_pictures: bool = field(default=False, metadata={"help": "Also draw where the latents looked."})
@@ -55,9 +57,11 @@ def main(
 ) -> GRPOTrainer:
     set_seed(training_args.seed)
     rewards = WeightedRewards(reward_args, judge)
-    processor = AutoProcessor.from_pretrained(script.model_path, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(script.model_path, trust_remote_code=script.trust_remote_code)
     given = {"attn_implementation": script.attn_implementation} if script.attn_implementation else {}
-    model = AutoModel.from_pretrained(script.model_path, trust_remote_code=True, dtype=script.dtype, **given)
+    model = AutoModel.from_pretrained(
+        script.model_path, trust_remote_code=script.trust_remote_code, dtype=script.dtype, **given
+    )
     data = read_reasoning(
         script.data_path, script.data_format, script.split, script.drop_incomplete, needs_steps=False
     )

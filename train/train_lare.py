@@ -29,6 +29,7 @@ from conversion.backbone import parse_overrides
 from train.config_overrides import load_config
 from train.lare.data import LaReCollator, from_reasoning, read_llava
 from train.lare.objective import LaReObjective, LatentLossArguments
+from train.own_models import TRUST_HELP
 from train.reasoning_data import read_reasoning
 from train.training_model import LatentTrainer, TrainingModel, last_complete_checkpoint, load_objective, save_trained
 
@@ -75,6 +76,7 @@ class ScriptArguments:
         default="float32", metadata={"help": "Of the weights; `--bf16` computes in bfloat16 either way."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, ..."})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
     config_overrides: list[str] = field(
         default_factory=list,
         metadata={
@@ -149,10 +151,10 @@ def load_model(args: ScriptArguments) -> nn.Module:
         tokens = [name for name in parse_overrides(args.config_overrides) if name.endswith(TOKEN_IDS)]
         if tokens:
             raise ValueError(f"`config_overrides` cannot change {tokens}: the ids of tokens are the processor's.")
-        options["config"] = load_config(args.model_path, args.config_overrides)
+        options["config"] = load_config(args.model_path, args.config_overrides, args.trust_remote_code)
     model, info = AutoModel.from_pretrained(
         args.model_path,
-        trust_remote_code=True,
+        trust_remote_code=args.trust_remote_code,
         dtype=args.dtype,
         ignore_mismatched_sizes=True,  # they are named below
         output_loading_info=True,
@@ -197,7 +199,7 @@ def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: T
     set_seed(training_args.seed)
     stage = STAGES[args.stage]
     complete_arguments(args, training_args)
-    processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=args.trust_remote_code)
     model = load_model(args)
     check_stage(model, args)
     freeze(model, stage)
