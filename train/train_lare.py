@@ -27,7 +27,7 @@ from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArg
 
 from conversion.backbone import parse_overrides
 from train.config_overrides import load_config
-from train.lare.data import LaReCollator, from_reasoning, read_llava
+from train.lare.data import LaReCollator, check_rows, from_reasoning, read_llava
 from train.lare.objective import LaReObjective, LatentLossArguments
 from train.own_models import TRUST_HELP
 from train.reasoning_data import read_reasoning
@@ -68,7 +68,11 @@ class ScriptArguments:
     drop_incomplete: bool = field(default=False, metadata={"help": "Leave out rows without steps or answer."})
     eval_data_path: str | None = field(default=None, metadata={"help": "For `--eval_strategy`."})
     global_batch_size: int | None = field(default=None, metadata={"help": "By the stage; sets the accumulation."})
-    max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; longer ones are errors."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; see `--long_rows`."})
+    long_rows: str = field(
+        default="error",
+        metadata={"help": "What becomes of longer rows: error, drop (counted) or truncate (at the end)."},
+    )
     fresh_objective: bool = field(
         default=False, metadata={"help": "Start stage 3 or 4 with new heads and a new U-Net."}
     )
@@ -205,13 +209,15 @@ def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: T
     freeze(model, stage)
     objective = LaReObjective(model, processor.image_processor, loss_args, stage.has_latents, args.stage == 2)
     find_objective(objective, args)
-    data = read_data(args.data_path, args, args.drop_incomplete)
+    collator = LaReCollator(processor, args.max_length, args.long_rows)
+    data = check_rows(read_data(args.data_path, args, args.drop_incomplete), collator)
+    eval_data = check_rows(read_data(args.eval_data_path, args), collator) if args.eval_data_path else None
     trainer = LatentTrainer(
         model=TrainingModel(model, objective),
         args=training_args,
         train_dataset=data,
-        eval_dataset=read_data(args.eval_data_path, args) if args.eval_data_path else None,
-        data_collator=LaReCollator(processor, args.max_length),
+        eval_dataset=eval_data,
+        data_collator=collator,
         processing_class=processor,
     )
     resume = training_args.resume_from_checkpoint
