@@ -133,3 +133,11 @@ def test_the_image_processor_limits_are_known_in_both_forms(build):
     limits = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56 * 4)
     processor.image_processor = limits
     assert processor.fit_size(28, 28) == (56, 56) and processor.fit_size(448, 448) == (112, 112)
+
+
+def test_steps_that_would_fill_the_memory_are_refused(image_processor):
+    processor = VedasProcessor(image_processor, build_tokenizer((LATENT_TOKEN,)), chat_template=CHAT_TEMPLATE)
+    assert processor.render_latent({"type": "latent", "steps": 4096}).count(LATENT_TOKEN) == 4096
+    for steps in (4097, 10**10):
+        with pytest.raises(ValueError, match=f"`steps` {steps} has {steps} latents; 4096 are the most"):
+            processor.render_latent({"type": "latent", "steps": steps})
