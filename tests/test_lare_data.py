@@ -341,6 +341,12 @@ def test_long_rows_are_errors_dropped_or_cut_before_anything_is_trained(folder, 
     for least in (5, lengths[0] - lengths[0] // 2):  # inside the image, or before every answer
         with pytest.raises(ValueError, match="has .* and cut there it would lose an image or every answer"):
             check_rows(conversations[:1], LaReCollator(qwen, least, "truncate"))
+    late = {"image": "one.png", "conversations": turns("which?", "a thing", "<image>\nand this?", "left")}
+    (late,) = read_llava(write(folder, [late]))
+    first = int((LaReCollator(qwen).encode(late)[0] == qwen.image_token_id).nonzero()[0])
+    for least in (first, first + 3):  # an answer stays, but not the whole image
+        with pytest.raises(ValueError, match="it would lose an image"):
+            check_rows([late], LaReCollator(qwen, least, "truncate"))
     with pytest.raises(ValueError, match="All 1 rows have more tokens"):
         check_rows(conversations[:1], LaReCollator(qwen, 5, "drop"))
 
