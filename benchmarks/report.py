@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from conversion.writing import replaced_file, write_file
+
 
 @dataclass
 class Row:
@@ -49,9 +51,9 @@ def write_report(folder: Path, suite: str, settings: dict, rows: list[Row]) -> N
     """`SUITE.json`, `SUITE.md` and, where curves were measured, `SUITE.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"settings": settings, "rows": [asdict(row) | {"verdict": row.verdict} for row in rows]}
-    (folder / f"{suite}.json").write_text(json.dumps(content, indent=2))
+    write_file(folder / f"{suite}.json", json.dumps(content, indent=2))
     about = ", ".join(f"{name} {value}" for name, value in settings.items())
-    (folder / f"{suite}.md").write_text(f"{about}\n\n{to_markdown(rows)}")
+    write_file(folder / f"{suite}.md", f"{about}\n\n{to_markdown(rows)}")
     draw_curves(folder / f"{suite}.png", [row for row in rows if row.x is not None and row.value is not None])
 
 
@@ -78,4 +80,5 @@ def draw_curves(path: Path, rows: list[Row]) -> None:
         axes.xaxis.minorticks_off()
         axes.tick_params(axis="y", which="both", labelsize=7)
         axes.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    with replaced_file(path) as partial:
+        figure.savefig(partial, dpi=110)

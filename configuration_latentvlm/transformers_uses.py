@@ -15,13 +15,21 @@ _LAYER = ("hidden_states", "attention_mask", CACHE, "use_cache", "position_embed
 _TEXT_MODEL = ("inputs_embeds", "attention_mask", "position_ids", CACHE, "use_cache")
 _ROPE_INDEX = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
 _ATTENTION = ("module", "query", "key", "value", "attention_mask", "scaling", "dropout")
+# An attention layer finds its kernel by the name that its own `config` has (`saliency.RecordingConfig`).
+_DISPATCH = {"forward": ("config", "_attn_implementation", "get_interface")}
 _IMAGES, _VIDEOS = ("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")
 
 _CONFIGURATION = (
     Use(
         "transformers.configuration_utils:PreTrainedConfig",
-        hooks={"to_dict": (), "to_json_file": ("json_file_path",), "get_text_config": ()},
-        attributes=("model_type",),
+        hooks={
+            "to_dict": (),
+            "to_json_file": ("json_file_path",),
+            "get_text_config": (),
+            "get_config_dict": ("pretrained_model_name_or_path",),
+        },
+        attributes=("model_type", "__post_init__"),
+        callers={"save_pretrained": ("to_json_file",)},
     ),
     Use("huggingface_hub.dataclasses:strict"),
     Use("transformers.models.qwen2_5_vl.configuration_qwen2_5_vl:Qwen2_5_VLConfig", attributes=("validate",)),
@@ -43,6 +51,7 @@ _PROCESSING = (
             "apply_chat_template": ("conversation",),
         },
         attributes=("model_input_names",),
+        callers={"save_pretrained": ("to_json_file",)},
     ),
     Use(
         "transformers.models.qwen2_5_vl.processing_qwen2_5_vl:Qwen2_5_VLProcessor",
@@ -112,12 +121,19 @@ _MODELING = (
         },
         attributes=(
             "config_class",
+            "base_model",
             "_keep_in_fp32_modules",
             "_no_split_modules",
             "_skip_keys_device_placement",
+            "_supports_flex_attn",
             "_tied_weights_keys",
         ),
-        callers={"_set_gradient_checkpointing": ("_gradient_checkpointing_func", "gradient_checkpointing")},
+        callers={
+            "_set_gradient_checkpointing": ("_gradient_checkpointing_func", "gradient_checkpointing"),
+            "_initialize_weights": ("_init_weights",),
+            "push_to_hub": ("save_pretrained", "_upload_modified_files"),
+            "save_pretrained": ("_upload_modified_files",),
+        },
     ),
     Use(
         "transformers.modeling_utils:PreTrainedModel.save_pretrained",
@@ -129,8 +145,6 @@ _MODELING = (
         parameters=("attn_implementation", "default"),
     ),
     Use("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.valid_keys"),
-    Use("transformers.masking_utils:AttentionMaskInterface", hooks={"register": ("key", "value")}),
-    Use("transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS"),
     Use(
         "transformers.masking_utils:create_causal_mask",
         parameters=("config", "inputs_embeds", "attention_mask", CACHE, "position_ids"),
@@ -141,7 +155,8 @@ _MODELING = (
         attributes=("_attn_implementation",),
         instance_attributes=("_name_or_path",),
     ),
-    Use("transformers.utils:ModelOutput", attributes=("get",)),
+    Use("transformers.utils:ModelOutput", attributes=("get", "__getitem__", "__contains__")),
+    Use("transformers.integrations.accelerate:accelerate_dispatch", mentions=("_skip_keys_device_placement",)),
     Use(
         "transformers.modeling_layers:GradientCheckpointingLayer",
         attributes=("gradient_checkpointing", "_can_checkpoint_with_cache"),
@@ -251,7 +266,8 @@ _VEDAS = (
     Use(f"{_QWEN_2}:Qwen2VLTextModel", hooks={"forward": _TEXT_MODEL}),
     Use(f"{_QWEN_2_5}:Qwen2_5_VLDecoderLayer", parameters=("config", "layer_idx"), hooks={"forward": _LAYER}),
     Use(f"{_QWEN_2}:Qwen2VLDecoderLayer", parameters=("config", "layer_idx"), hooks={"forward": _LAYER}),
-    Use(f"{_QWEN_2_5}:Qwen2_5_VLAttention", parameters=("config", "layer_idx")),
+    Use(f"{_QWEN_2_5}:Qwen2_5_VLAttention", parameters=("config", "layer_idx"), callers=_DISPATCH),
+    Use(f"{_QWEN_2}:Qwen2VLAttention", parameters=("config", "layer_idx"), callers=_DISPATCH),
     Use(f"{_QWEN_2_5}:eager_attention_forward", parameters=_ATTENTION),
     Use(f"{_QWEN_2}:eager_attention_forward", parameters=_ATTENTION),
 )
@@ -259,17 +275,25 @@ _VEDAS = (
 _LARE = (
     Use(f"{_LLAVA}:LlavaPreTrainedModel", hooks={"_init_weights": ("module",)}),
     Use(f"{_LLAVA}:LlavaModel", hooks={"get_image_features": ("pixel_values",)}),
-    Use("transformers.models.llama.modeling_llama:LlamaModel", hooks={"forward": _TEXT_MODEL}),
-    Use("transformers.models.llama.modeling_llama:eager_attention_forward", parameters=_ATTENTION),
-    Use("transformers.models.qwen2.modeling_qwen2:Qwen2Model", hooks={"forward": _TEXT_MODEL}),
-    Use("transformers.models.qwen2.modeling_qwen2:eager_attention_forward", parameters=_ATTENTION),
-    Use("transformers.models.qwen3.modeling_qwen3:Qwen3Model", hooks={"forward": _TEXT_MODEL}),
-    Use("transformers.models.qwen3.modeling_qwen3:eager_attention_forward", parameters=_ATTENTION),
-    Use(
-        "transformers.generation.logits_process:SuppressTokensLogitsProcessor",
-        parameters=("suppress_tokens", "device"),
-    ),
 )
+
+_ADAPTERS = (
+    Use("peft:get_peft_model", parameters=("model", "peft_config")),
+    Use("peft:LoraConfig", parameters=("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")),
+    Use("peft:PeftModel", hooks={"get_base_model": (), "save_pretrained": ("save_directory",)}),
+    Use("peft.tuners.tuners_utils:BaseTuner", hooks={"merge_and_unload": ()}),
+)
+
+# By `model_type` of the language model; a LaRe model compares that of its own when it is built.
+_LANGUAGE_MODELS = {
+    name: (
+        Use(f"transformers.models.{name}.modeling_{name}:{title}Model", hooks={"forward": _TEXT_MODEL}),
+        Use(f"transformers.models.{name}.modeling_{name}:{title}DecoderLayer", hooks={"forward": _LAYER}),
+        Use(f"transformers.models.{name}.modeling_{name}:{title}Attention", callers=_DISPATCH),
+        Use(f"transformers.models.{name}.modeling_{name}:eager_attention_forward", parameters=_ATTENTION),
+    )
+    for name, title in (("llama", "Llama"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
+}
 
 _TRAINING = (
     Use(
@@ -277,6 +301,7 @@ _TRAINING = (
         hooks={
             "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
             "training_step": ("model", "inputs", "num_items_in_batch"),
+            "_init_training_state": ("max_steps", "num_update_steps_per_epoch", "num_train_epochs"),
             "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
             "floating_point_ops": ("inputs",),
             "log": ("logs",),
@@ -291,9 +316,24 @@ _TRAINING = (
             "_save_optimizer_and_scheduler": ("output_dir",),
             "_load_optimizer_and_scheduler": ("checkpoint",),
         },
+        called=(
+            "_clip_grad_norm",
+            "_get_grad_norm",
+            "_get_train_sampler",
+            "_load_best_model",
+            "_load_from_checkpoint",
+            "_load_optimizer_and_scheduler",
+            "compute_loss",
+            "create_model_card",
+            "floating_point_ops",
+            "get_batch_samples",
+            "log",
+            "training_step",
+        ),
         callers={
             "prediction_step": ("keys_to_ignore_at_inference",),
             "save_model": ("_save",),
+            "_inner_training_loop": ("_init_training_state",),
             "_save_checkpoint": ("save_model", "_save_optimizer_and_scheduler"),
         },
     ),
@@ -311,6 +351,7 @@ _TRAINING = (
     Use(
         "transformers.training_args:TrainingArguments",
         attributes=(
+            "__post_init__",
             "gradient_accumulation_steps",
             "learning_rate",
             "logging_steps",
@@ -324,11 +365,29 @@ _TRAINING = (
     ),
 )
 
+_ACCELERATE = (
+    Use(
+        "accelerate:Accelerator",
+        hooks={
+            "autocast": (),
+            "backward": ("loss",),
+            "clip_grad_norm_": ("parameters", "max_norm"),
+            "no_sync": ("model",),
+            "reduce": ("tensor", "reduction"),
+            "unwrap_model": ("model", "keep_torch_compile"),
+        },
+        attributes=("num_processes", "process_index"),
+    ),
+    Use("accelerate.utils:gather_object"),
+)
+
 USES: dict[str, tuple[Use, ...]] = {
     "configuration": _CONFIGURATION,
     "processing": _PROCESSING,
     "deeplatent": (*_MODELING, *_RENAMED_WEIGHTS, *_DEEPLATENT),
     "lare": (*_MODELING, *_LARE),
     "vedas": (*_MODELING, *_RENAMED_WEIGHTS, *_VEDAS),
-    "training": _TRAINING,
+    "training": (*_TRAINING, *_ACCELERATE),
+    "adapters": _ADAPTERS,
+    **{f"lare with {name}": uses for name, uses in _LANGUAGE_MODELS.items()},
 }

@@ -6,15 +6,11 @@ Also the two things that a user may say about the result, `--dtype` and `--set f
 import dataclasses
 import json
 import shutil
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.repocard import metadata_load
 from PIL import Image
 from tokenizers import AddedToken
@@ -24,7 +20,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from yaml import YAMLError
 
 from conversion.checkpoint_io import SourceWeights, write_json
+from conversion.commands import exit_on_error as exit_on_error  # older code finds it here
 from conversion.fetch_assets import make_reference_image
+from conversion.reading import read_json_object
 from processing_latentvlm.pictures import open_picture
 
 
@@ -101,7 +99,7 @@ def find_license(folder: Path) -> str | None:
 
 
 def read_model_type(folder: Path) -> str | None:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    return read_json_object(folder / "config.json").get("model_type")
 
 
 def read_config(folder: Path, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
@@ -110,7 +108,7 @@ def read_config(folder: Path, config_class: type[PreTrainedConfig]) -> PreTraine
     Raises:
         ValueError: it is of another model type, or quantised.
     """
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content = read_json_object(folder / "config.json")
     if content.get("model_type") != config_class.model_type:
         raise ValueError(
             f"The backbone's `model_type` must be {config_class.model_type!r}, "
@@ -293,7 +291,7 @@ def write_generation_config(
         pad_token_id: where the backbone says none.
     """
     file = source / "generation_config.json"
-    fields = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    fields = read_json_object(file) if file.is_file() else {}
     fields.pop("_from_model_config", None)
     text_config = config.get_text_config()
     for name in SPECIAL_TOKEN_FIELDS:
@@ -329,13 +327,3 @@ def root_mean_square(features: Tensor) -> float:
     if not 0 < rms < float("inf"):
         raise ValueError(f"The image features of the backbone must have a finite size above 0, got {rms}.")
     return rms
-
-
-@contextmanager
-def exit_on_error() -> Iterator[None]:
-    """End a command with one line and status 2 where a user's input, folder or disk is at fault."""
-    try:
-        yield
-    except (OSError, ValueError, StrictDataclassError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)

@@ -11,7 +11,10 @@ import sys
 
 
 def write(model: str) -> None:
-    from conversion.known_answers import write_known_answers
+    try:
+        from conversion.known_answers import write_known_answers
+    except ImportError as error:
+        raise ValueError(f"Known answers cannot be recorded here: {error}") from error
 
     problem = write_known_answers(model)
     if problem is not None:

@@ -1,7 +1,7 @@
 """Stream a checkpoint's weights from one folder to another: what every converter needs, whatever the architecture.
 
 A backbone is never held in memory. Its tensors are mapped shard by shard, passed on one at a time, and written to a
-folder that appears under its own name only when it is complete:
+folder that appears under its own name only when it is complete (`conversion/writing.py`):
 
     with replaced_folder(output) as folder:
         write_weights(folder, source, edits, added, dtype)
@@ -11,18 +11,18 @@ Shapes: V vocabulary rows on disk, W after growing, D hidden size.
 
 import json
 import math
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
-from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from conversion.reading import read_json_object
+from conversion.writing import recover_folder
 
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -108,7 +108,10 @@ def find_shards(folder: Path) -> list[Path]:
         pickled = sorted(path.name for pattern in PICKLED for path in folder.glob(pattern))
         found = f"only {', '.join(pickled[:3])}: save them as safetensors first" if pickled else "neither"
         raise ValueError(f"A backbone must hold {SINGLE_FILE} or {INDEX_FILE}, got {found}, in {folder}.")
-    names = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["weight_map"].values()
+    weight_map = read_json_object(folder / INDEX_FILE).get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{folder / INDEX_FILE} must hold a `weight_map` of weights to files.")
     files = [folder / name for name in sorted(set(names))]
     absent = [file.name for file in files if not file.is_file()]
     if absent:
@@ -340,36 +343,10 @@ def check_output(output: Path, backbone: Path, force: bool) -> None:
         raise ValueError(f"`output` must not be or contain the backbone ({backbone}), got {output}.")
     if output.exists() and not output.is_dir():
         raise ValueError(f"`output` must be a folder, got the file {output}.")
+    recover_folder(output)
     if not output.exists() or not any(output.iterdir()):
         return
     if not force:
         raise ValueError(f"`output` must be a new or empty folder, got {output}. Replace it with `--force`.")
     if not (output / "config.json").is_file():
         raise ValueError(f"`--force` replaces only a checkpoint folder, but there is no config.json in {output}.")
-
-
-@contextmanager
-def replaced_folder(output: Path) -> Iterator[Path]:
-    """Give a folder to write to, and rename it to `output` if the block ends well; otherwise leave no trace of it."""
-    output = output.resolve()
-    partial = output.with_name(f"{output.name}.partial-{uuid4().hex[:8]}")
-    # Not `tempfile`, which would leave a folder that only its owner can read.
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        publish(partial, output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def publish(partial: Path, output: Path) -> None:
-    """Rename `partial` to `output`; what was there is deleted only afterwards."""
-    retired = output.with_name(f"{output.name}.replaced-{uuid4().hex[:8]}")
-    if output.exists():
-        output.rename(retired)
-    try:
-        partial.rename(output)
-    finally:
-        if retired.exists() and not output.exists():
-            retired.rename(output)
-    shutil.rmtree(retired, ignore_errors=True)

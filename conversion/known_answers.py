@@ -10,6 +10,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from configuration_latentvlm.hub_code import find_stale_code
+from conversion.refresh_code import read_hub_classes, read_json
+from conversion.writing import write_file
 from modeling_latentvlm.known_answers import FILE, FOLDER, KnownAnswers, compute_answer, digest_weights, record
 
 
@@ -33,11 +36,18 @@ def write_known_answers(folder: str | Path) -> str | None:
         Why the answers could not be recorded here, or None.
 
     Raises:
-        ValueError: `folder` holds no checkpoint of this library.
+        ValueError: `folder` holds no checkpoint of this library, or one with other code.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"Known answers are recorded of a checkpoint folder, got {folder}.")
+    # The installed code runs here, and that of the folder where the answers are compared.
+    stale = find_stale_code(folder, read_hub_classes(str(read_json(folder / "config.json").get("model_type"))))
+    if stale is not None:
+        raise ValueError(
+            f"The code in {folder} is not that of this latentvlm ({stale} differs). Bring it up to date first: "
+            f"python -m conversion.refresh_code {folder}"
+        )
     if not (folder / "processor_config.json").is_file():
         return "the checkpoint has no processor"
     needed = SPARE_MEMORY * 4 * count_parameters(folder)
@@ -53,7 +63,7 @@ def write_known_answers(folder: str | Path) -> str | None:
         known.dtype = str(stored).removeprefix("torch.")
         known.answers[known.dtype] = compute_answer(model, known.inputs, known.answers["float32"], force_grids=True)
     known.weights = digest_weights(model.state_dict())
-    write_file(folder, known)
+    write_answers(folder, known)
     return None
 
 
@@ -82,9 +92,6 @@ def load(folder: Path, dtype: torch.dtype):
     return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
 
 
-def write_file(folder: Path, known: KnownAnswers) -> None:
+def write_answers(folder: Path, known: KnownAnswers) -> None:
     target = folder / FOLDER / FILE
-    target.parent.mkdir(exist_ok=True)
-    partial = target.with_name(f"{FILE}.partial")
-    partial.write_bytes(known.to_bytes())
-    os.replace(partial, target)
+    write_file(target, known.to_bytes())

@@ -39,10 +39,10 @@ from conversion.checkpoint_io import (
     find_vocabulary_weights,
     grown_vocabulary,
     initialize_weights,
-    replaced_folder,
     write_weights,
 )
 from conversion.known_answers import record_answers
+from conversion.writing import replaced_folder
 
 
 VISION = "model.visual."

@@ -28,9 +28,10 @@ from conversion.backbone import (
     read_model_type,
     write_generation_config,
 )
-from conversion.checkpoint_io import check_output, replaced_folder
+from conversion.checkpoint_io import check_output
 from conversion.known_answers import record_answers
 from conversion.qwen_backbone import rename_weight, report
+from conversion.writing import replaced_folder
 from modeling_latentvlm import VedasForConditionalGeneration
 from processing_latentvlm import VedasProcessor
 from processing_latentvlm.processing_vedas import LATENT_TOKEN

@@ -73,6 +73,10 @@ def refresh_code(folder: str | Path) -> list[str]:
     folder = Path(folder).expanduser()
     if not (folder / "config.json").is_file():
         raise ValueError(f"A checkpoint folder must hold a config.json, got {folder}.")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{folder} is or holds the current folder, which is replaced as a whole: run this from another folder."
+        )
     hub_classes = read_hub_classes(str(read_json(folder / "config.json").get("model_type")))
     hub_code = load_hub_code()
     texts = hub_code.flat_code(hub_classes)
@@ -96,7 +100,7 @@ def refresh_code(folder: str | Path) -> list[str]:
 
 def replace_files(folder: Path, texts: dict[str, str]) -> None:
     """Swap the folder for one with other texts, so that no moment shows code of two versions. Weights are linked."""
-    from conversion.checkpoint_io import replaced_folder
+    from conversion.writing import replaced_folder
 
     def link(source: str, target: str) -> None:
         try:

@@ -1,8 +1,9 @@
 """Known answers: what a checkpoint made of one small prompt when it was written, and the comparison with what it makes now.
 
 `known_answers/answers.safetensors` of a checkpoint holds a picture, the tensors that the processor made of it and of a
-question, and what the model made of those tensors: latents, the logits of the first answer positions and the greedy
-tokens, in float32 from the stored weights, and in the stored dtype. A library that changed under the code, a damaged
+question, padded on the left, and what the model made of those tensors: latents, the logits of the first answer positions
+and the greedy tokens, in float32 from the stored weights, and in the stored dtype. A second picture, which has to be
+resized, is for the processor alone. A library that changed under the code, a damaged
 weight or a changed processor shows as a deviation. Tokens are printed and never compared: wrong positions may change
 every logit and no token.
 
@@ -26,7 +27,7 @@ from PIL import Image, ImageDraw
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
-from transformers.generation import LogitsProcessor, LogitsProcessorList
+from transformers.generation import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from configuration_latentvlm.hub_code import __version__
 
@@ -35,11 +36,15 @@ FOLDER, FILE = "known_answers", "answers.safetensors"
 FORMAT = "1"
 QUESTION = "What color is the small round shape?"
 NUM_POSITIONS = 6  # T
-PICTURE_SIDE = 112  # pixels, rounded to whole merged patches; the size that the processor gives, where it gives one
+NUM_PADS = 3  # masked columns before the prompt: a mask that is ignored shows
+# (width, height) in pixels. The first is rounded to whole merged patches, so that nothing is resized; it is no square and
+# has several windows of Qwen2.5-VL's vision tower. A processor that makes squares of one size gets a square.
+PICTURE_SIZE, RESIZED_SIZE = (168, 140), (300, 170)
 # Largest deviation that passes, relative to the root mean square of what is expected. Other thread counts, attention
 # kernels and machines stay below half of it; the faults that were tried exceed it by ten times and more.
 TOLERANCES = {"float32": 1e-4, "float16": 0.1, "bfloat16": 0.5}
 PIXEL_TOLERANCE = 1e-3
+RESIZED_TOLERANCE = 0.2  # the backends of image processors resize a little differently
 VOLATILE = (  # fields of a config that say nothing about answers, or differ between versions of transformers
     "_attn_implementation",
     "_name_or_path",
@@ -91,11 +96,16 @@ class KnownAnswers:
     dtype: str  # of the stored weights
     model_type: str
     versions: dict[str, str]
+    resized: bytes  # PNG of the second picture
+    resized_pixels: Tensor  # what the processor made of it
+    config: dict[str, Any] = field(default_factory=dict)  # its lasting fields
     weights: dict[str, str] = field(default_factory=dict)  # digest by name
 
     def to_bytes(self) -> bytes:
         tensors = {f"inputs.{name}": value.contiguous() for name, value in self.inputs.items()}
         tensors["picture"] = torch.frombuffer(bytearray(self.picture), dtype=torch.uint8)
+        tensors["resized"] = torch.frombuffer(bytearray(self.resized), dtype=torch.uint8)
+        tensors["resized_pixels"] = self.resized_pixels.contiguous()
         for dtype, answer in self.answers.items():
             present = {name: value for name, value in vars(answer).items() if value is not None}
             tensors |= {f"{dtype}.{name}": value.contiguous() for name, value in present.items()}
@@ -105,7 +115,9 @@ class KnownAnswers:
             "dtype": self.dtype,
             "model_type": self.model_type,
             "versions": json.dumps(self.versions, sort_keys=True),
+            "config": json.dumps(self.config, sort_keys=True),
             "weights": json.dumps(self.weights, sort_keys=True),
+            "content": digest_content(tensors),
         }
         return save(tensors, metadata)
 
@@ -126,20 +138,29 @@ class KnownAnswers:
                     f"The known answers in {where} must have format {FORMAT}, got {metadata.get('format')!r}: a newer "
                     "latentvlm wrote them."
                 )
+            if digest_content(tensors) != metadata["content"]:
+                raise KeyError("the tensors are not those that were written")
             inputs = {name[len("inputs.") :]: value for name, value in tensors.items() if name.startswith("inputs.")}
             dtypes = [name.partition(".")[0] for name in tensors if name.endswith(".logits")]
             answers = {
                 dtype: Answer(
-                    **{name: tensors.get(f"{dtype}.{name}") for name in ("logits", "tokens", "latents", "grids")}
+                    logits=tensors[f"{dtype}.logits"],
+                    tokens=tensors[f"{dtype}.tokens"],
+                    latents=tensors.get(f"{dtype}.latents"),
+                    grids=tensors.get(f"{dtype}.grids"),
                 )
                 for dtype in dtypes
             }
+            if metadata["dtype"] not in answers or "input_ids" not in inputs:
+                raise KeyError("the answers or the prompt are missing")
+            read = {name: json.loads(metadata[name]) for name in ("versions", "config", "weights")}
             return cls(
                 inputs=inputs,
                 picture=bytes(tensors["picture"].numpy()),
                 answers=answers,
-                versions=json.loads(metadata["versions"]),
-                weights=json.loads(metadata["weights"]),
+                resized=bytes(tensors["resized"].numpy()),
+                resized_pixels=tensors["resized_pixels"],
+                **read,
                 **{name: metadata[name] for name in ("question", "dtype", "model_type")},
             )
         except (SafetensorError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -147,6 +168,14 @@ class KnownAnswers:
                 f"The known answers in {where} are damaged ({error}). Write new ones: "
                 "python -m conversion.check CHECKPOINT --write"
             ) from error
+
+
+def digest_content(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of all tensors of an answers file: a flipped bit must not pass for an answer."""
+    together = hashlib.sha256()
+    for name in sorted(tensors):
+        together.update(f"{name} {digest_weight(tensors[name])}\n".encode())
+    return together.hexdigest()
 
 
 def read_metadata(content: bytes) -> dict[str, str]:
@@ -170,18 +199,45 @@ def versions_here() -> dict[str, str]:
     }
 
 
-def draw_picture(processor) -> Image.Image:
-    """A picture that nobody can mirror or turn unseen, of a size that the processor need not change."""
+def fitting_size(processor) -> tuple[int, int]:
+    """(width, height) of a picture that the processor need not resize."""
     side = getattr(processor, "image_size", None)
-    if side is None:
-        patch = processor.image_processor.patch_size * processor.image_processor.merge_size
-        side = patch * max(1, round(PICTURE_SIDE / patch))
-    picture = Image.linear_gradient("L").resize((side, side)).convert("RGB")
+    if side is not None:
+        return side, side
+    patch = processor.image_processor.patch_size * processor.image_processor.merge_size
+    return tuple(patch * max(1, round(pixels / patch)) for pixels in PICTURE_SIZE)
+
+
+def draw_picture(width: int, height: int) -> Image.Image:
+    """A picture that nobody can mirror or turn unseen."""
+    picture = Image.linear_gradient("L").resize((width, height)).convert("RGB")
     draw = ImageDraw.Draw(picture)
-    draw.rectangle((side * 0.1, side * 0.1, side * 0.45, side * 0.3), fill=(200, 40, 30))
-    draw.ellipse((side * 0.6, side * 0.55, side * 0.85, side * 0.8), fill=(20, 60, 220))
-    draw.polygon([(side * 0.15, side * 0.9), (side * 0.3, side * 0.6), (side * 0.45, side * 0.9)], fill=(30, 170, 60))
+
+    def scale(*points: float) -> list[float]:
+        return [point * (height if at % 2 else width) for at, point in enumerate(points)]
+
+    draw.rectangle(scale(0.1, 0.1, 0.45, 0.3), fill=(200, 40, 30))
+    draw.ellipse(scale(0.6, 0.55, 0.85, 0.8), fill=(20, 60, 220))
+    draw.polygon(scale(0.15, 0.9, 0.3, 0.6, 0.45, 0.9), fill=(30, 170, 60))
     return picture
+
+
+def to_png(picture: Image.Image) -> bytes:
+    stored = io.BytesIO()
+    picture.save(stored, format="PNG")
+    return stored.getvalue()
+
+
+def pad_left(inputs: dict[str, Tensor], pad_token_id: int) -> dict[str, Tensor]:
+    """Put masked columns before a prompt of one row."""
+    length = inputs["input_ids"].shape[1]
+    fill = {"input_ids": pad_token_id}
+    return {
+        name: torch.nn.functional.pad(value, (NUM_PADS, 0), value=fill.get(name, 0))
+        if value.shape == (1, length)
+        else value
+        for name, value in inputs.items()
+    }
 
 
 def encode(processor, picture: Image.Image, question: str) -> dict[str, Tensor]:
@@ -206,11 +262,13 @@ def compute_answer(
         known: its tokens are written in place of the model's own.
         force_grids: also give blocks the known sizes: in a narrow dtype a predicted size may tip over.
     """
-    was_training, device = model.training, model.device
+    device, modes = model.device, {module: module.training for module in model.modules()}
     moved = {name: value.to(device) for name, value in inputs.items()}
     length = moved["input_ids"].shape[1]
     forced = [] if known is None else [ForcedTokens(length, known.tokens)]
     grids = known.grids if force_grids and known is not None else None
+    # What a user set for generation (a cache, stop strings, several answers) is not what was recorded.
+    settings, model.generation_config = model.generation_config, GenerationConfig()
     try:
         output = model.eval().generate(
             **moved,
@@ -218,14 +276,16 @@ def compute_answer(
             logits_processor=LogitsProcessorList(forced),
             do_sample=False,
             num_beams=1,
-            eos_token_id=None,
+            pad_token_id=0,
             max_new_tokens=NUM_POSITIONS if known is None else len(known.tokens),
             return_dict_in_generate=True,
             output_logits=True,
             output_latents=True,
         )
     finally:
-        model.train(was_training)
+        model.generation_config = settings
+        for module, is_training in modes.items():
+            module.training = is_training
     steps = output.latent_trace.steps
     return Answer(
         logits=torch.cat(output.logits).float().cpu(),
@@ -237,14 +297,17 @@ def compute_answer(
 
 def record(model, processor) -> KnownAnswers:
     """Record a prompt and what the model makes of it in the dtype that it is in."""
-    picture, stored = draw_picture(processor), io.BytesIO()
-    picture.save(stored, format="PNG")
-    inputs = encode(processor, picture, QUESTION)
+    picture, resized = draw_picture(*fitting_size(processor)), draw_picture(*RESIZED_SIZE)
+    pad = processor.tokenizer.pad_token_id
+    inputs = pad_left(encode(processor, picture, QUESTION), 0 if pad is None else pad)
     answer = compute_answer(model, inputs)
     dtype = dtype_name(model)
     return KnownAnswers(
         inputs=inputs,
-        picture=stored.getvalue(),
+        picture=to_png(picture),
+        resized=to_png(resized),
+        resized_pixels=encode(processor, resized, QUESTION)["pixel_values"],
+        config=lasting_fields(model.config),
         question=QUESTION,
         answers={dtype: answer},
         dtype=dtype,
@@ -266,10 +329,12 @@ def digest_weight(value: Tensor) -> str:
 
 def find_changed_weight(known: Mapping[str, str], state: Mapping[str, Tensor]) -> str | None:
     """The first weight that is not the one that was recorded, or None. Weights that cannot be read count as changed."""
-    if known.keys() != state.keys():
-        return min(known.keys() ^ state.keys())
+    other = known.keys() ^ {name for name, value in state.items() if isinstance(value, Tensor)}
+    if other:
+        return min(other)
     for name in sorted(known, key=lambda name: (state[name].numel(), name)):
-        if state[name].is_meta or hasattr(state[name], "placements") or digest_weight(state[name]) != known[name]:
+        value = state[name]
+        if value.is_meta or hasattr(value, "placements") or digest_weight(value) != known[name]:
             return name
     return None
 
@@ -289,6 +354,7 @@ def lasting_fields(config: Any) -> dict[str, Any]:
 
 def deviation(actual: Tensor, expected: Tensor, tolerance: float) -> float:
     """The largest difference, relative to the root mean square of what is expected, over the tolerance."""
-    scale = expected.float().square().mean().sqrt().clamp(min=1e-12)
-    largest = (actual.float() - expected.float()).abs().max() / scale
-    return float(largest.nan_to_num(nan=float("inf"))) / tolerance
+    actual, expected = actual.double(), expected.double()
+    scale = expected.square().mean().sqrt().clamp(min=1e-12)
+    largest = float((actual - expected).abs().max() / scale)
+    return largest / tolerance if scale.isfinite() and largest == largest else float("inf")

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from processing_latentvlm.pictures import describe_picture, open_picture
+from processing_latentvlm.text_checks import check_conversation, template_errors
 
 
 MAX_LATENTS = 4096  # of one block, or steps of one turn: 64 x 64 merged patches
@@ -71,40 +72,28 @@ class LatentProcessorMixin:
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """As in transformers, with the items of `render_latent` in assistant messages."""
+        check_conversation(conversation)
         batched = bool(conversation) and isinstance(conversation[0], list | tuple)
         rendered = [
             [self.render_message(message) for message in messages]
             for messages in (conversation if batched else [conversation])
         ]
-        return super().apply_chat_template(rendered if batched else rendered[0], *args, **kwargs)
+        with template_errors():
+            return super().apply_chat_template(rendered if batched else rendered[0], *args, **kwargs)
 
     def render_message(self, message: dict) -> dict:
-        """Write out latent items.
-
-        Raises:
-            ValueError: it is no message of a text or of items with a `type`, or somebody writes reserved tokens.
-        """
-        if not isinstance(message, dict):
-            raise ValueError(f"A message must be a dict with `role` and `content`, got {str(message)[:200]!r}.")
         content = message.get("content")
         if isinstance(content, str):
             self.check_reserved(content, message)
             return message
-        if not isinstance(content, list | tuple | None):
-            raise ValueError(f"`content` of a message must be a text or a list of items, got {str(content)[:200]!r}.")
         items = []
-        for number, item in enumerate(content or []):
-            if not isinstance(item, dict) or not isinstance(item.get("type"), str):
-                raise ValueError(
-                    f"Item {number} of the `content` of a {message.get('role')} message must be a dict with a `type`, such as "
-                    f'{{"type": "text", "text": ..}}, got {str(item)[:200]!r}.'
-                )
+        for item in content or []:
             if item["type"] == "latent":
                 items.append({"type": "text", "text": self.render_latent(item)})
             else:
                 self.check_reserved(item.get("text"), message)
                 items.append(item)
-        return message | {"content": items}
+        return message | {"content": items or ""}  # many templates concatenate it, and know no empty list
 
     def check_num_latents(self, count: int, what: str) -> None:
         """Refuse more latents than any model has, before their placeholders take the machine's memory.

@@ -1,6 +1,7 @@
 """What the processors on Qwen-VL backbones share: no need of torchvision."""
 
 from configuration_latentvlm.transformers_contract import check_contract
+from processing_latentvlm.text_checks import as_rows
 
 
 check_contract("processing")  # before the imports below: what they miss is said here
@@ -145,7 +146,7 @@ class QwenLatentProcessor(HubCodeMixin, LatentProcessorMixin, Qwen2_5_VLProcesso
             if resize_images and self.image_size is not None:
                 images = self.resize_to_square(images)
         if text is not None:
-            self.check_image_count([text] if isinstance(text, str) else list(text), images)
+            self.check_image_count(as_rows(text), images)
         features = super().__call__(images=images, text=text, videos=videos, **kwargs)
         if resize_images and "image_grid_thw" in features:
             self.warn_of_sizes(features["image_grid_thw"])

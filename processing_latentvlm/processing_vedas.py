@@ -5,6 +5,7 @@ rendered text as T times `<|latent|>`. `generate` needs none of them: it takes t
 """
 
 from configuration_latentvlm.transformers_contract import check_contract
+from processing_latentvlm.text_checks import is_whole_number
 
 
 check_contract("processing")  # before the imports below: what they miss is said here
@@ -32,8 +33,8 @@ class VedasProcessor(QwenLatentProcessor):
         super().__init__(image_processor, tokenizer, chat_template, image_size, trained_image_sizes)
 
     def render_latent(self, item: dict) -> str:
-        steps = item["steps"]
-        if not isinstance(steps, int) or steps < 0:
+        steps = item.get("steps")
+        if not is_whole_number(steps, 0):
             raise ValueError(f"`steps` of a latent item must be a whole number >= 0, got {steps!r}.")
         self.check_num_latents(steps, f"A latent item with `steps` {steps}")
         return LATENT_TOKEN * steps

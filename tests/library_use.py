@@ -20,6 +20,7 @@ PACKAGES = (
 )
 LIBRARIES = ("transformers", "accelerate", "peft", "trl", "huggingface_hub")
 OTHER_HARNESSES = ("train.adapters.vlmevalkit", "train.adapters.lmms_eval")  # run inside environments of their own
+SPECIAL = ("__call__", "__getitem__", "__contains__", "__post_init__")
 WRITTEN_BY_PYTHON = ("_abc_impl",)
 NAMED_TUPLE = {"_asdict", "_fields", "_replace", "_make"}  # public by their documentation
 
@@ -91,8 +92,11 @@ def top(cls: type) -> str:
     return cls.__module__.partition(".")[0]
 
 
-def overrides() -> Iterator[tuple[type, str, object]]:
-    """(class that defines it, name, what it defines) wherever one of our classes stands before a library's definition."""
+def overrides() -> Iterator[tuple[type, str, object, list[type]]]:
+    """(class, name, what it defines, library classes behind it) wherever a class of ours stands before a library's definition.
+
+    The library classes are those that define the name, and those of the class's order of resolution that inherit it from them.
+    """
     seen = set()
     for cls in own_classes():
         mro = cls.__mro__
@@ -100,9 +104,9 @@ def overrides() -> Iterator[tuple[type, str, object]]:
             if not base.__module__.startswith(PACKAGES):
                 continue
             for name, value in vars(base).items():
-                if (name.startswith("__") and name != "__call__") or name in WRITTEN_BY_PYTHON:
+                if (name.startswith("__") and name not in SPECIAL) or name in WRITTEN_BY_PYTHON:
                     continue
-                behind = [later for later in mro[at + 1 :] if top(later) in LIBRARIES and name in vars(later)]
-                if behind and (base, name) not in seen:
+                libraries = [later for later in mro[at + 1 :] if top(later) in LIBRARIES]
+                if any(name in vars(later) for later in libraries) and (base, name) not in seen:
                     seen.add((base, name))
-                    yield base, name, value
+                    yield base, name, value, [later for later in libraries if hasattr(later, name)]

@@ -4,7 +4,7 @@ import pytest
 from conftest import backbone_fields, build_tokenizer
 from huggingface_hub.errors import StrictDataclassError
 
-from configuration_latentvlm import DeepLatentConfig, LaReConfig, __version__
+from configuration_latentvlm import DeepLatentConfig, LaReConfig, VedasConfig, __version__
 from configuration_latentvlm.model_card import render_model_card
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
 
@@ -95,3 +95,35 @@ def test_lares_round_trip_through_json(tmp_path):
     assert loaded.latent_tokens_per_step == 6 and loaded.latentvlm_version == __version__
     assert loaded.auto_map["AutoModelForCausalLM"] == "modeling_lare.LaReForCausalLM"
     assert "LaReForCausalLM" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "kind, wrong, message",
+    [
+        ("deeplatent", {"log_sigma_init": float("nan")}, "`log_sigma_init` must be finite, got nan"),
+        ("deeplatent", {"log_sigma_init": float("inf")}, "`log_sigma_init` must be finite"),
+        ("deeplatent", {"latentformer_heads": 0}, "`latentformer_heads`"),
+        ("lare", {"extractor_num_heads": 0}, "`extractor_num_heads` .* divide|`extractor_num_heads` must be >= 1"),
+        ("lare", {"extractor_num_heads": -2}, "`extractor_num_heads`"),
+        ("vedas", {"latent_token_id": -1}, "`latent_token_id` must lie within"),
+        (
+            "vedas",
+            {"latent_token_id": 10**6},
+            r"`latent_token_id` must lie within `text_config.vocab_size` \(152064\), got 1000000",
+        ),
+        ("vedas", {"latent_token_id": 151655}, "`latent_token_id` and `image_token_id` must differ, both are 151655"),
+    ],
+)
+def test_values_that_no_model_can_have_are_named(kind, wrong, message):
+    classes = {"deeplatent": DeepLatentConfig, "lare": LaReConfig, "vedas": VedasConfig}
+    with pytest.raises(StrictDataclassError, match=message):
+        classes[kind](**wrong)
+
+
+@pytest.mark.parametrize("content", ["[]", "5", "null", "{", "[" * 100_000], ids=lambda text: text[:5])
+@pytest.mark.parametrize("kind", ["deeplatent", "lare", "vedas"])
+def test_a_config_file_that_holds_no_object_is_named(kind, content, tmp_path):
+    classes = {"deeplatent": DeepLatentConfig, "lare": LaReConfig, "vedas": VedasConfig}
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"config\.json must hold a JSON object"):
+        classes[kind].from_pretrained(tmp_path)

@@ -108,7 +108,7 @@ def test_rows_that_would_fetch_or_open_something_else_are_refused(tmp_path):
         path.write_text(
             "\n".join(json.dumps(row) for row in (good, {"messages": [{"role": "user", "content": [item]}, answer]}))
         )
-        with pytest.raises(ValueError, match=r"Line 2 of .*data.jsonl: an item of `content` must be \{type: text"):
+        with pytest.raises(ValueError, match=r"Line 2 of .*message 0: an item of `content` must be \{type: text"):
             read_trajectories(path)
     for wrong in (
         "hi",
@@ -118,7 +118,7 @@ def test_rows_that_would_fetch_or_open_something_else_are_refused(tmp_path):
         {"role": 5, "content": "a"},
     ):
         path.write_text(json.dumps({"messages": [wrong]}))
-        with pytest.raises(ValueError, match="Line 1 of .*a message needs a `role` and a `content`"):
+        with pytest.raises(ValueError, match="Line 1 of .*message 0 must have a `role` and a `content`"):
             read_trajectories(path)
     path.write_text(
         json.dumps(

@@ -61,7 +61,8 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from train import decontaminate
-from train.decontamination import {module} as module
+from importlib import import_module
+module = import_module({module!r})
 
 calls, method = 0, module.{method}
 def kill(*args, **kwargs):
@@ -393,8 +394,8 @@ MOMENTS = [
     (ImageEmbedder, "embed", 6),
     (Journal, "records", 3),
     (Journal, "note", 2),
-    (Path, "replace", 1),
-    (Path, "replace", 2),
+    (os, "replace", 1),
+    (os, "replace", 2),
     (Journal, "delete", 1),
 ]
 
@@ -415,7 +416,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_outputs(data, tower, uninterr
 
 @pytest.mark.parametrize(
     "module, method, nth",
-    [("journal", "Journal.transaction", 5), ("outputs", "Path.replace", 1)],
+    [("train.decontamination.journal", "Journal.transaction", 5), ("os", "replace", 1)],
     ids=["batch", "renames"],
 )
 def test_a_killed_process_goes_on_to_the_same_outputs(data, tower, uninterrupted, module, method, nth):

@@ -364,5 +364,7 @@ def test_settings_of_long_rows(qwen):
 def test_what_a_template_refuses_is_named_before_the_first_step(folder):
     refuses = "{% for message in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}"
     conversations = read_llava(write(folder, [ROW]))
-    with pytest.raises(ValueError, match="Entry 0 of .*template refuses the messages: roles must alternate"):
+    with pytest.raises(
+        ValueError, match="Entry 0 of .*template cannot render this conversation: roles must alternate"
+    ):
         check_rows(conversations, LaReCollator(build_processor(refuses)))

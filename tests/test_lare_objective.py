@@ -12,10 +12,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from helpers import assert_near, enable_checkpointing
 from test_lare import ADAPTIVE, BOT, DECODERS, EOT, IMAGE, PAD, build, prompt
 
-from train.lare.alignment import Alignment, pool, symmetric_info_nce
+from train.lare.alignment import Alignment, find_contrasts, pool, symmetric_info_nce
 from train.lare.image_reconstruction import ImageReconstruction, build_unet, crop_windows, load_vae
 from train.lare.objective import LaReObjective, LatentLossArguments, pooled_images
 from train.lare.text_reconstruction import text_prefix_loss
+from train.training_model import StepPart, map_tensors
 
 
 SCALE = 0.2325
@@ -104,12 +105,13 @@ def inputs_of(batch: dict) -> dict:
 def naive_info_nce(first, second, exists, keys, temperature) -> torch.Tensor:
     """Row by row, with the negatives written out."""
     rows, total = [row for row in range(len(first)) if exists[row]], torch.zeros(())
-    for row in rows:
+    pairs = [row for row in rows if any(keys[other] != keys[row] for other in rows)]
+    for row in pairs:
         others = [other for other in rows if other == row or keys[other] != keys[row]]
         for one, many in ((first, second), (second, first)):
             scores = torch.stack([one[row] @ many[other] / temperature for other in others])
             total = total - (scores[others.index(row)] - scores.logsumexp(0))
-    return total / (2 * max(len(rows), 1))
+    return total / (2 * max(len(pairs), 1))
 
 
 def random_pairs(rows: int = 7, size: int = 5):
@@ -124,6 +126,8 @@ def random_pairs(rows: int = 7, size: int = 5):
         ([1, 1, 1, 1, 1, 1, 1], [0, 1, 0, 3, 3, 3, 6]),
         ([1, 0, 1, 1, 0, 1, 1], [0, 1, 0, 3, 4, 3, 6]),
         ([0, 0, 0, 1, 0, 0, 0], [0, 1, 2, 3, 4, 5, 6]),
+        ([1, 1, 0, 1, 0, 0, 1], [4, 4, 4, 4, 4, 4, 4]),  # no row has a negative
+        ([1, 1, 1, 0, 0, 0, 0], [2, 2, 2, 3, 4, 5, 6]),  # those with another key do not exist
     ],
 )
 def test_info_nce_equals_a_naive_loop(exists, keys):
@@ -131,10 +135,11 @@ def test_info_nce_equals_a_naive_loop(exists, keys):
     first, second = random_pairs()
     loss, naive = (function(first, second, exists, keys, 0.3) for function in (symmetric_info_nce, naive_info_nce))
     assert_near(loss, naive, 1e-6)
-    if exists.sum() > 1:
+    counts = find_contrasts(exists, keys)[1]
+    if counts.any():
         for one, other in zip(*(torch.autograd.grad(value, [first, second]) for value in (loss, naive))):
             assert_near(one, other, 1e-6)
-            assert (one[~exists] == 0).all() and bool((one[exists] != 0).any())
+            assert (one[~counts] == 0).all() and bool((one[counts] != 0).any(dim=1).all())
 
 
 def test_no_pair_at_all_is_zero_with_gradients():
@@ -158,7 +163,7 @@ def test_targets_get_no_gradient_and_heads_do():
     alignment = Alignment(4)
     latents, text, image = (torch.randn(3, 8, requires_grad=True) for _ in range(3))
     exists, keys = torch.ones(3).bool(), torch.arange(3)
-    alignment(latents, {"text": (text, exists, keys), "image": (image, exists, keys)}).backward()
+    alignment(latents, {"text": (text, exists, keys), "image": (image, exists, keys)})[0].backward()
     assert text.grad is None and image.grad is None and bool((latents.grad != 0).any())
     assert all(bool((parameter.grad != 0).any()) for parameter in alignment.parameters())
 
@@ -182,7 +187,7 @@ class Net(torch.nn.Module):
     def forward(self, values, targets):
         self.latents = self.upstream(values)
         self.latents.retain_grad()
-        return self.alignment(self.latents, targets)
+        return self.alignment(self.latents, targets)[0]
 
 data = torch.load(f"{folder}/data.pt", weights_only=True)
 net = Net()
@@ -193,7 +198,7 @@ parallel = DistributedDataParallel(net)
 loss = parallel(data["values"][cut], targets)
 loss.backward()
 with torch.no_grad():
-    frozen = net.alignment(net.latents.detach(), targets)  # as in evaluation: gathered without gradients
+    frozen, _ = net.alignment(net.latents.detach(), targets)  # as in evaluation: gathered without gradients
 grads = {name: parameter.grad for name, parameter in net.named_parameters()}
 torch.save({"loss": loss.detach(), "eval": frozen, "latents": net.latents.grad, "grads": grads}, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
@@ -217,7 +222,7 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
     assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
     latents = net["upstream"](values)
     latents.retain_grad()
-    loss = net["alignment"](latents, targets)
+    loss, _ = net["alignment"](latents, targets)
     loss.backward()
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for one in found:
@@ -228,6 +233,101 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path):
             assert_near(one["grads"][name], parameter.grad, 1e-6)
     # Every process sums the gradients of both losses; DDP halves them at the weights.
     assert_near(torch.cat([one["latents"] for one in found]) / 2, latents.grad, 1e-6)
+
+
+MORE_ROWS = [*ROWS, (prompt("image", [62]), [40], [50, 51, 52, 53]), (prompt("image", [9, 8]), [41], [])]
+
+
+def run_in_parts(model, objective, rows: list[list]) -> tuple[list[dict], dict[str, torch.Tensor]]:
+    """The losses of micro-batches of one step, and the gradients that accumulation gives."""
+    batches = [batch_of(some, seed=number) for number, some in enumerate(rows)]
+    for number, batch in enumerate(batches):
+        batch["image_keys"] = batch["image_keys"] + 10 * number
+    parts = [StepPart(seed) for seed in range(len(rows))]
+    ahead = [
+        map_tensors(torch.Tensor.detach, objective(model, part=part, **batch).get("rows", {}))
+        for part, batch in zip(parts, batches)
+    ]
+    model.zero_grad(), objective.zero_grad()
+    losses = []
+    for number, (part, batch) in enumerate(zip(parts, batches)):
+        part.others = ahead[:number] + ahead[number + 1 :]
+        output = objective(model, part=part, **batch)
+        (output["loss"] / len(rows)).backward()
+        losses.append(output["losses"])
+    named = [*model.named_parameters(), *objective.named_parameters()]
+    return losses, {name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("cut", [[1, 1, 1, 1, 1], [2, 3], [3, 1, 1]], ids=str)
+def test_accumulated_alignment_equals_one_batch_of_all_rows(objective_of, cut):
+    """Loss and gradients, one row a micro-batch included; a duplicate, rows without image and one without a reasoning."""
+    model = build("qwen2")
+    options = {"image_loss_weight": 0.0, "text_loss_weight": 0.0}
+    starts = [sum(cut[:number]) for number in range(len(cut))]
+    rows = [MORE_ROWS[start : start + count] for start, count in zip(starts, cut)]
+
+    def gradients_of_alignment(run):
+        """What the term adds to those of the same run without it."""
+        aligned, plain = (
+            objective_of(model, align_loss_weight=1.0, **options),
+            objective_of(model, align_loss_weight=0.0, **options),
+        )
+        (losses, grads), (_, without) = run(aligned), run(plain)
+        return losses, {name: grad - without.get(name, 0) for name, grad in grads.items()}
+
+    def whole(objective):
+        batch = batch_of(MORE_ROWS)
+        batch["pixel_values"] = torch.cat(
+            [
+                batch_of(some, seed=number).get("pixel_values", torch.zeros(0, 3, 56, 56))
+                for number, some in enumerate(rows)
+            ]
+        )
+        model.zero_grad(), objective.zero_grad()
+        output = objective(model, **batch)
+        output["loss"].backward()
+        named = [*model.named_parameters(), *objective.named_parameters()]
+        return output["losses"], {
+            name: parameter.grad.clone() for name, parameter in named if parameter.grad is not None
+        }
+
+    expected, wanted = gradients_of_alignment(whole)
+    losses, grads = gradients_of_alignment(lambda objective: run_in_parts(model, objective, rows))
+    assert expected["align_loss"] > 1 and expected["align_without_negative"] == 0
+    for one in losses:
+        assert_near(one["align_loss"], expected["align_loss"])
+    assert grads.keys() == wanted.keys() and any("refocus" in name for name in wanted)
+    moved = [name for name, grad in wanted.items() if grad.abs().max() > 1e-4]
+    assert len(moved) > 20 and {"alignment.image_head.weight", "alignment.latent_head.bias"} <= set(moved)
+    for name, grad in wanted.items():
+        assert_near(grads[name], grad, 1e-5 * max(1.0, float(grad.abs().max())))
+
+
+def test_both_passes_have_the_same_random_state(objective_of):
+    """With dropout: the rows that are learned from are those that the others were told of, so all see one loss."""
+    model = build("qwen2").train()
+    for module in model.model.language_model.modules():
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.3
+    objective = objective_of(model, image_loss_weight=0.0, text_loss_weight=0.0)
+    state = torch.get_rng_state()
+    losses, _ = run_in_parts(model, objective, [[row] for row in MORE_ROWS])
+    assert torch.equal(torch.get_rng_state(), state)  # whatever is drawn later does not depend on it
+    again, _ = run_in_parts(model.eval(), objective, [[row] for row in MORE_ROWS])
+    assert abs(losses[0]["align_loss"] - again[0]["align_loss"]) > 1e-3  # dropout acts
+    for one in losses[1:]:
+        assert_near(one["align_loss"], losses[0]["align_loss"], 1e-6)
+    model.train()
+    rows = [objective(model, part=StepPart(seed), **batch_of())["rows"]["latents"] for seed in (0, 0, 1)]
+    assert torch.equal(rows[0], rows[1]) and (rows[0] - rows[2]).abs().max() > 1e-3  # not the same noise in every part
+
+
+def test_rows_without_a_negative_are_counted(objective_of):
+    objective = objective_of(build(), image_loss_weight=0.0, text_loss_weight=0.0)
+    with torch.no_grad():
+        losses = objective(build(), **batch_of(ROWS[:1]))["losses"]
+    assert losses["align_loss"] == 0 and losses["align_without_negative"] == 2  # its text and its image
 
 
 # Image reconstruction
@@ -529,7 +629,8 @@ def test_the_sum_has_the_weights_of_the_arguments(fields, objective_of, decoder)
     objective = objective_of(model, **{f"{name}_loss_weight": value for name, value in weights.items()})
     output = objective(model, **batch_of())
     losses = output["losses"]
-    assert set(losses) == {"ntp_loss", "align_loss", "image_loss", "text_loss"}
+    assert set(losses) == {"ntp_loss", "align_loss", "image_loss", "text_loss", "align_without_negative"}
+    assert losses.pop("align_without_negative") == 0
     assert all(bool(value > 0) and not value.requires_grad for value in losses.values())
     expected = losses["ntp_loss"] + sum(weights[name] * losses[f"{name}_loss"] for name in weights)
     assert_near(output["loss"], expected)
@@ -560,7 +661,8 @@ def test_a_term_that_is_off_has_no_module(objective_of):
         objective = objective_of(model, **{f"{off}_loss_weight": 0.0})
         with torch.no_grad():
             losses = objective(model, **batch_of())["losses"]
-        assert set(losses) == {"ntp_loss", *(f"{name}_loss" for name in modules if name != off)}
+        counts = {"align_without_negative"} - {f"{off}_without_negative"}
+        assert set(losses) == counts | {"ntp_loss", *(f"{name}_loss" for name in modules if name != off)}
         if module is not None:
             assert getattr(objective, module) is None
             assert not any(name.startswith(module) for name in objective.state_dict())

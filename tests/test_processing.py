@@ -134,3 +134,39 @@ def test_blocks_that_would_fill_the_memory_are_refused(processor, grid):
     with pytest.raises(ValueError, match="4096 are the most"):
         encode(processor, [[*user_turn("q"), turn]], add_generation_prompt=False)
     assert len(processor(text=f"{LATENT_START}64x64{LATENT_END}")["input_ids"][0]) == 4096 + 3 + 2
+
+
+BROKEN_CHATS = [
+    (5, "A conversation must be a list"),
+    ([], "A conversation must be a list"),
+    ([5], "Message 0 must be a dict"),
+    ([{"content": "a"}], "Message 0 must be a dict with a `role`"),
+    ([{"role": "user", "content": 5}], "Message 0: `content` must be a text or a list"),
+    ([{"role": "user", "content": ["a"]}], "Message 0: an item of `content` must be a dict with a `type`"),
+    ([{"role": "user", "content": [{"type": "text"}]}], "an item of type text needs a `text`"),
+    ([{"role": "user", "content": "a\ud800"}], r"Message 0 holds '\\ud800' at character 1, half of a surrogate pair"),
+    ([[{"role": "user", "content": "a"}], [{"role": "user", "content": 5}]], "Message 0 of conversation 1"),
+    ([{"role": "assistant", "content": [{"type": "latent"}]}], "`grid` of a latent item must be two whole numbers"),
+    ([{"role": "assistant", "content": [{"type": "latent", "grid": [0, 2]}]}], r"got \[0, 2\]"),
+    ([{"role": "assistant", "content": [{"type": "latent", "grid": [True, 2]}]}], "two whole numbers"),
+    ([{"role": "assistant", "content": [{"type": "latent", "grid": "23"}]}], "got '23'"),
+]
+
+
+@pytest.mark.parametrize("chat, message", BROKEN_CHATS, ids=lambda value: repr(value)[:40])
+def test_a_chat_that_cannot_be_rendered_is_refused(processor, chat, message):
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (5, "`text` must be a text or a list of texts, got int"),
+        (["a", 5], "Row 1 of `text` must be a text, got int"),
+        (["a", "b\ud800"], "Row 1 of `text` holds"),
+    ],
+)
+def test_a_text_that_cannot_be_encoded_is_refused(processor, text, message):
+    with pytest.raises(ValueError, match=message):
+        processor(text=text)

@@ -323,9 +323,10 @@ def test_written_files_read_back_as_the_samples(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_interrupted_run_leaves_no_data_file(tmp_path, monkeypatch, error):
-    """Not even the one of an earlier run, whose images are being replaced."""
-    write_dataset("color", 1, 0, tmp_path)
+def test_interrupted_run_leaves_what_was_there(tmp_path, monkeypatch, error):
+    """The data of an earlier run with `force`, nothing without one; and the same command can be run again."""
+    write_dataset("color", 1, 0, tmp_path / "old")
+    before = folder_bytes(tmp_path / "old")
 
     def interrupted(request):
         if request.index == 2:
@@ -334,8 +335,15 @@ def test_interrupted_run_leaves_no_data_file(tmp_path, monkeypatch, error):
 
     monkeypatch.setitem(TASKS, "color", interrupted)
     with pytest.raises(error):
-        write_dataset("color", 5, 1, tmp_path, force=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+        write_dataset("color", 5, 1, tmp_path / "old", force=True)
+    with pytest.raises(error):
+        write_dataset("color", 5, 1, tmp_path / "new")
+    assert folder_bytes(tmp_path / "old") == before
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    monkeypatch.undo()
+    written = [folder_bytes(write_dataset("color", 5, 1, tmp_path / "new").parent)]
+    written.append(folder_bytes(write_dataset("color", 5, 1, tmp_path / "old", force=True).parent))
+    assert written[1] == before | written[0]  # files of other names stay
 
 
 def test_output_that_is_not_empty_is_refused_unless_forced(tmp_path):

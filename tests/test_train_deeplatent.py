@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoProcessor
 
 from conversion.convert_deeplatent import convert_deeplatent
 from modeling_latentvlm.latent_former import RowImages
-from train import cache_teacher_states, train_deeplatent
+from train import cache_teacher_states, train_deeplatent, training_model
 from train.config_overrides import load_config
 from train.deeplatent import sft
 from train.deeplatent.collator import DeepLatentCollator
@@ -412,7 +412,7 @@ def test_killed_and_resumed_equals_uninterrupted(small, taught, tmp_path, monkey
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5, "seed": 5} | settings
     if stage == "sft2":
         settings["teacher_states"] = str(taught[1])
-    monkeypatch.setattr(sft, "save_trained", lambda trainer: None)
+    monkeypatch.setattr(training_model, "save_trained", lambda trainer: None)
     whole = train(stage, taught[0], small[1], tmp_path / "whole", **settings)
     step = LatentTrainer.training_step
 

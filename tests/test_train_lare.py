@@ -367,6 +367,28 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(chain_of, run, tmp_pa
         assert not any(name.startswith("delimiters") for name in load_file(again / OBJECTIVE))
 
 
+def test_negatives_come_from_the_whole_step(bases, run, tmp_path):
+    """One row a micro-batch: the loss is that of one batch of all rows, and never 0 as without the others."""
+    cut = run(2, bases["tied"], tmp_path / "cut", per_device_train_batch_size=1, global_batch_size=3, max_steps=2)
+    whole = run(2, bases["tied"], tmp_path / "whole", per_device_train_batch_size=3, global_batch_size=3, max_steps=2)
+    losses = [
+        [entry["align_loss"] for entry in one.state.log_history if "align_loss" in entry] for one in (cut, whole)
+    ]
+    assert losses[0][0] > 0.1 and losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)
+    assert all(entry["align_without_negative"] == 0 for entry in cut.state.log_history if "align_loss" in entry)
+
+
+def test_a_run_without_any_negative_is_refused(bases, run, data, tmp_path):
+    with pytest.raises(ValueError, match="the global batch holds 1 row: set `global_batch_size` to 2"):
+        run(2, bases["tied"], tmp_path, per_device_train_batch_size=1, global_batch_size=1)
+    line = data["steps"].read_text().splitlines()[0]
+    twice = data["steps"].with_name("twice.jsonl")
+    twice.write_text(f"{line}\n{line}\n")
+    with pytest.raises(ValueError, match="all 2 rows of the data have the same reasoning"):
+        run(2, bases["tied"], tmp_path, data_path=twice)
+    run(2, bases["tied"], tmp_path, data_path=twice, align_loss_weight=0)
+
+
 def test_the_last_complete_checkpoint(tmp_path):
     assert last_complete_checkpoint(tmp_path) is None
     for number, text in ((9, "{}"), (10, "{}"), (11, '{"ep'), (12, None)):

@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from conversion.convert_vedas import convert_vedas
 from processing_latentvlm import VedasProcessor
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
-from train import train_vedas
+from train import train_vedas, training_model
 from train.curriculum import Curriculum, CurriculumCollator, merge_steps
 from train.reasoning_data import ReasoningSample, read_reasoning
 from train.replay import ReplayArguments, ReplayObjective
@@ -277,7 +277,7 @@ def test_one_step_moves_every_weight(folder, data, tmp_path, before, frozen):
 
 
 def test_lora_moves_adapters_routers_and_the_predictor(folder, data, tmp_path, before, monkeypatch):
-    monkeypatch.setattr(train_vedas, "save_trained", lambda trainer: None)  # which merges
+    monkeypatch.setattr(training_model, "save_trained", lambda trainer: None)  # which merges
     # Two steps, since an adapter's A has no gradient before its B has moved.
     trainer = train(folder, data, tmp_path, stages=[2], max_steps=2, per_device_train_batch_size=6, **LORA)
     expected = {name for name in before if "lora_" in name or ".modules_to_save." in name or name[:10] == "objective."}
@@ -306,7 +306,7 @@ class Killed(Exception):
 )
 def test_killed_and_resumed_equals_uninterrupted(folder, data, tmp_path, monkeypatch, save_steps, killed_at, settings):
     settings = {"save_strategy": "steps", "save_steps": save_steps, "seed": 5} | settings
-    monkeypatch.setattr(train_vedas, "save_trained", lambda trainer: None)
+    monkeypatch.setattr(training_model, "save_trained", lambda trainer: None)
     whole = train(folder, data, tmp_path / "whole", **settings)
     assert logged(whole, "stage") == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
@@ -335,6 +335,40 @@ def test_killed_and_resumed_equals_uninterrupted(folder, data, tmp_path, monkeyp
     assert actual.keys() == expected.keys() and any(name.startswith("objective.") for name in actual)
     for name, value in expected.items():
         torch.testing.assert_close(actual[name], value, atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("limits", [{"max_steps": 4}, {}], ids=["max_steps", "epochs"])
+def test_a_run_that_was_at_its_end_takes_no_further_step(folder, data, tmp_path, monkeypatch, limits):
+    """`max_steps` within an epoch, where transformers would begin it again; and the same command gives the same files."""
+    settings = {"save_strategy": "steps", "save_steps": 2, "stages": [2], "resume_from_checkpoint": "last"} | limits
+    whole = train(folder, data, tmp_path, **settings)
+    files = {path: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    files |= {path: path.read_bytes() for path in tmp_path.glob("training/*")}
+    steps = []
+    monkeypatch.setattr(LatentTrainer, "training_step", lambda *args, **kwargs: steps.append(args))
+    again = train(folder, data, tmp_path, **settings)
+    assert not steps and again.state.global_step == whole.state.global_step == len(logged(whole, "loss"))
+    assert len(files) == 2 and all(path.read_bytes() == content for path, content in files.items())
+
+
+def test_a_model_is_saved_with_its_config_last(folder, data, tmp_path, monkeypatch):
+    """A recipe takes a folder with a config for a stage that is done."""
+
+    def killed(*args, **kwargs):
+        assert not (tmp_path / "config.json").exists()
+        raise Killed
+
+    train(folder, data, tmp_path, max_steps=1, stages=[2])
+    before = {path.name for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(training_model, "record_answers", lambda folder: (folder / "config.json").stat())
+        patch.setattr(training_model.LatentTrainer, "save_whole", killed)
+        (tmp_path / "config.json").unlink()
+        with pytest.raises(Killed):
+            train(folder, data, tmp_path, max_steps=1, stages=[2])
+    assert not (tmp_path / "config.json").exists()
+    train(folder, data, tmp_path, max_steps=1, stages=[2])
+    assert {path.name for path in tmp_path.iterdir()} == before
 
 
 def test_the_last_checkpoint_is_the_one_of_most_steps(tmp_path):
@@ -376,11 +410,11 @@ def test_the_output_is_a_checkpoint_and_the_objective_lies_apart(folder, data, t
 def test_lora_is_merged_into_the_output(folder, data, tmp_path, batch, monkeypatch):
     peft, seen = pytest.importorskip("peft"), {}
 
-    def save(trainer, save_trained=train_vedas.save_trained):
+    def save(trainer, save_trained=training_model.save_trained):
         seen["logits"] = logits_of(trainer.model.model, batch)
         save_trained(trainer)
 
-    monkeypatch.setattr(train_vedas, "save_trained", save)
+    monkeypatch.setattr(training_model, "save_trained", save)
     train(folder, data, tmp_path, stages=[2], max_steps=3, learning_rate=1e-2, **LORA)
     assert (seen["logits"] - logits_of(load(folder), batch)).abs().max() > 1e-2
     assert_near(logits_of(load(tmp_path), batch), seen["logits"], 1e-4)  # sums in another order
@@ -394,7 +428,7 @@ def test_lora_is_merged_into_the_output(folder, data, tmp_path, batch, monkeypat
 @pytest.mark.parametrize("settings", [{}, LORA], ids=["full", "lora"])
 def test_evaluation_and_the_best_model(folder, data, tmp_path, monkeypatch, settings):
     """A learning rate at which the first step is the best one."""
-    monkeypatch.setattr(train_vedas, "save_trained", lambda trainer: None)
+    monkeypatch.setattr(training_model, "save_trained", lambda trainer: None)
     trainer = train(
         folder,
         data,

@@ -13,6 +13,8 @@ import json
 import statistics
 from pathlib import Path
 
+from conversion.commands import exit_on_error
+from conversion.writing import write_file
 from train.recipes import BATCH, RL_STEPS, SMALL_RL, run, score
 
 
@@ -98,14 +100,15 @@ def main(arguments: list[str] | None = None) -> None:
             run(todo)
             kept = folder / "scores.json"
             if not kept.is_file():
-                kept.write_text(
-                    json.dumps(score(folder, args.base / "test" / "data.jsonl", ("latents", "no latents")))
+                write_file(
+                    kept, json.dumps(score(folder, args.base / "test" / "data.jsonl", ("latents", "no latents")))
                 )
             results[name].append(json.loads(kept.read_text()))
     lines = tabulate(results)
-    (args.output / "ablations.md").write_text("\n".join(lines) + "\n")
+    write_file(args.output / "ablations.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from conversion.commands import exit_on_error
 from processing_latentvlm.pictures import read_size
 from train.config_overrides import load_config
 from train.deeplatent.collator import DeepLatentCollator
@@ -127,4 +128,5 @@ PARSER = HfArgumentParser((CacheArguments, DataArguments))
 
 
 if __name__ == "__main__":
-    main(*PARSER.parse_args_into_dataclasses())
+    with exit_on_error():
+        main(*PARSER.parse_args_into_dataclasses())

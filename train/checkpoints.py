@@ -18,8 +18,10 @@ from transformers import AutoModel, AutoProcessor
 
 from configuration_latentvlm import DeepLatentConfig, LaReConfig, VedasConfig
 from configuration_latentvlm.model_card import render_model_card
+from conversion.commands import exit_on_error
 from conversion.known_answers import record_answers
 from conversion.refresh_code import refresh_code
+from conversion.writing import replaced_folder, write_file
 from train.recipes import RECIPES, SETTINGS
 
 
@@ -66,7 +68,7 @@ def write_sums(name: str, folder: Path) -> None:
     files = [path for path in target.rglob("*") if path.is_file() and path.suffix not in (".md", ".pyc")]
     sums = read_sums(folder) | {name: {path.relative_to(target).as_posix(): digest(path) for path in files}}
     lines = [f"{sums[one][file]}  {one}/{file}\n" for one in sorted(sums) for file in sorted(sums[one])]
-    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+    write_file(folder / SUMS, "".join(lines))
 
 
 def shipped(name: str, folder: Path = CHECKPOINTS) -> Path:
@@ -115,10 +117,6 @@ def ship(name: str, run: Path, folder: Path = CHECKPOINTS) -> Path:
     size = sum(value.numel() * value.element_size() for value in load_file(source / WEIGHTS).values()) // 2
     if size > LARGEST:
         raise ValueError(f"The weights of {source} take {size} bytes in bfloat16; {LARGEST} may ship.")
-    model.save_pretrained(target)
-    processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
-    settle_image_size(processor)
-    processor.save_pretrained(target)
     steps = [json.loads(line) for line in (run / "times.jsonl").read_text(encoding="utf-8").splitlines()]
     settings = json.loads((run / SETTINGS).read_text(encoding="utf-8"))
     task, language = settings["task"], settings["language"]
@@ -139,8 +137,13 @@ def ship(name: str, run: Path, folder: Path = CHECKPOINTS) -> Path:
         num_weights=model.num_parameters() / 1e6,
         scores=table.read_text(encoding="utf-8") if table.is_file() else "Not measured.",
     )
-    (target / "README.md").write_text(render_model_card(model.config) + training, encoding="utf-8")
-    record_answers(target)
+    with replaced_folder(target, keeps_others=True) as partial:
+        model.save_pretrained(partial)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+        settle_image_size(processor)
+        processor.save_pretrained(partial)
+        (partial / "README.md").write_text(render_model_card(model.config) + training, encoding="utf-8")
+        record_answers(partial, target)
     write_sums(name, folder)
     return target
 
@@ -163,4 +166,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -28,6 +28,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from conversion.commands import exit_on_error
+from conversion.writing import replaced_file, write_file
 from train.checkpoints import ENDS
 from train.faithfulness.statistics import paired
 from train.recipes import (
@@ -144,7 +146,7 @@ def choose_rate(folder: str, of: Run) -> str:
     best = max(RATES, key=found.get)
     path = output / "twins.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    path.write_text(json.dumps(known | {folder: {"validation accuracy": found, "chosen": best}}, indent=2))
+    write_file(path, json.dumps(known | {folder: {"validation accuracy": found, "chosen": best}}, indent=2))
     return best
 
 
@@ -163,7 +165,8 @@ def draw_curves(output: Path) -> Path:
                 axis.plot(*zip(*points), label=rate)
         axis.set(title=f"{kind}, the twin that answers at once", xlabel="step", ylabel="loss", yscale="log")
         axis.legend(title="learning rate")
-    figure.savefig(output / "twins.png", dpi=110)
+    with replaced_file(output / "twins.png") as partial:
+        figure.savefig(partial, dpi=110)
     return output / "twins.png"
 
 
@@ -240,12 +243,12 @@ def main(arguments: list[str] | None = None) -> None:
     if list(args.run.glob("*-direct-*")):
         draw_curves(args.run)
     for model in models:
-        (args.run / f"{model}.md").write_text(
-            draw({key: summary for key, summary in measured.items() if key[0] == model}), encoding="utf-8"
-        )
-    (args.run / "comparison.md").write_text(draw(measured), encoding="utf-8")
+        own = {key: summary for key, summary in measured.items() if key[0] == model}
+        write_file(args.run / f"{model}.md", draw(own))
+    write_file(args.run / "comparison.md", draw(measured))
     print(draw(measured))
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

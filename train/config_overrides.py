@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 import train.own_models  # noqa: F401
 from conversion.backbone import parse_overrides
+from conversion.reading import check_config_file
 
 
 def fields_of(config: PreTrainedConfig, assignments: Sequence[str], option: str) -> dict[str, Any]:
@@ -35,5 +36,6 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), trust_remote_co
     Raises:
         ValueError: there is no such field.
     """
+    check_config_file(path)
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     return type(config).from_dict(config.to_dict() | fields_of(config, overrides, "config_overrides"))

@@ -8,17 +8,17 @@ relative to the file. What becomes of an assistant's pictures is the collator's 
     "drop"     it is left out: the text alone
 """
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from conversion.reading import is_file, read_json_lines
 from processing_latentvlm.pictures import ADDRESSES, read_size
 
 
 PATCH = 28  # pixels of a merged patch
-ITEM_KEYS = {"text": ("text",), "image": ("image",), "latent": ("grid", "steps")}
+ITEM_KEYS = {"text": ("text",), "image": ("image",), "latent": ("grid", "steps")}  # beside `type`
 ASSISTANT_IMAGES = ("latent", "image", "drop")
 
 
@@ -30,49 +30,46 @@ def read_trajectories(path: str | Path) -> list[dict]:
     """
     path = Path(path)
     samples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # U+2028 may stand in a text
-        if not line.strip():
-            continue
-        try:
-            sample = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"Line {number} of {path} is no JSON: {error}") from error
+    for origin, sample in read_json_lines(path):
         if not isinstance(sample, dict) or not isinstance(sample.get("messages"), list):
-            raise ValueError(f"Line {number} of {path} must be an object with a list of `messages`.")
-        for message in sample["messages"]:
-            check_message(message, f"Line {number} of {path}")
+            raise ValueError(f"{origin} must be an object with a list of `messages`.")
+        check_chat(sample["messages"], origin)
         for item in picture_items(sample["messages"]):
             if isinstance(item["image"], str):
                 item["image"] = str(path.parent / item["image"])
-                if not Path(item["image"]).is_file():
-                    raise ValueError(f"Line {number} of {path} names an image that does not exist: {item['image']}.")
+                if not is_file(item["image"]):
+                    raise ValueError(f"{origin} names an image that does not exist: {item['image'][:500]}.")
         samples.append(sample)
     return samples
 
 
-def check_message(message: object, origin: str) -> None:
-    """Refuse what would make transformers fetch an address or open another file: data name pictures by `image` alone.
+def check_chat(messages: list, origin: str) -> None:
+    """Refuse messages that no chat template could render, and what would fetch an address or open another file.
+
+    transformers reads pictures and videos from several keys of an item; data name a picture by `image` alone.
 
     Raises:
-        ValueError: it is no message of a text or of items, an item is of another type or has another key, or a picture is
-            named by an address.
+        ValueError: it is no message with a `role` and texts or items; an item lacks what its `type` needs, is of another type
+            or has another key; or a picture is named by an address.
     """
-    content = message.get("content") if isinstance(message, dict) else None
-    if not isinstance(content, str | list) or not isinstance(message.get("role"), str):
-        raise ValueError(f"{origin}: a message needs a `role` and a `content`, got {str(message)[:200]!r}.")
-    for item in content if isinstance(content, list) else []:
-        kind = item.get("type") if isinstance(item, dict) else None
-        known = set(ITEM_KEYS.get(kind, ())) if isinstance(kind, str) else set()
-        given = item.keys() - {"type"} if known else set()
-        if not given <= known or not (given or kind == "latent"):  # a refocusing step of LaRe has no further key
-            named = " or ".join(
-                f"{{type: {one}, {keys[0]}: ..}}" for one, keys in ITEM_KEYS.items() if one != "latent"
-            )
-            raise ValueError(
-                f"{origin}: an item of `content` must be {named}, with no other key, got {str(item)[:200]!r}."
-            )
-        if kind == "image" and isinstance(item["image"], str) and item["image"].startswith(ADDRESSES):
-            raise ValueError(f"{origin} names an address, but nothing is fetched: {item['image'][:200]}.")
+    for number, message in enumerate(messages):
+        where = f"{origin}: message {number}"
+        content = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(content, str | list) or not isinstance(message.get("role"), str):
+            raise ValueError(f"{where} must have a `role` and a `content`, got {str(message)[:200]!a}.")
+        for item in content if isinstance(content, list) else []:
+            kind = item.get("type") if isinstance(item, dict) else None
+            known = ITEM_KEYS.get(kind) if isinstance(kind, str) else None
+            is_complete = kind == "latent" or (known is not None and isinstance(item.get(kind), str))
+            if not is_complete or not item.keys() <= {"type", *known}:
+                raise ValueError(
+                    f"{where}: an item of `content` must be {{type: text, text: ..}} or {{type: image, image: PATH}}, with no other "
+                    f"key, got {str(item)[:200]!a}."
+                )
+            if kind == "image" and item["image"].startswith(ADDRESSES):
+                raise ValueError(f"{where} names an address, but nothing is fetched: {item['image'][:200]!a}.")
+    if not messages:
+        raise ValueError(f"{origin} holds no message.")
 
 
 def picture_items(messages: list[dict]) -> list[dict]:

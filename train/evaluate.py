@@ -3,6 +3,8 @@
     python -m train.evaluate --model out/deeplatent --data data/search/data.jsonl data/MMVP.tsv --output out/scores
     python -m train.evaluate --model out/deeplatent --data data/search/data.jsonl --latents off --output out/scores-off
     torchrun --nproc_per_node 2 -m train.evaluate --model out/lare --data data/search/data.jsonl --output out/scores
+    python -m train.evaluate --model out/deeplatent --data data/search/data.jsonl --output out/sampled --max_new_tokens 2048 \
+        --generate temperature=0.5 top_p=0.5 top_k=5 --repeats 4 --seed 0
 
 Any of our architectures, or a plain model that `AutoModelForImageTextToText` loads. Data: our tasks' JSONL, a simple JSONL,
 or VLMEvalKit's TSV, all local (`evaluation/rows.py`, `evaluation/tables.py`); how answers are compared: `evaluation/scoring.py`.
@@ -15,6 +17,7 @@ other settings it is refused.
 import json
 import sys
 from argparse import RawDescriptionHelpFormatter
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,12 +27,13 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
+from conversion.writing import locked, write_file
 from train.evaluation.answering import AnswerSettings, check_settings
 from train.evaluation.evaluation import evaluate_rows
 from train.evaluation.loading import DTYPES, hash_model, load_model, load_processor
 from train.evaluation.processes import Processes
 from train.evaluation.report import draw_table, summarize
-from train.evaluation.results import ResultsFile, bind, gather, lock_folder, read_finished, write_whole
+from train.evaluation.results import ResultsFile, bind, gather, read_finished
 from train.evaluation.rows import check_images, read_evaluation
 from train.evaluation.scoring import ANSWER_FORMATS
 from train.own_models import TRUST_HELP
@@ -79,36 +83,33 @@ def evaluate(arguments: EvaluationArguments, settings: AnswerSettings) -> dict |
         ValueError: data, model, settings, or what an earlier run left, are not what they must be; the message says which.
     """
     processes = Processes.join()
-    output, lock = Path(arguments.output), None
+    output = Path(arguments.output)
     rows = read_evaluation(arguments.data, arguments.answer_format, arguments.instruction, arguments.limit)
     device = processes.device(arguments.device)
     trust = arguments.trust_remote_code
     model = load_model(arguments.model, arguments.dtype, device, arguments.attn_implementation, trust)
     processor = load_processor(arguments.model, trust)
     check_settings(model, settings)
-    try:
+    with locked(output) if processes.is_main else nullcontext():
         if processes.is_main:
-            lock = lock_folder(output)
+            output.mkdir(parents=True, exist_ok=True)
             data = check_images(rows, progress=True)
             bind(output, fingerprint_of(arguments, settings, data, hash_model(arguments.model), str(model.device)))
-            gather(output, rows)
+            gather(output, rows, settings.repeats)
         processes.wait()
         finished = read_finished(output)
         processes.wait()
         if finished and processes.is_main:
-            print(f"{len(finished)} of {len(rows)} rows were finished before.", flush=True)
+            print(f"{len(finished)} of {len(rows) * settings.repeats} rows were finished before.", flush=True)
         append = ResultsFile(output, processes.rank).append
         evaluate_rows(model, processor, rows, settings, finished, append, processes, progress=processes.is_main)
         processes.wait()
         if not processes.is_main:
             return None
-        records = list(gather(output, rows).values())
+        records = list(gather(output, rows, settings.repeats).values())
         summary = {"model": arguments.model, "settings": settings.to_dict(), **summarize(records)}
-        write_whole(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+        write_file(output / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
-    finally:
-        if lock is not None:
-            lock.close()
 
 
 def main() -> None:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from conversion.writing import replaced_file
+
 
 NAME = "gradient_dynamics"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -46,7 +48,7 @@ class GradientDynamics(TrainerCallback):
                 rows = [row for row in list(csv.reader(lines))[1:] if len(row) == len(FIELDS)]
             rows = [row for row in rows if int(row[0]) < state.global_step]
         self.table.parent.mkdir(parents=True, exist_ok=True)
-        with self.table.open("w", newline="") as lines:
+        with replaced_file(self.table) as partial, partial.open("w", newline="") as lines:
             csv.writer(lines).writerows([FIELDS, *rows])
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -167,5 +169,6 @@ def draw(table: Path, plot: Path) -> None:
         axis.set(title=kind, xlabel="step", yscale="log")
     figure.colorbar(pyplot.cm.ScalarMappable(pyplot.Normalize(0, layers[-1]), colors), ax=axes[0, -1], label="layer")
     figure.tight_layout()
-    figure.savefig(plot, dpi=110)
+    with replaced_file(plot) as partial:
+        figure.savefig(partial, dpi=110)
     pyplot.close(figure)

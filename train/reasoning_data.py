@@ -12,7 +12,7 @@ A line of a JSONL file (`train.tasks` writes such files), or a row of a `dataset
 left alone.
 """
 
-import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +23,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from conversion.reading import is_file, read_json_lines
 from processing_latentvlm.pictures import UNREADABLE, open_picture, read_size
 
 
@@ -141,8 +142,8 @@ def adapt(row: dict, data_format: str, folder: Path, origin: str, needs_steps: b
     for one in images:
         if isinstance(one, str):
             one = str(folder / one)
-            if not Path(one).is_file():
-                raise ValueError(f"{origin}: the image {one} does not exist.")
+            if not is_file(one):
+                raise ValueError(f"{origin}: the image {one[:500]} does not exist.")
         elif not isinstance(one, Image.Image):
             raise ValueError(f"{origin}: `image` must be a path or a PIL image, got {type(one).__name__}.")
         found.append(one)
@@ -167,7 +168,7 @@ class DatasetRows:
 
     @staticmethod
     def can_read(path: Path) -> bool:
-        return path.is_dir() or path.suffix == ".parquet"
+        return os.path.isdir(path) or path.suffix == ".parquet"
 
     def __len__(self) -> int:
         return len(self.data)
@@ -186,15 +187,7 @@ def read_rows(path: Path, split: str) -> Iterable[tuple[str, Any]]:
     if DatasetRows.can_read(path):
         yield from DatasetRows(path, split)
         return
-    if not path.is_file():
-        raise ValueError(f"There is no data file {path}.")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield f"Line {number} of {path}", json.loads(line)
-                except ValueError as error:  # no JSON, or no UTF-8
-                    raise ValueError(f"Line {number} of {path} is no JSON: {error}") from error
+    yield from read_json_lines(path)
 
 
 def read_reasoning(

@@ -24,6 +24,8 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
 import train.own_models  # noqa: F401
+from conversion.commands import exit_on_error
+from conversion.writing import append_lines, locked, write_file
 from train.answers import accuracy, conversation_of, extract_answer
 from train.deeplatent_rl.progress import describe_progress
 from train.evaluation.answering import AnswerSettings, answer_batch
@@ -264,6 +266,9 @@ TASK = "search_color:4,jigsaw"  # a search and a synthesis; the puzzle is learne
 def run(commands: list[tuple[str, str]], times: Path | None = None) -> None:
     """Run what is not there yet.
 
+    What a command makes is what it writes last (`conversion/writing.py`): where it stands, the command came to its end. Two
+    recipes that share a folder do not make the same thing twice: the second waits.
+
     Args:
         times: JSONL that gets a line for every command that ran: what it made, the command, its seconds, what it ran on.
 
@@ -273,14 +278,20 @@ def run(commands: list[tuple[str, str]], times: Path | None = None) -> None:
     for made, command in commands:
         if Path(made).is_file():
             continue
-        print(f"$ python -m {command}", flush=True)
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", *shlex.split(command)], check=True)
-        if times is not None:
-            seconds = round(time.perf_counter() - start, 1)
-            line = {"made": made, "command": command, "seconds": seconds, "hardware": hardware()}
-            with times.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(line) + "\n")
+        step = Path(made).parent.with_name(f"{Path(made).parent.name}.step")
+        with locked(step, wait=-1, waiting=f"Another recipe makes {made}: waiting for it."):
+            if not Path(made).is_file():
+                run_command(made, command, times)
+
+
+def run_command(made: str, command: str, times: Path | None) -> None:
+    print(f"$ python -m {command}", flush=True)
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", *shlex.split(command)], check=True)
+    if times is not None:
+        seconds = round(time.perf_counter() - start, 1)
+        line = {"made": made, "command": command, "seconds": seconds, "hardware": hardware()}
+        append_lines(times, json.dumps(line) + "\n")
 
 
 def remember(output: Path, **settings) -> None:
@@ -289,11 +300,11 @@ def remember(output: Path, **settings) -> None:
     Raises:
         ValueError: the folder was begun with other settings.
     """
-    output.mkdir(parents=True, exist_ok=True)
     path = output / SETTINGS
     if path.is_file() and (before := json.loads(path.read_text(encoding="utf-8"))) != settings:
         raise ValueError(f"{output} was begun with {before}, not with {settings}: name another folder.")
-    path.write_text(json.dumps(settings), encoding="utf-8")
+    output.mkdir(parents=True, exist_ok=True)
+    write_file(path, json.dumps(settings))
 
 
 ARMS: dict[str, dict] = {
@@ -353,10 +364,11 @@ def main() -> None:
     if args.recipe == "deeplatent":
         print("\n".join(describe_progress(args.output / trained)))
         scores["before RL"] = score(args.output / "sft2", test, ("latents",))["latents"]
-    (args.output / f"{args.recipe}-scores.json").write_text(json.dumps(scores, indent=2))
+    write_file(args.output / f"{args.recipe}-scores.json", json.dumps(scores, indent=2))
     for name, value in scores.items():
         print(f"{name:10s} {100 * value:5.1f} %")
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -8,13 +8,16 @@ The folder looks like a published backbone: the converters take it as they take 
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from conversion.commands import exit_on_error
+from conversion.reading import read_json_lines
+from conversion.writing import replaced_folder
 
 
 SPECIAL_TOKENS = (
@@ -26,12 +29,17 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+# `generation` marks what the assistant writes, for losses on nothing else (TRL's `assistant_only_loss`).
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for item in message['content'] %}"
+    "{% macro render(content) %}"
+    "{% if content is string %}{{ content }}{% else %}{% for item in content %}"
     "{% if item['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% elif item['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
-    "{% elif 'text' in item %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% elif 'text' in item %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}{% endmacro %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ render(message['content']) }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ render(message['content']) }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 PATCH = 14
@@ -113,22 +121,32 @@ def write_backbone(
     tokenizer.chat_template = CHAT_TEMPLATE
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(build_config(tokenizer, hidden_size, num_layers))
-    model.save_pretrained(output)
-    tokenizer.save_pretrained(output)
     smallest = (2 * PATCH) ** 2
-    Qwen2VLImageProcessorPil(patch_size=PATCH, min_pixels=4 * smallest, max_pixels=256 * smallest).save_pretrained(
-        output
-    )
+    images = Qwen2VLImageProcessorPil(patch_size=PATCH, min_pixels=4 * smallest, max_pixels=256 * smallest)
+    with replaced_folder(output, keeps_others=True) as folder:
+        for part in (model, tokenizer, images):
+            part.save_pretrained(folder)
     return Path(output)
 
 
 def texts_of(*paths: str | Path) -> list[str]:
-    """Questions, steps and answers of files that `train.tasks` wrote."""
-    lines = [line for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    rows = [json.loads(line) for line in lines]
-    return [
-        text for row in rows for text in (row["question"], *row["rationale"], row["answer"], "The answer is \\boxed{")
-    ]
+    """Questions, steps and answers of files that `train.tasks` wrote.
+
+    Raises:
+        ValueError: a row is not what it writes; the message names it.
+    """
+    texts = []
+    for path in paths:
+        for origin, row in read_json_lines(path):
+            row = row if isinstance(row, dict) else {}
+            rationale = row.get("rationale")
+            found = [row.get("question"), *(rationale if isinstance(rationale, list) else [None]), row.get("answer")]
+            if not all(isinstance(text, str) for text in found):
+                raise ValueError(
+                    f"{origin} must be a sample of `train.tasks`, with `question`, `rationale` and `answer`."
+                )
+            texts += [*found, "The answer is \\boxed{"]
+    return texts
 
 
 def main() -> None:
@@ -142,4 +160,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

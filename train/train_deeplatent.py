@@ -18,6 +18,8 @@ import argparse
 import sys
 from importlib import import_module
 
+from conversion.commands import exit_on_error
+
 
 STAGES = {  # each with a `run(arguments)`
     "sft1": "train.deeplatent.sft",
@@ -34,4 +36,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with exit_on_error():
+        main(sys.argv[1:])

@@ -5,7 +5,7 @@
         --output_dir out/deeplatent-rl --bf16 --gradient_checkpointing --report_to tensorboard
 
 The objective is in `train/deeplatent_rl/objective.py`, rewards in `rewards.py`, the loop in `grpo_trainer.py`, the data
-formats in `train/reasoning_data.py` (a row needs no rationale). Every argument of `transformers.TrainingArguments` works.
+formats in `train/reasoning_data.py` (a row needs no rationale). A step takes the paper's 64 questions over all processes. Every argument of `transformers.TrainingArguments` works.
 The paper's ablations: `--variant text`, `--train_latent_former`, `--latent_reward_weight 0.1`. A run that was killed goes
 on with `--resume_from_checkpoint last`. `--dump_rollouts FOLDER` writes what was sampled.
 """
@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
 
+from conversion.commands import exit_on_error
+from conversion.reading import check_config_file
 from train.deeplatent_rl.dump import RolloutDump
 from train.deeplatent_rl.grpo_trainer import GRPOTrainer, GRPOTrainingArguments
 from train.deeplatent_rl.judge import JudgeArguments
@@ -25,7 +27,7 @@ from train.deeplatent_rl.rollouts import QuestionCollator, RolloutArguments
 from train.own_models import TRUST_HELP
 from train.reasoning_data import ReasoningSample, read_reasoning
 from train.trained_sizes import record_image_sizes
-from train.training_model import TrainingModel, last_complete_checkpoint, save_trained
+from train.training_model import TrainingModel, run_training
 
 
 @dataclass
@@ -57,6 +59,7 @@ def main(
 ) -> GRPOTrainer:
     set_seed(training_args.seed)
     rewards = WeightedRewards(reward_args, judge)
+    check_config_file(script.model_path)
     processor = AutoProcessor.from_pretrained(script.model_path, trust_remote_code=script.trust_remote_code)
     given = {"attn_implementation": script.attn_implementation} if script.attn_implementation else {}
     model = AutoModel.from_pretrained(
@@ -81,10 +84,7 @@ def main(
         rewards=rewards,
         dump=dump,
     )
-    resume = training_args.resume_from_checkpoint
-    trainer.train(last_complete_checkpoint(training_args.output_dir) if resume == "last" else resume)
-    save_trained(trainer)
-    trainer.save_state()  # the curve of the rewards, for `train.deeplatent_rl.progress`
+    run_training(trainer, keeps_log=True)  # the curve of the rewards, for `train.deeplatent_rl.progress`
     return trainer
 
 
@@ -108,4 +108,5 @@ def run(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(sys.argv[1:])
+    with exit_on_error():
+        run(sys.argv[1:])

@@ -26,12 +26,14 @@ from torch import nn
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
 from conversion.backbone import parse_overrides
+from conversion.commands import exit_on_error
+from conversion.reading import check_config_file
 from train.config_overrides import load_config
 from train.lare.data import LaReCollator, check_rows, from_reasoning, read_llava
 from train.lare.objective import LaReObjective, LatentLossArguments
 from train.own_models import TRUST_HELP
 from train.reasoning_data import read_reasoning
-from train.training_model import LatentTrainer, TrainingModel, last_complete_checkpoint, load_objective, save_trained
+from train.training_model import LatentTrainer, TrainingModel, load_objective, run_training
 
 
 @dataclass(frozen=True)
@@ -199,10 +201,33 @@ def find_objective(objective: LaReObjective, args: ScriptArguments) -> None:
         )
 
 
+def check_negatives(objective: LaReObjective, data: list, training_args: TrainingArguments) -> None:
+    """Raise a `ValueError` where no batch of a run can hold two rows that the alignment could tell apart.
+
+    A batch that has none is possible in any run: its rows are left out, and logged as `align_without_negative`.
+    """
+    if objective.alignment is None:
+        return
+    size = training_args.train_batch_size * training_args.world_size * training_args.gradient_accumulation_steps
+    if size < 2:
+        raise ValueError(
+            "The alignment loss tells rows of a batch apart, but the global batch holds 1 row: set `global_batch_size` to 2 or "
+            "more, or `align_loss_weight` to 0."
+        )
+    reasonings = {one.reasoning for one in data if one.reasoning}
+    pictures = {tuple(image if isinstance(image, str) else id(image) for image in one.images) for one in data}
+    if len(reasonings) < 2 and len(pictures) < 2:
+        raise ValueError(
+            f"The alignment loss tells rows apart, but all {len(data)} rows of the data have the same reasoning and the same "
+            "pictures: set `align_loss_weight` to 0."
+        )
+
+
 def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: TrainingArguments) -> LatentTrainer:
     set_seed(training_args.seed)
     stage = STAGES[args.stage]
     complete_arguments(args, training_args)
+    check_config_file(args.model_path)
     processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=args.trust_remote_code)
     model = load_model(args)
     check_stage(model, args)
@@ -212,6 +237,7 @@ def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: T
     collator = LaReCollator(processor, args.max_length, args.long_rows)
     data = check_rows(read_data(args.data_path, args, args.drop_incomplete), collator)
     eval_data = check_rows(read_data(args.eval_data_path, args), collator) if args.eval_data_path else None
+    check_negatives(objective, data, training_args)
     trainer = LatentTrainer(
         model=TrainingModel(model, objective),
         args=training_args,
@@ -220,12 +246,11 @@ def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: T
         data_collator=collator,
         processing_class=processor,
     )
-    resume = training_args.resume_from_checkpoint
-    trainer.train(last_complete_checkpoint(training_args.output_dir) if resume == "last" else resume)
-    save_trained(trainer)
+    run_training(trainer)
     return trainer
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser((ScriptArguments, LatentLossArguments, LaReTrainingArguments))
-    main(*parser.parse_args_into_dataclasses())
+    with exit_on_error():
+        parser = HfArgumentParser((ScriptArguments, LatentLossArguments, LaReTrainingArguments))
+        main(*parser.parse_args_into_dataclasses())

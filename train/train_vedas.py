@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
+from configuration_latentvlm.transformers_contract import check_contract
+from conversion.commands import exit_on_error
+from conversion.reading import check_config_file
 from train.curriculum import Curriculum, CurriculumCollator
 from train.gradient_dynamics import GradientDynamics
 from train.own_models import TRUST_HELP
@@ -23,9 +26,8 @@ from train.trained_sizes import record_image_sizes
 from train.training_model import (
     LatentTrainer,
     TrainingModel,
-    last_complete_checkpoint,
     load_objective,
-    save_trained,
+    run_training,
 )
 
 
@@ -116,6 +118,7 @@ def prepare_weights(model, args: ScriptArguments, training_args: TrainingArgumen
     if args.lora:
         from peft import LoraConfig, get_peft_model
 
+        check_contract("adapters")
         model = get_peft_model(
             model,
             LoraConfig(
@@ -136,6 +139,7 @@ def prepare_weights(model, args: ScriptArguments, training_args: TrainingArgumen
 
 def main(args: ScriptArguments, replay_args: ReplayArguments, training_args: TrainingArguments) -> LatentTrainer:
     set_seed(training_args.seed)
+    check_config_file(args.model_path)
     processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=args.trust_remote_code)
     model = load_model(args)
     stages = plan_stages(args, training_args, model.config.num_latent_steps)
@@ -158,12 +162,11 @@ def main(args: ScriptArguments, replay_args: ReplayArguments, training_args: Tra
         processing_class=processor,
         callbacks=callbacks,
     )
-    resume = training_args.resume_from_checkpoint
-    trainer.train(last_complete_checkpoint(training_args.output_dir) if resume == "last" else resume)
-    save_trained(trainer)
+    run_training(trainer)
     return trainer
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser((ScriptArguments, ReplayArguments, VedasTrainingArguments))
-    main(*parser.parse_args_into_dataclasses())
+    with exit_on_error():
+        parser = HfArgumentParser((ScriptArguments, ReplayArguments, VedasTrainingArguments))
+        main(*parser.parse_args_into_dataclasses())

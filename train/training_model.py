@@ -5,11 +5,16 @@ synchronised like all others. A checkpoint holds the model where users look for 
 `training/objective.safetensors`, which inference never reads.
 """
 
+import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
@@ -19,6 +24,7 @@ from transformers.utils import logging
 from configuration_latentvlm.model_card import write_model_card
 from configuration_latentvlm.transformers_contract import check_contract
 from conversion.known_answers import record_answers, record_answers_apart
+from conversion.writing import filled_folder, locked
 
 
 check_contract("training")
@@ -51,6 +57,25 @@ class TrainingModel(nn.Module):
             if name == "model":
                 raise
             return getattr(self.model, name)
+
+
+@dataclass
+class StepPart:
+    """A micro-batch as a part of its optimizer step, for an objective with `sees_whole_step`.
+
+    Args:
+        seed: of everything random in it: what is computed ahead must be what is computed with gradients.
+        others: what the objective returned as `rows` of the other parts; None while they are being computed.
+    """
+
+    seed: int
+    others: list | None = None
+
+    @contextmanager
+    def random_state(self, device: torch.device) -> Iterator[None]:
+        with torch.random.fork_rng([device.index or 0] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            yield
 
 
 def split_state(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
@@ -87,13 +112,27 @@ def load_objective(objective: nn.Module, folder: str | Path) -> bool:
     return True
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed of 63 bits that depends on every number, and on their order."""
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def map_tensors(function: Callable, values):
+    """Apply a function to all tensors in dicts and tuples."""
+    if isinstance(values, torch.Tensor):
+        return function(values)
+    if isinstance(values, dict):
+        return {name: map_tensors(function, value) for name, value in values.items()}
+    return tuple(map_tensors(function, value) for value in values)
+
+
 def last_complete_checkpoint(folder: str | Path) -> str | None:
     """The newest `checkpoint-N` of a run that was written to its end: the trainer's state is what comes last."""
     found = {}
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/trainer_state.json"):
         try:
-            json.loads(path.read_text())
-        except json.JSONDecodeError:
+            json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:  # cut off in the middle, perhaps of a character
             continue
         found[int(path.parent.name.rsplit("-", 1)[1])] = str(path.parent)
     return found[max(found)] if found else None
@@ -109,6 +148,45 @@ class LatentTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.label_names = ["labels"]  # `TrainingModel.forward` takes any batch, so they cannot be read off it
         self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._step_batches: list[dict] = []  # of the step that begins, where its parts have to know each other
+        self._step_parts: list[StepPart] = []  # of the micro-batches that are still to come
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
+        epochs, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
+        )
+        # transformers would begin the epoch that `max_steps` lies in again, and take one step before it looks.
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else (epochs, batches)
+
+    def get_batch_samples(self, epoch_iterator, num_batches: int, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        objective = self.accelerator.unwrap_model(self.model).objective
+        self._step_parts = []
+        self._step_batches = batches if len(batches) > 1 and getattr(objective, "sees_whole_step", False) else []
+        return batches, num_items
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self._step_batches:
+            # Not in `get_batch_samples`: a resumed run restores its random state only behind that.
+            self._step_parts, self._step_batches = self._compute_ahead(model), []
+        if self._step_parts:
+            inputs = dict(inputs) | {"part": self._step_parts.pop(0)}
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _compute_ahead(self, model) -> list[StepPart]:
+        """Run all micro-batches of a step once for what each has to know of the others (gradient caching)."""
+        model.train()
+        place = self.args.seed, self.state.global_step, self.args.process_index
+        parts = [StepPart(seed_of(*place, number)) for number in range(len(self._step_batches))]
+        is_sharded, rows = self.is_fsdp_enabled or self.is_deepspeed_enabled, []
+        # With gradients, which are dropped, the same code runs as in the pass that needs them; sharded models would wait for
+        # a backward pass, and DDP's wrapper as well.
+        whole = model if is_sharded else self.accelerator.unwrap_model(model)
+        for batch, part in zip(self._step_batches, parts):
+            with torch.set_grad_enabled(not is_sharded), self.compute_loss_context_manager():
+                batch = send_to_device(batch, self.args.device)
+                rows.append(map_tensors(torch.Tensor.detach, whole(**batch, part=part)["rows"]))
+        return [StepPart(part.seed, [*rows[:number], *rows[number + 1 :]]) for number, part in enumerate(parts)]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -136,6 +214,11 @@ class LatentTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self._is_checkpoint = _internal_call
         super().save_model(output_dir, _internal_call)
+
+    def save_whole(self, folder: str | Path) -> None:
+        """Write the model as others read it, which is not how a run's own checkpoints have it."""
+        self._is_checkpoint = False
+        super().save_model(str(folder), _internal_call=True)  # `True` pushes nothing to the Hub
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
@@ -175,15 +258,38 @@ class LatentTrainer(Trainer):
 
 
 def save_trained(trainer: LatentTrainer) -> None:
-    """Leave a whole checkpoint in the output folder, adapters merged, with its known answers."""
+    """Leave a whole checkpoint in the output folder, adapters merged, with its known answers; `config.json` comes last."""
     whole, folder = trainer.accelerator.unwrap_model(trainer.model), Path(trainer.args.output_dir)
-    if not hasattr(whole.model, "peft_config") or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        trainer.save_model()
-    else:
-        if trainer.args.should_save:
-            whole.model.save_pretrained(folder / "adapter")
-        whole.model = whole.model.merge_and_unload()
-        trainer.save_model()
-    if trainer.args.should_save and (folder / "config.json").is_file():
-        is_alone = trainer.args.world_size == 1 and not trainer.is_fsdp_enabled and not trainer.is_deepspeed_enabled
-        (record_answers if is_alone else record_answers_apart)(folder)
+    is_writer, is_sharded = trainer.args.should_save, trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    with filled_folder(folder, "config.json", is_writer, trainer.accelerator.wait_for_everyone) as partial:
+        if hasattr(whole.model, "peft_config") and not is_sharded:
+            if is_writer:
+                whole.model.save_pretrained(partial / "adapter")
+            whole.model = whole.model.merge_and_unload()
+        trainer.save_whole(partial)
+        if is_writer and (partial / "config.json").is_file():
+            is_alone = trainer.args.world_size == 1 and not is_sharded
+            (record_answers if is_alone else record_answers_apart)(partial)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def run_training(trainer: LatentTrainer, keeps_log: bool = False) -> None:
+    """Train to the end, from the last checkpoint with `--resume_from_checkpoint last`, and save.
+
+    A run that was at its end takes no further step. No other process may train into the same folder meanwhile.
+
+    Args:
+        keeps_log: leave `trainer_state.json`, with all that was logged, beside the model.
+
+    Raises:
+        ValueError: another process writes the output folder.
+    """
+    args = trainer.args
+    # The workers of a run that was killed hold its lock until they notice.
+    with locked(args.output_dir, wait=30) if args.should_save else nullcontext():
+        resume = args.resume_from_checkpoint
+        trainer.train(last_complete_checkpoint(args.output_dir) if resume == "last" else resume)
+        if keeps_log:
+            trainer.save_state()
+        save_trained(trainer)

@@ -11,7 +11,7 @@ For the large scenes of 224 pixels and more, with a cell per merged patch:
 
 Language-model losses alone teach a small tower very slowly: an answer is one word about one of many things. Here linear
 heads on its features name color, shape and digit of each cell, and what else the data say about cells: the corner at
-which a jigsaw piece is at home, the walls of a maze, the value of a bar. The heads are thrown away. The folder is changed in place:
+which a jigsaw piece is at home, the walls of a maze, the value of a bar. The heads are thrown away. The folder is replaced:
 a Qwen2.5-VL backbone (`train.small_backbone`), whose merged patches must be the cells, or a CLIP tower
 (`train.lare.small`), whose patches must lie whole in them; CLIP's last layer but one is trained, as LLaVA reads it.
 """
@@ -26,6 +26,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, Qwen2_5_VLForConditionalGeneration
 
+from conversion.commands import exit_on_error
+from conversion.reading import read_json_lines
+from conversion.writing import replaced_folder
+from modeling_latentvlm.complete_weights import load_complete
 from processing_latentvlm.pictures import open_picture, read_size
 from train.tasks.chart import VALUES
 from train.tasks.maze import OPEN, WALLS
@@ -51,7 +55,7 @@ class CellFeatures(nn.Module):
         super().__init__()
         self.is_clip = AutoConfig.from_pretrained(folder).model_type == "clip_vision_model"
         loader = CLIPVisionModel if self.is_clip else Qwen2_5_VLForConditionalGeneration
-        self.model = loader.from_pretrained(folder)
+        self.model = load_complete(loader, folder)
         self.kept_dtype = self.model.dtype
         self.model.float()  # steps of training are lost on weights of few digits
         self.processor = AutoImageProcessor.from_pretrained(folder)
@@ -91,9 +95,15 @@ def read_scenes(data: str | Path | list[str | Path]) -> tuple[list[Path], Tensor
         ValueError: no row, things that do not stand in cells, or pictures or grids of several sizes.
     """
     paths = [Path(one) for one in (data if isinstance(data, list) else [data])]
-    rows = [(path, json.loads(line)) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
     images, labels, sizes = [], [], set()
-    for path, row in rows:
+    rows = ((path, origin, row) for path in paths for origin, row in read_json_lines(path))
+    for path, origin, row in rows:
+        if (
+            not isinstance(row, dict)
+            or not isinstance(row.get("image"), str)
+            or not isinstance(row.get("objects"), list)
+        ):
+            raise ValueError(f"{origin} must be a sample of `train.tasks`, with `image` and `objects`.")
         if (grid := row.get("grid", GRID)) is None:  # files of the first version do not say
             raise ValueError(
                 f"{row['id']} of {path} cannot teach about cells: its things stand freely (a hard level)."
@@ -172,9 +182,11 @@ def pretrain(
                 right[k] += ((one.argmax(-1) == target[..., k]) & there).sum()
                 seen[k] += there.sum()
             bar.set_postfix(loss=f"{loss.item():.3f}")
-    tower.model.to(tower.kept_dtype).save_pretrained(folder)
     scores = {name: float(count / total) for name, count, total in zip(names, right, seen.clamp(min=1))}
-    (Path(folder) / "vision_pretraining.json").write_text(json.dumps(scores))
+    # Swapped whole: a tower that was trained already, in a folder that says otherwise, would be trained twice.
+    with replaced_folder(folder, keeps_others=True) as partial:
+        tower.model.to(tower.kept_dtype).save_pretrained(partial)
+        (partial / "vision_pretraining.json").write_text(json.dumps(scores))
     return scores
 
 
@@ -190,4 +202,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

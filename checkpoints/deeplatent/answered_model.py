@@ -11,23 +11,25 @@ from .hub_code import PACKAGES, find_stale_code
 from .model_card import write_model_card
 from .answer_check import (
     AnswerReport,
+    changed_fields,
     check_answers,
     is_check_wanted,
     reason_against_check,
 )
 from .known_answers import FILE, FOLDER, KnownAnswers, find_changed_weight, lasting_fields
+from .lockstep import is_scattered
 
 
 logger = logging.get_logger(__name__)
 WRITE = "python -m conversion.check {} --write"
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+HUB_ARGUMENTS = ("cache_dir", "local_files_only", "token", "revision", "subfolder")
+REMOTE = "transformers_modules."  # where transformers puts the code of checkpoints
 
 
-def find_answers(source: str | os.PathLike | None, arguments: dict) -> bytes | None:
+def find_answers(source: str | os.PathLike | None, chosen: dict) -> bytes | None:
     """The answers file of a checkpoint, from a folder or, beside the weights, from the Hub."""
     if source is None:
         return None
-    chosen = {name: arguments[name] for name in HUB_ARGUMENTS if arguments.get(name) is not None}
     found = cached_file(
         str(source),
         f"{FOLDER}/{FILE}",
@@ -44,6 +46,8 @@ class KnownAnswersMixin:
 
     known_answers: bytes | None = None  # the answers file as it was loaded
     _answered_fields: dict | None = None  # of the config as it was loaded
+    _loading_arguments: dict = {}  # which revision of which cache the checkpoint came from
+    _being_saved: tuple[str | None] | None = None  # while it is: the reason against carrying the answers, or None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
@@ -52,6 +56,7 @@ class KnownAnswersMixin:
         Raises:
             RuntimeError: the model does not answer as it did when it was written; the message is a table.
         """
+        is_wanted = is_check_wanted()
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         if cls.__module__.startswith(PACKAGES) and pretrained_model_name_or_path is not None:
             stale = find_stale_code(pretrained_model_name_or_path, model.config.hub_classes)
@@ -61,9 +66,10 @@ class KnownAnswersMixin:
                     "installed code runs here; where it is not installed, the other runs. Bring it up to date by: "
                     f"python -m conversion.refresh_code {pretrained_model_name_or_path}"
                 )
-        model.known_answers = find_answers(pretrained_model_name_or_path, kwargs)
-        model._answered_fields = lasting_fields(model.config)
-        if is_check_wanted():
+        chosen = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        model.known_answers = find_answers(pretrained_model_name_or_path, chosen)
+        model._answered_fields, model._loading_arguments = lasting_fields(model.config), chosen
+        if is_wanted:
             model._check_after_loading(str(pretrained_model_name_or_path))
         return (model, info) if output_loading_info else model
 
@@ -91,26 +97,44 @@ class KnownAnswersMixin:
             )
         known = KnownAnswers.from_bytes(self.known_answers, f"{source}/{FOLDER}/{FILE}")
         if processor is None:
-            is_installed = type(self).__module__.startswith(PACKAGES)
-            if is_installed:
-                import_module("processing_latentvlm")  # registers the processors
             # The code that comes with the checkpoint is trusted where the model's own code came with it.
-            processor = AutoProcessor.from_pretrained(source, trust_remote_code=not is_installed)
+            is_remote = any(base.__module__.startswith(REMOTE) for base in type(self).__mro__)
+            if not is_remote:
+                import_module("processing_latentvlm")  # registers the processors
+            arguments = {"trust_remote_code": is_remote, **self._loading_arguments}
+            if is_remote and "revision" in arguments:
+                arguments["code_revision"] = arguments["revision"]
+            processor = AutoProcessor.from_pretrained(source, **arguments)
         return check_answers(self, processor, known, source)
 
     def _check_after_loading(self, source: str) -> None:
+        """Check what was just loaded; where that is not possible, say so once, and how to.
+
+        Raises:
+            RuntimeError: the model does not answer as it did; the message is a table.
+        """
+        command = f"python -m conversion.check {source}"
         if self.known_answers is None:
-            logger.warning_once(f"{source} has no known answers to check. Write them: {WRITE.format(source)}")
+            logger.warning_once(f"{source} has no known answers to check. Write them: {command} --write")
             return
         reason = reason_against_check(self)
-        if reason is not None:
+        try:
+            reason = reason or self._reason_by_content(source)
+            report = None if reason else self.check_known_answers()
+        except (ImportError, OSError, ValueError) as error:  # of the processor, or a damaged or foreign file
+            reason = str(error)
+        if reason:
             logger.warning_once(
-                f"The known answers of {source} are not checked, since {reason}. Check them by: python -m conversion.check {source}"
+                f"The known answers of {source} are not checked, since {reason}. Check them: {command}"
             )
-            return
-        report = self.check_known_answers()
-        if not report.passed:
+        elif not report.passed:
             raise RuntimeError(f"{report}\nSet LATENTVLM_CHECK=0 to load it all the same.")
+
+    def _reason_by_content(self, source: str) -> str | None:
+        """Why the answers cannot be those of the model as it was loaded, or None."""
+        known = KnownAnswers.from_bytes(self.known_answers, source)
+        fields = changed_fields(self.config, known)
+        return f"it was loaded with another config ({', '.join(fields)})" if fields else None
 
     def save_pretrained(
         self,
@@ -118,20 +142,25 @@ class KnownAnswersMixin:
         is_main_process: bool = True,
         state_dict: dict | None = None,
         push_to_hub: bool = False,
+        *args,
         **kwargs,
     ) -> None:
         """As in transformers, with the known answers while they fit: no forward is run for them."""
-        reason = self._reason_against_carrying(state_dict) if is_main_process else None  # saving empties `state_dict`
-        super().save_pretrained(
-            save_directory, is_main_process=is_main_process, state_dict=state_dict, push_to_hub=push_to_hub, **kwargs
-        )
-        if is_main_process and not push_to_hub:  # with it, they were written before the upload
-            self._carry_answers(Path(save_directory), reason)
+        # Before, since saving empties `state_dict`, and since what is pushed is written before the upload.
+        reason = self._reason_against_carrying(state_dict) if is_main_process else None
+        self._being_saved = (reason,)
+        try:
+            super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)
+            if is_main_process:
+                self._carry_answers(Path(save_directory), reason)
+        finally:
+            self._being_saved = None
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
         # transformers has just put its empty card in the place of ours.
         write_model_card(self.config, Path(working_dir))
-        self._carry_answers(Path(working_dir), self._reason_against_carrying(None))
+        if self._being_saved is not None:  # else the folder is saved already
+            self._carry_answers(Path(working_dir), self._being_saved[0])
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _carry_answers(self, folder: Path, reason: str | None) -> None:
@@ -154,6 +183,8 @@ class KnownAnswersMixin:
             return "the model was loaded with none"
         if lasting_fields(self.config) != self._answered_fields:
             return "the config is not the one that was loaded"
+        if state is None and any(is_scattered(weight) for weight in self.parameters()):
+            return "its weights are sharded"  # to gather them, every process would have to take part
         try:
             known = KnownAnswers.from_bytes(self.known_answers, "the checkpoint that was loaded")
         except ValueError as error:

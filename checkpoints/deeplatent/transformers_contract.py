@@ -42,6 +42,8 @@ class Use:
         attributes: names that the class must have.
         instance_attributes: names that an instance must have; the class is made without arguments.
         callers: by method the names that its code must use: hooks that are called, or found by name, from there.
+        called: methods that some other method of the class must use: an override that nobody calls changes nothing.
+        mentions: names that the code of this function itself must use.
     """
 
     path: str
@@ -50,13 +52,15 @@ class Use:
     attributes: tuple[str, ...] = ()
     instance_attributes: tuple[str, ...] = ()
     callers: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    called: tuple[str, ...] = ()
+    mentions: tuple[str, ...] = ()
 
     @property
     def names(self) -> set[str]:
         """Every thing that this entry declares, without its module."""
-        called = {name for names in self.callers.values() for name in names}
+        used = {name for names in self.callers.values() for name in names}
         last = self.path.partition(":")[2].rpartition(".")[2]
-        return {last, *self.hooks, *self.attributes, *self.instance_attributes, *called}
+        return {last, *self.hooks, *self.attributes, *self.instance_attributes, *self.called, *self.mentions, *used}
 
     @property
     def keywords(self) -> set[str]:
@@ -88,8 +92,15 @@ def compare(use: Use) -> list[str]:
         absent = [name for name in use.instance_attributes if not hasattr(instance, name)]
         lines += [f"{use.path}().{name} is gone" for name in absent]
     for method, called in use.callers.items():
-        known = names_in(getattr(unwrap(getattr(thing, method, None)), "__code__", None))
+        known = names_in(getattr(thing, method, None))
         lines += [f"{use.path}.{method} no longer uses `{name}`" for name in called if name not in known]
+    if use.called:
+        used = {name: names_in(method) for name, method in vars(thing).items() if callable(method)}
+        for name in use.called:
+            if not any(name in names for method, names in used.items() if method != name):
+                lines.append(f"no method of {use.path} calls `{name}`")
+    known = names_in(thing) if use.mentions else set()
+    lines += [f"{use.path} no longer uses `{name}`" for name in use.mentions if name not in known]
     return lines
 
 
@@ -108,16 +119,19 @@ def lacking_parameters(path: str, thing: Any, parameters: Iterable[str]) -> list
     return [f"{path} has no parameter {', '.join(f'`{name}`' for name in absent)}; it has {', '.join(named)}"]
 
 
-def names_in(code: CodeType | None) -> set[str]:
+def names_in(function: Any) -> set[str]:
     """Names and string constants that a function's code uses, inner functions included."""
-    if code is None:
-        return set()
+    code = getattr(unwrap(function), "__code__", None)
+    return set() if code is None else names_of_code(code)
+
+
+def names_of_code(code: CodeType) -> set[str]:
     found = set(code.co_names)
     for constant in code.co_consts:
         if isinstance(constant, str):
             found.add(constant)
         elif isinstance(constant, CodeType):
-            found |= names_in(constant)
+            found |= names_of_code(constant)
     return found
 
 
@@ -179,7 +193,7 @@ def check_contract(part: str) -> None:
 @cache
 def warn_untested() -> None:
     warnings.warn(
-        f"transformers {transformers.__version__} is newer than {FIRST_UNTESTED}, below which latentvlm was tested. All that it relies "
-        "on is there; the known answers of a checkpoint are checked when it is loaded.",
+        f"latentvlm was tested with transformers {OLDEST} up to, not including, {FIRST_UNTESTED}; {transformers.__version__} is "
+        "installed. All that it relies on is there, and the known answers of a checkpoint are checked when it is loaded.",
         stacklevel=2,
     )

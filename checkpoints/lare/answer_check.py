@@ -6,6 +6,7 @@ of the recorded tensors: so a changed processor and a changed model are told apa
 
 import copy
 import io
+import json
 import os
 from dataclasses import dataclass, field
 
@@ -15,6 +16,7 @@ from PIL import Image
 from .transformers_contract import is_untested
 from .known_answers import (
     PIXEL_TOLERANCE,
+    RESIZED_TOLERANCE,
     TOLERANCES,
     Answer,
     KnownAnswers,
@@ -23,8 +25,11 @@ from .known_answers import (
     dtype_name,
     encode,
     find_changed_weight,
+    lasting_fields,
+    pad_left,
     versions_here,
 )
+from .lockstep import is_scattered
 
 
 LARGEST_COPY = 1_000_000_000  # parameters of a model that is checked by a copy in float32
@@ -91,7 +96,7 @@ def check_answers(model, processor, known: KnownAnswers, where: str) -> AnswerRe
     """
     check_origin(model, known, where)
     report = AnswerReport(where, known.versions)
-    report.rows += compare_inputs(processor, known)
+    report.rows += compare_inputs(processor, known, where)
     tried, dtype = model, dtype_name(model)
     if dtype != "float32" and model.num_parameters() <= LARGEST_COPY and "float32" in known.answers:
         tried, dtype = copy.deepcopy(model).float(), "float32"
@@ -102,11 +107,30 @@ def check_answers(model, processor, known: KnownAnswers, where: str) -> AnswerRe
         f"Greedy tokens: {describe(processor, actual)}",
         f"     recorded: {describe(processor, expected)}",
     ]
+    fields = changed_fields(model.config, known)
+    if fields:
+        report.remarks.append(f"The config is not the one that the answers were recorded with: {', '.join(fields)}.")
     if not report.passed and dtype_name(model) == known.dtype and known.weights:
         changed = find_changed_weight(known.weights, model.state_dict())
         if changed is not None:
             report.remarks.append(f"The weights are not those that the answers were recorded from: {changed} differs.")
     return report
+
+
+def changed_fields(config, known: KnownAnswers) -> list[str]:
+    """Fields of the config that answers follow from and that have other values than when they were recorded.
+
+    A field that only one version of transformers has says nothing.
+    """
+    here = json.loads(json.dumps(lasting_fields(config), default=str))
+    then = known.config
+    return sorted(name for name in here.keys() & then.keys() if differs(here[name], then[name]))
+
+
+def differs(one, other) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return any(differs(one[name], other[name]) for name in one.keys() & other.keys())
+    return one != other
 
 
 def check_origin(model, known: KnownAnswers, where: str) -> None:
@@ -134,11 +158,26 @@ def check_origin(model, known: KnownAnswers, where: str) -> None:
         )
 
 
-def compare_inputs(processor, known: KnownAnswers) -> list[Row]:
-    """What the processor makes of the recorded picture and question, against what it made."""
-    with Image.open(io.BytesIO(known.picture)) as picture:
-        made = encode(processor, picture.convert("RGB"), known.question)
-    rows = []
+def open_picture(content: bytes, where: str) -> Image.Image:
+    try:
+        with Image.open(io.BytesIO(content)) as picture:
+            return picture.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"The known answers in {where} are damaged: a picture cannot be read ({error}).") from error
+
+
+def compare_inputs(processor, known: KnownAnswers, where: str) -> list[Row]:
+    """What the processor makes of the recorded pictures and question, against what it made."""
+    made = encode(processor, open_picture(known.picture, where), known.question)
+    pad = known.inputs["input_ids"][0, 0]  # that of the recording
+    made, rows = pad_left(made, int(pad)), []
+    resized = encode(processor, open_picture(known.resized, where), known.question)["pixel_values"]
+    if resized.shape != known.resized_pixels.shape:
+        note = f"shape {tuple(resized.shape)} instead of {tuple(known.resized_pixels.shape)}"
+        rows.append(Row("processor, resized picture", float("inf"), note))
+    else:
+        value = deviation(resized, known.resized_pixels, RESIZED_TOLERANCE)
+        rows.append(Row("processor, resized picture", value))
     for name in sorted(known.inputs.keys() | made.keys()):
         expected, actual = known.inputs.get(name), made.get(name)
         if expected is None or actual is None:
@@ -195,6 +234,10 @@ def reason_against_check(model) -> str | None:
         return "its weights are quantised"
     if torch.compiler.is_compiling():
         return "it is being compiled"
+    if torch.is_autocast_enabled(model.device.type):
+        return "autocast is on"
+    if any(is_scattered(weight) for weight in model.parameters()):
+        return "its weights are sharded"
     devices = {weight.device for weight in model.parameters()}
     if len(devices) > 1 or any(device.type == "meta" for device in devices):
         return "its weights lie on several devices"

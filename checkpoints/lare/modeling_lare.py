@@ -89,6 +89,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
     def __init__(self, config: LaReConfig):
         super().__init__(config)
         text_config = config.get_text_config()
+        check_contract(f"lare with {text_config.model_type}")
         self.model = LlavaModel(config)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.refocus = RefocusExtractor(config) if config.use_extractor else None

@@ -21,7 +21,8 @@ _CONFIGURATION = (
     Use(
         "transformers.configuration_utils:PreTrainedConfig",
         hooks={"to_dict": (), "to_json_file": ("json_file_path",), "get_text_config": ()},
-        attributes=("model_type",),
+        attributes=("model_type", "__post_init__"),
+        callers={"save_pretrained": ("to_json_file",)},
     ),
     Use("huggingface_hub.dataclasses:strict"),
     Use("transformers.models.qwen2_5_vl.configuration_qwen2_5_vl:Qwen2_5_VLConfig", attributes=("validate",)),
@@ -38,6 +39,7 @@ _PROCESSING = (
             "apply_chat_template": ("conversation",),
         },
         attributes=("model_input_names",),
+        callers={"save_pretrained": ("to_json_file",)},
     ),
     Use(
         "transformers.models.qwen2_5_vl.processing_qwen2_5_vl:Qwen2_5_VLProcessor",
@@ -112,7 +114,12 @@ _MODELING = (
             "_skip_keys_device_placement",
             "_tied_weights_keys",
         ),
-        callers={"_set_gradient_checkpointing": ("_gradient_checkpointing_func", "gradient_checkpointing")},
+        callers={
+            "_set_gradient_checkpointing": ("_gradient_checkpointing_func", "gradient_checkpointing"),
+            "_initialize_weights": ("_init_weights",),
+            "push_to_hub": ("save_pretrained", "_upload_modified_files"),
+            "save_pretrained": ("_upload_modified_files",),
+        },
     ),
     Use(
         "transformers.modeling_utils:PreTrainedModel.save_pretrained",
@@ -136,7 +143,8 @@ _MODELING = (
         attributes=("_attn_implementation",),
         instance_attributes=("_name_or_path",),
     ),
-    Use("transformers.utils:ModelOutput", attributes=("get",)),
+    Use("transformers.utils:ModelOutput", attributes=("get", "__getitem__", "__contains__")),
+    Use("transformers.integrations.accelerate:accelerate_dispatch", mentions=("_skip_keys_device_placement",)),
     Use(
         "transformers.modeling_layers:GradientCheckpointingLayer",
         attributes=("gradient_checkpointing", "_can_checkpoint_with_cache"),
@@ -254,17 +262,28 @@ _VEDAS = (
 _LARE = (
     Use(f"{_LLAVA}:LlavaPreTrainedModel", hooks={"_init_weights": ("module",)}),
     Use(f"{_LLAVA}:LlavaModel", hooks={"get_image_features": ("pixel_values",)}),
-    Use("transformers.models.llama.modeling_llama:LlamaModel", hooks={"forward": _TEXT_MODEL}),
-    Use("transformers.models.llama.modeling_llama:eager_attention_forward", parameters=_ATTENTION),
-    Use("transformers.models.qwen2.modeling_qwen2:Qwen2Model", hooks={"forward": _TEXT_MODEL}),
-    Use("transformers.models.qwen2.modeling_qwen2:eager_attention_forward", parameters=_ATTENTION),
-    Use("transformers.models.qwen3.modeling_qwen3:Qwen3Model", hooks={"forward": _TEXT_MODEL}),
-    Use("transformers.models.qwen3.modeling_qwen3:eager_attention_forward", parameters=_ATTENTION),
     Use(
         "transformers.generation.logits_process:SuppressTokensLogitsProcessor",
         parameters=("suppress_tokens", "device"),
     ),
 )
+
+_ADAPTERS = (
+    Use("peft:get_peft_model", parameters=("model", "peft_config")),
+    Use("peft:LoraConfig", parameters=("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save")),
+    Use("peft:PeftModel", hooks={"get_base_model": (), "save_pretrained": ("save_directory",)}),
+    Use("peft.tuners.tuners_utils:BaseTuner", hooks={"merge_and_unload": ()}),
+)
+
+# By `model_type` of the language model; a LaRe model compares that of its own when it is built.
+_LANGUAGE_MODELS = {
+    name: (
+        Use(f"transformers.models.{name}.modeling_{name}:{title}Model", hooks={"forward": _TEXT_MODEL}),
+        Use(f"transformers.models.{name}.modeling_{name}:{title}DecoderLayer", hooks={"forward": _LAYER}),
+        Use(f"transformers.models.{name}.modeling_{name}:eager_attention_forward", parameters=_ATTENTION),
+    )
+    for name, title in (("llama", "Llama"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
+}
 
 _TRAINING = (
     Use(
@@ -286,6 +305,20 @@ _TRAINING = (
             "_save_optimizer_and_scheduler": ("output_dir",),
             "_load_optimizer_and_scheduler": ("checkpoint",),
         },
+        called=(
+            "_clip_grad_norm",
+            "_get_grad_norm",
+            "_get_train_sampler",
+            "_load_best_model",
+            "_load_from_checkpoint",
+            "_load_optimizer_and_scheduler",
+            "compute_loss",
+            "create_model_card",
+            "floating_point_ops",
+            "get_batch_samples",
+            "log",
+            "training_step",
+        ),
         callers={
             "prediction_step": ("keys_to_ignore_at_inference",),
             "save_model": ("_save",),
@@ -306,6 +339,7 @@ _TRAINING = (
     Use(
         "transformers.training_args:TrainingArguments",
         attributes=(
+            "__post_init__",
             "gradient_accumulation_steps",
             "learning_rate",
             "logging_steps",
@@ -319,11 +353,29 @@ _TRAINING = (
     ),
 )
 
+_ACCELERATE = (
+    Use(
+        "accelerate:Accelerator",
+        hooks={
+            "autocast": (),
+            "backward": ("loss",),
+            "clip_grad_norm_": ("parameters", "max_norm"),
+            "no_sync": ("model",),
+            "reduce": ("tensor", "reduction"),
+            "unwrap_model": ("model", "keep_torch_compile"),
+        },
+        attributes=("num_processes", "process_index"),
+    ),
+    Use("accelerate.utils:gather_object"),
+)
+
 USES: dict[str, tuple[Use, ...]] = {
     "configuration": _CONFIGURATION,
     "processing": _PROCESSING,
     "deeplatent": (*_MODELING, *_RENAMED_WEIGHTS, *_DEEPLATENT),
     "lare": (*_MODELING, *_LARE),
     "vedas": (*_MODELING, *_RENAMED_WEIGHTS, *_VEDAS),
-    "training": _TRAINING,
+    "training": (*_TRAINING, *_ACCELERATE),
+    "adapters": _ADAPTERS,
+    **{f"lare with {name}": uses for name, uses in _LANGUAGE_MODELS.items()},
 }

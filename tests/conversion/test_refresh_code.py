@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 import modeling_latentvlm  # noqa: F401 (registers the models)
 from configuration_latentvlm import DeepLatentConfig, LaReConfig, VedasConfig
 from conversion import refresh_code as command
+from conversion.known_answers import write_known_answers
 from conversion.refresh_code import read_hub_classes, refresh_code
 from modeling_latentvlm import answered_model
 
@@ -73,6 +74,19 @@ def test_an_interrupted_run_leaves_the_folder_as_it_was(old, monkeypatch):
         refresh_code(old)
     assert contents(old) == before
     assert [path.name for path in old.parent.iterdir()] == ["old"]
+
+
+def test_the_current_folder_is_not_pulled_from_under_its_user(old, monkeypatch):
+    monkeypatch.chdir(old)
+    before = contents(old)
+    with pytest.raises(ValueError, match="run this from another folder"):
+        refresh_code(".")
+    assert contents(old) == before
+
+
+def test_answers_are_not_recorded_with_other_code_than_the_folder_has(old):
+    with pytest.raises(ValueError, match=r"is not that of this latentvlm \(modeling_lare.py differs\).*refresh_code"):
+        write_known_answers(old)
 
 
 @pytest.mark.parametrize(

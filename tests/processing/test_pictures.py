@@ -236,11 +236,11 @@ def test_no_images_and_messages_that_are_none(processor, lare):
             assert torch.equal(one(images=empty, text="red", return_tensors="pt")["input_ids"], plain)
             with pytest.raises(ValueError, match="placeholders"):
                 one(images=empty, text=one.image_token)
-        with pytest.raises(ValueError, match=r"Item 1 of the `content` of a user message.*'red'"):
+        with pytest.raises(ValueError, match="an item of `content` must be a dict with a `type`, got 'red'"):
             one.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": "a"}, "red"]}])
         with pytest.raises(ValueError, match="must be a text or a list of items, got '5'"):
             one.apply_chat_template([{"role": "user", "content": 5}])
-        with pytest.raises(ValueError, match="A message must be a dict"):
+        with pytest.raises(ValueError, match="Message 0 must be a dict"):
             one.apply_chat_template(["red"])
         with pytest.raises(ValueError, match=r"images\[0\]\[0\]|placeholders"):
             encode(one, [[{"role": "user", "content": [{"type": "image", "image": None}]}]])

@@ -25,6 +25,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 
+from conversion.commands import exit_on_error
+from conversion.writing import replaced_file, write_file
 from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
 from train.analyses.collection import (
     GREEDY,
@@ -128,15 +130,16 @@ def draw(shares: pandas.DataFrame, path: Path) -> None:
         axis.hist(100 * shares[arm], bins=bins, alpha=0.5, label=arm.replace("_", " "))
     axis.set(xlabel="attention of the first generated token to the image, %", ylabel="questions")
     axis.legend()
-    figure.savefig(path, dpi=110)
+    with replaced_file(path) as partial:
+        figure.savefig(partial, dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> None:
     study = open_study(analysis_parser("attention", __doc__.splitlines()[0]).parse_args(arguments))
     shares = measure_shares(study)
     found = compare(*(shares[arm].to_numpy() for arm in ARMS))
-    shares.to_csv(study.output / "attention_shares.csv", index=False)
-    (study.output / "attention.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_file(study.output / "attention_shares.csv", shares.to_csv(index=False))
+    write_file(study.output / "attention.json", json.dumps(found, indent=2) + "\n")
     draw(shares, study.output / "attention.png")
     print(pandas.DataFrame({arm: found[arm] for arm in ARMS}).T.to_string(float_format="{:.4f}".format))
     for test in ("paired_t_test", "mann_whitney"):
@@ -145,4 +148,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

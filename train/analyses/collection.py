@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, set_seed
 
+from conversion.reading import check_config_file
 from train.answers import encode_questions
 from train.own_models import TRUST_HELP
 from train.reasoning_data import ADAPTERS, ReasoningSample, read_reasoning
@@ -70,6 +71,7 @@ def open_study(options: argparse.Namespace) -> Study:
     if len(with_image) < len(samples):
         print(f"{len(samples) - len(with_image)} of {len(samples)} questions have no image and are left out.")
     set_seed(options.seed)
+    check_config_file(options.model)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     model = AutoModel.from_pretrained(options.model, trust_remote_code=options.trust_remote_code, dtype=options.dtype)
     model = model.to(options.device).eval()

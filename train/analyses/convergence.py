@@ -18,6 +18,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from conversion.commands import exit_on_error
+from conversion.writing import replaced_file, write_file
 from modeling_latentvlm.refocus_decoding import change_of
 from train.analyses.collection import (
     GREEDY,
@@ -91,7 +93,8 @@ def draw(table: pandas.DataFrame, path: Path) -> None:
             axis.fill_between(part["step"], part[low], part[high], color="tab:blue", alpha=0.2, linewidth=0)
         axis.plot(part["step"], part["50%"], color="tab:blue", marker="o", markersize=3)
         axis.set(title=measure.replace("_", " "), xlabel="step", xticks=part["step"].tolist())
-    figure.savefig(path, dpi=110)
+    with replaced_file(path) as partial:
+        figure.savefig(partial, dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -100,10 +103,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     study = open_study(options)
     table = measure_convergence(study, options.num_steps)
-    table.to_csv(study.output / "convergence.csv", index=False)
+    write_file(study.output / "convergence.csv", table.to_csv(index=False))
     draw(table, study.output / "convergence.png")
     print(table.to_string(index=False, float_format="{:.4f}".format))
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -42,6 +42,8 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import SVC
 from torch import Tensor
 
+from conversion.commands import exit_on_error
+from conversion.writing import replaced_file, write_file
 from train.analyses.collection import (
     GREEDY,
     Study,
@@ -249,7 +251,8 @@ def draw(table: pandas.DataFrame, path: Path) -> None:
     axis.bar(names, part["accuracy"], yerr=errors, color=colors, capsize=3)
     axis.axhline(part["chance"].iloc[0], color="black", linestyle="--", linewidth=1)
     axis.set(ylabel="accuracy", ylim=(0, 1))
-    figure.savefig(path, dpi=110)
+    with replaced_file(path) as partial:
+        figure.savefig(partial, dpi=110)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -263,7 +266,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     study = open_study(options)
     table = probe_latents(study, options.pairs, options.text, options.shuffles, options.seed, options.max_new_tokens)
-    table.to_csv(study.output / "probing.csv", index=False)
+    write_file(study.output / "probing.csv", table.to_csv(index=False))
     draw(table, study.output / "probing.png")
     print(table.to_string(index=False, float_format="{:.3f}".format))
     for target, part in table.groupby("target"):
@@ -273,4 +276,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -1,14 +1,15 @@
 """Write the cleaned file and the report: whole or not at all.
 
-Both are written beside their place and renamed at the end, the cleaned file last: where it stands, all is done.
+Both are written beside their place and renamed at the end, the cleaned file last: where it stands, all is done
+(`conversion/writing.py`).
 """
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from conversion.writing import replaced_file
 from train.decontamination.journal import Journal
 from train.decontamination.samples import batched, is_array, read_samples
 
@@ -24,32 +25,24 @@ def publish(
 
     Samples keep the bytes that they have in `train`; so does the text between brackets of the items of an array.
     """
-    partial_output, partial_report = partial_of(output), partial_of(report)
     opening, between, closing = (b"[\n", b",\n", b"\n]\n") if is_array(train) else (b"", b"", b"")
     counts = Counter(record["stage"] for record in test_records)
-    with partial_output.open("wb") as cleaned, partial_report.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(record) + "\n" for record in test_records)
-        before = opening
-        for number, batch in enumerate(batched(read_samples(train), batch_size)):
-            records = journal.records("train", number)
-            lines.writelines(json.dumps(record) + "\n" for record in records)
-            counts.update(record["stage"] for record in records)
-            removed = {record["line"] for record in records}
-            for sample in batch:
-                if sample.number not in removed:
-                    cleaned.write(before + sample.source)
-                    before = between
-                    counts[KEPT] += 1
-        cleaned.write(closing if before == between else opening + closing)
-        for file in (cleaned, lines):
-            file.flush()
-            os.fsync(file.fileno())
-    journal.note(PUBLISHING, True)
-    partial_report.replace(report)
-    partial_output.replace(output)
+    # Left from the inside out: the report gets its name before the cleaned file.
+    with replaced_file(output) as partial_output, replaced_file(report) as partial_report:
+        with partial_output.open("wb") as cleaned, partial_report.open("w", encoding="utf-8") as lines:
+            lines.writelines(json.dumps(record) + "\n" for record in test_records)
+            before = opening
+            for number, batch in enumerate(batched(read_samples(train), batch_size)):
+                records = journal.records("train", number)
+                lines.writelines(json.dumps(record) + "\n" for record in records)
+                counts.update(record["stage"] for record in records)
+                removed = {record["line"] for record in records}
+                for sample in batch:
+                    if sample.number not in removed:
+                        cleaned.write(before + sample.source)
+                        before = between
+                        counts[KEPT] += 1
+            cleaned.write(closing if before == between else opening + closing)
+        journal.note(PUBLISHING, True)
     journal.delete()
     return counts
-
-
-def partial_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.partial")

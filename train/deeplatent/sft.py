@@ -7,6 +7,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from configuration_latentvlm.transformers_contract import check_contract
 from modeling_latentvlm.modeling_deeplatent import NEW_WEIGHTS
 from train.config_overrides import load_config
 from train.deeplatent.collator import DeepLatentCollator
@@ -15,7 +16,7 @@ from train.deeplatent.teacher_states import TeacherCache, choose_layers, make_fi
 from train.deeplatent.trajectories import CHAINS_OF_THOUGHT, WITHOUT_PICTURES, Trajectories
 from train.own_models import TRUST_HELP
 from train.trained_sizes import record_image_sizes
-from train.training_model import LatentTrainer, TrainingModel, last_complete_checkpoint, save_trained
+from train.training_model import LatentTrainer, TrainingModel, run_training
 
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -154,6 +155,7 @@ def prepare_weights(model, args: SftArguments, training_args: TrainingArguments)
     if args.lora:
         from peft import LoraConfig, get_peft_model
 
+        check_contract("adapters")
         model = get_peft_model(
             model,
             LoraConfig(
@@ -233,9 +235,7 @@ def train_sft(args: SftArguments, data_args: DataArguments, training_args: Train
         data_collator=collator,
         processing_class=processor,
     )
-    resume = training_args.resume_from_checkpoint
-    trainer.train(last_complete_checkpoint(training_args.output_dir) if resume == "last" else resume)
-    save_trained(trainer)
+    run_training(trainer)
     return trainer
 
 

@@ -14,7 +14,6 @@ Shapes: N image tokens of a sample's assistant pictures, D hidden size.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from conversion.writing import write_file
 from modeling_latentvlm.modeling_deeplatent import NEW_WEIGHTS
 
 
@@ -107,24 +107,6 @@ def compare_fingerprints(found: dict, expected: dict, where: Path) -> None:
             f"The teacher states in {where} were made from other {' and '.join(wrong)}: "
             "write them anew with `train.cache_teacher_states`, into another folder."
         )
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Let a file appear under its name when all of it is on the disk."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.rename(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # so that the name survives a loss of power too
-    finally:
-        os.close(folder)
 
 
 class TeacherCacheWriter:

@@ -18,9 +18,7 @@ An image is a path relative to `--image_folder` (by default the folder of the fi
 """
 
 import base64
-import binascii
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -32,6 +30,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from conversion.reading import read_json
 from processing_latentvlm.pictures import open_picture, read_size
 from train.reasoning_data import DatasetRows, read_rows
 
@@ -129,7 +128,7 @@ def decode_base64(image: Any) -> Any:
         return image
     try:
         return base64.b64decode(image, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # `binascii.Error` is one, and letters beyond ASCII are another
         raise ValueError(f"an image is neither a path nor base64: {error}") from error
 
 
@@ -254,10 +253,7 @@ def open_rows(path: Path, split: str) -> Sequence[tuple[str, Any]]:
         return DatasetRows(path, split)
     if path.suffix != ".json":
         return list(read_rows(path, split))
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no JSON that can be read: {error}") from error
+    rows = read_json(path)
     if not isinstance(rows, list):
         raise ValueError(f"{path} must hold a list, got {type(rows).__name__}.")
     return [(f"Element {number} of {path}", row) for number, row in enumerate(rows, 1)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from conversion.writing import write_file
 from processing_latentvlm.draw_trace import draw_trace
 from train.deeplatent_rl.replay import replay
 from train.deeplatent_rl.rollouts import Trajectory
@@ -33,9 +34,9 @@ class RolloutDump:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"rollouts-{step}" + (f"-of-process-{process}" if process else "")
         trajectories = [trajectory for batch in batches for trajectory in batch]
-        with (self.folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            for trajectory in trajectories:
-                file.write(json.dumps(describe(trajectory, processor, model.config), ensure_ascii=False) + "\n")
+        described = (describe(trajectory, processor, model.config) for trajectory in trajectories)
+        lines = [json.dumps(one, ensure_ascii=False) + "\n" for one in described]
+        write_file(self.folder / f"{name}.jsonl", "".join(lines))
         drawn: set[int] = set()
         for line, trajectory in enumerate(trajectories):
             if self.pictures and trajectory.grids and id(trajectory.prompt) not in drawn:

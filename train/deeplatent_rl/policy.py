@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from configuration_latentvlm.transformers_contract import check_contract
 from train.deeplatent_rl.grpo_trainer import MODULATION
 from train.deeplatent_rl.objective import ObjectiveArguments
 from train.reasoning_data import ReasoningSample
@@ -76,6 +77,7 @@ def add_adapters(model: nn.Module, names: tuple[str, ...], adapters: AdapterArgu
     """Wrap a model in adapters; what trains of the latent module trains whole."""
     from peft import LoraConfig, get_peft_model
 
+    check_contract("adapters")
     whole = [name.removesuffix(".") for name in names if name.startswith("latent_blocks.")]
     if "latent_blocks.layers" in whole:  # a list cannot be wrapped, its layers can
         whole.remove("latent_blocks.layers")

@@ -13,6 +13,8 @@ import statistics
 from pathlib import Path
 from typing import NamedTuple
 
+from conversion.commands import exit_on_error
+
 
 class Mean(NamedTuple):
     value: float
@@ -59,4 +61,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

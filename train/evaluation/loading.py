@@ -14,6 +14,8 @@ from transformers import (
 from transformers.utils import cached_file, is_torchvision_available
 
 import train.own_models  # noqa: F401
+from conversion.reading import check_config_file
+from modeling_latentvlm.complete_weights import load_complete
 from processing_latentvlm.processing_qwen import QwenLatentProcessor
 from train.decontamination.journal import hash_file
 
@@ -59,11 +61,13 @@ def load_model(
     """The model in evaluation mode, on `device` or, by default, on a GPU where there is one.
 
     Raises:
-        ValueError: an unknown dtype.
+        ValueError: an unknown dtype, or weights that are missing or do not fit the config.
     """
     if dtype not in DTYPES:
         raise ValueError(f"`dtype` must be one of {DTYPES}, got {dtype!r}.")
-    loaded = AutoModelForImageTextToText.from_pretrained(
+    check_config_file(model)
+    loaded = load_complete(
+        AutoModelForImageTextToText,
         model,
         trust_remote_code=trust_remote_code,
         dtype=dtype,

@@ -5,53 +5,23 @@ its own, `results.rank<N>.jsonl`; at the start of the next run, and at the end, 
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from train.evaluation.rows import EvaluationRow
-
-
-RESULTS, RUN, LOCK = "results.jsonl", "run.json", ".lock"
+from conversion.writing import append_lines, write_file
+from train.evaluation.rows import EvaluationRow, answer_key
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears under its name complete or not at all."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+RESULTS, RUN = "results.jsonl", "run.json"
 
 
 def lines_of(records: Iterable[dict]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def key_of(record: dict) -> tuple[str, str]:
-    return record["data"], record["id"]
-
-
-def lock_folder(folder: Path) -> IO | None:
-    """Keep other evaluations out while the file that is returned stays open. Where no lock can be had, do without.
-
-    Raises:
-        ValueError: another evaluation writes there.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = (folder / LOCK).open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        lock.close()
-        raise ValueError(f"Another evaluation writes into {folder}.") from error
-    return lock
+def key_of(record: dict) -> tuple:
+    return answer_key((record["data"], record["id"]), record.get("repeat", 0))
 
 
 def bind(folder: Path, fingerprint: dict[str, Any]) -> None:
@@ -62,7 +32,7 @@ def bind(folder: Path, fingerprint: dict[str, Any]) -> None:
     """
     run, fingerprint = folder / RUN, json.loads(json.dumps(fingerprint))
     if not any(part.stat().st_size for part in folder.glob("results*.jsonl")):
-        write_whole(run, json.dumps(fingerprint, indent=2) + "\n")
+        write_file(run, json.dumps(fingerprint, indent=2) + "\n")
         return
     if not run.is_file():
         raise ValueError(f"{folder} holds results, but no {RUN} that says of what. Give another `output`.")
@@ -105,26 +75,27 @@ def read_results(path: Path) -> list[dict]:
     return records
 
 
-def gather(folder: Path, rows: list[EvaluationRow]) -> dict[tuple[str, str], dict]:
-    """Bring what all processes finished into `results.jsonl`, in the order of the rows; return it by row.
+def gather(folder: Path, rows: list[EvaluationRow], repeats: int = 1) -> dict[tuple, dict]:
+    """Bring what all processes finished into `results.jsonl`, in the order of the rows, by repeat; return it by row.
 
     Raises:
         ValueError: a result belongs to no row.
     """
     parts = sorted(folder.glob("results*.jsonl"))
     found = {key_of(record): record for part in parts for record in read_results(part)}
-    strange = found.keys() - {row.key for row in rows}
+    keys = [answer_key(row.key, repeat) for repeat in range(repeats) for row in rows]
+    strange = found.keys() - set(keys)
     if strange:
         raise ValueError(f"{folder} has results of rows that the data has not: {sorted(strange)[:3]}.")
-    finished = {row.key: found[row.key] for row in rows if row.key in found}
-    write_whole(folder / RESULTS, lines_of(finished.values()))
+    finished = {key: found[key] for key in keys if key in found}
+    write_file(folder / RESULTS, lines_of(finished.values()))
     for part in parts:
         if part.name != RESULTS:
             part.unlink()
     return finished
 
 
-def read_finished(folder: Path) -> dict[tuple[str, str], dict]:
+def read_finished(folder: Path) -> dict[tuple, dict]:
     """What `gather` left, by row."""
     return {key_of(record): record for record in read_results(folder / RESULTS)}
 
@@ -136,7 +107,4 @@ class ResultsFile:
         self.path = folder / f"results.rank{rank}.jsonl"
 
     def append(self, records: list[dict]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(lines_of(records))
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.path, lines_of(records))

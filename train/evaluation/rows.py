@@ -27,8 +27,8 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from train.answers import normalize
-from train.deeplatent_rl.rewards import as_number
+from conversion.reading import is_file
+from evaluation.final_answer import as_number, normalize
 from train.evaluation.scoring import ANSWER_FORMATS
 from train.reasoning_data import ReasoningSample, join_texts, list_choices, read_rows
 
@@ -67,6 +67,11 @@ class EvaluationRow(ReasoningSample):
         return digest.digest()
 
 
+def answer_key(key: tuple[str, str], repeat: int) -> tuple:
+    """Names an answer: its row and, from the second time that it is asked on, which time that is."""
+    return (*key, repeat) if repeat else key
+
+
 def read_evaluation(
     paths: Iterable[str | Path],
     answer_format: str | None = None,
@@ -100,8 +105,8 @@ def read_file(path: Path, answer_format: str | None, instruction: str | None) ->
     """All rows of one file, checked: an error behind the limit is an error too."""
     from train.evaluation.tables import read_table
 
-    if not path.is_file():
-        raise ValueError(f"There is no data file {path}.")
+    if not is_file(path):
+        raise ValueError(f"There is no data file {str(path)[:500]}.")
     if path.suffix == ".tsv":
         fields = read_table(path)
     elif path.suffix == ".jsonl":
@@ -158,9 +163,9 @@ def build_row(fields: dict, path: Path, origin: str, answer_format: str | None, 
         if not isinstance(image, str | bytes | Image.Image):
             raise ValueError(f"{origin}: `image` must be a path or a list of paths, got {type(image).__name__}.")
     fields["images"] = [str(path.parent / image) if isinstance(image, str) else image for image in fields["images"]]
-    lost = [image for image in fields["images"] if isinstance(image, str) and not Path(image).is_file()]
+    lost = [image for image in fields["images"] if isinstance(image, str) and not is_file(image)]
     if lost:
-        raise ValueError(f"{origin}: the image {lost[0]} does not exist.")
+        raise ValueError(f"{origin}: the image {lost[0][:500]} does not exist.")
     kind, answer = fields["answer_format"] or answer_format, fields["answer"]
     if kind is not None and kind not in ANSWER_FORMATS:
         raise ValueError(f"{origin}: `answer_format` must be one of {sorted(ANSWER_FORMATS)}, got {kind!r}.")

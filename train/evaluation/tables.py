@@ -9,7 +9,6 @@ Quotes are doubled inside quotes, as `pandas` writes them.
 
 import ast
 import base64
-import binascii
 import csv
 import sys
 from collections.abc import Iterator
@@ -94,7 +93,7 @@ def listed(text: str, origin: str) -> list[str]:
         return [text]
     try:
         parts = ast.literal_eval(text)
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         raise ValueError(f"{origin}: a list of images cannot be read: {error}") from error
     if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
         raise ValueError(f"{origin}: a list of images must hold texts alone.")
@@ -104,5 +103,5 @@ def listed(text: str, origin: str) -> list[str]:
 def decode(text: str, origin: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # `binascii.Error` is one, and letters beyond ASCII are another
         raise ValueError(f"{origin}: `image` is no base64: {error}") from error

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoProcessor, set_seed
 
+from conversion.commands import exit_on_error
+from conversion.reading import check_config_file
 from train.analyses.collection import prepare_output
 from train.faithfulness.arms import ARMS
 from train.faithfulness.controls import controls_result
@@ -84,6 +86,7 @@ def main(arguments: list[str] | None = None) -> None:
     output = prepare_output(options.output)
     items = read_items(options.data, options.data_format, options.split, options.limit)
     set_seed(options.seed)
+    check_config_file(options.model)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     model = AutoModel.from_pretrained(
         options.model, trust_remote_code=options.trust_remote_code, dtype=options.dtype
@@ -129,4 +132,5 @@ def summary(results) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -24,6 +24,8 @@ from transformers import set_seed
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from configuration_latentvlm import LaReConfig
+from conversion.commands import exit_on_error
+from conversion.writing import replaced_folder, write_file
 from modeling_latentvlm import LaReForCausalLM
 from modeling_latentvlm.trace import LatentStep
 from processing_latentvlm import LaReProcessor
@@ -71,7 +73,7 @@ def write_questions(folder: Path, count: int, seed: int) -> Path:
         box = [left, top, left + SQUARE, top + SQUARE]
         rows.append({"image": f"images/{number}.png", "question": QUESTION, "answer": name, "boxes": [box]})
     path = folder / "data.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -188,14 +190,14 @@ def make_control(kind: str, folder: Path, seed: int = 0, count: int = 480) -> Pa
     checkpoint, record = folder / kind, folder / kind / MADE
     made = {"seed": seed, "steps": CONTROLS[kind], "questions": count}
     if not record.is_file() or json.loads(record.read_text(encoding="utf-8")) != made:
-        record.unlink(missing_ok=True)
         data = write_questions(folder / "train", count, seed + 1)
         set_seed(seed)
         model, processor = build(kind)
         train(kind, model, processor, data, CONTROLS[kind])
-        processor.save_pretrained(checkpoint)
-        model.save_pretrained(checkpoint)
-        record.write_text(json.dumps(made), encoding="utf-8")  # last: a killed training leaves none
+        with replaced_folder(checkpoint) as partial:
+            processor.save_pretrained(partial)
+            model.save_pretrained(partial)
+            (partial / MADE).write_text(json.dumps(made), encoding="utf-8")
     return checkpoint
 
 
@@ -267,4 +269,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

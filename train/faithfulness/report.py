@@ -5,6 +5,7 @@ import math
 from html import escape
 from pathlib import Path
 
+from conversion.writing import write_file
 from train.faithfulness.plots import draw
 from train.faithfulness.result import Result
 
@@ -22,8 +23,8 @@ def write_report(results: list[Result], about: dict, output: Path) -> tuple[Path
     """Write `faithfulness.html` and `faithfulness.json`."""
     page, data = output / "faithfulness.html", output / "faithfulness.json"
     record = {"about": about, "diagnostics": {result.name: result.record() for result in results}}
-    data.write_text(json.dumps(without_nan(record), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    page.write_text(render(results, about), encoding="utf-8")
+    write_file(data, json.dumps(without_nan(record), indent=1, allow_nan=False) + "\n")
+    write_file(page, render(results, about))
     return page, data
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from conversion.writing import write_file
 from train.faithfulness.attention import measure_attention
 from train.faithfulness.audit import measure_invocation
 from train.faithfulness.collapse import measure_collapse
@@ -72,10 +73,7 @@ def take_all(subject: Subject, arms: tuple[str, ...], cache: Path | None = None,
 
 
 def keep(result: Result, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(result.record()), encoding="utf-8")
-    unfinished.rename(file)
+    write_file(file, json.dumps(result.record()))
 
 
 def digest(*parts) -> str:

@@ -6,19 +6,18 @@ them. Questions with reasoning are read by `train.reasoning_data`.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from conversion.reading import is_file, read_file, read_json, read_json_lines
 from train.curriculum import answer_text
 from train.reasoning_data import ReasoningSample
 
@@ -85,7 +84,7 @@ def from_llava(row: Any, folder: Path, origin: str) -> Conversation:
     messages, count = [], 0
     for turn in turns:
         role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
-        if role not in ROLES or not isinstance(text, str) or not text.strip():
+        if not isinstance(role, str) or role not in ROLES or not isinstance(text, str) or not text.strip():
             raise ValueError(
                 f"{origin}: a turn needs `from` out of {sorted(ROLES)} and a `value` that is not empty: {turn!r}."
             )
@@ -106,8 +105,8 @@ def from_llava(row: Any, folder: Path, origin: str) -> Conversation:
         raise ValueError(f"{origin}: {len(images)} images, but {count} times {IMAGE_WORD}.")
     paths = [str(folder / image) if isinstance(image, str) else image for image in images]
     for path in paths:
-        if not isinstance(path, str) or not Path(path).is_file():
-            raise ValueError(f"{origin}: the image {path} does not exist.")
+        if not isinstance(path, str) or not is_file(path):
+            raise ValueError(f"{origin}: the image {str(path)[:500]} does not exist.")
     return Conversation(messages, paths, answers[0], origin)
 
 
@@ -121,8 +120,8 @@ def read_llava(path: str | Path, drop_incomplete: bool = False) -> list[Conversa
         ValueError: a row that cannot be used; the message names it.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no data file {path}.")
+    if not is_file(path):
+        raise ValueError(f"There is no data file {str(path)[:500]}.")
     conversations, dropped = [], []
     for origin, row in rows_of(path):
         try:
@@ -142,20 +141,10 @@ def read_llava(path: str | Path, drop_incomplete: bool = False) -> list[Conversa
 
 def rows_of(path: Path) -> Iterable[tuple[str, Any]]:
     """(where it stands, row)."""
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        try:
-            rows = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from error
-        yield from ((f"Entry {number} of {path}", row) for number, row in enumerate(rows))
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                yield f"Line {number} of {path}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"Line {number} of {path} is no JSON: {error}") from error
+    if read_file(path).lstrip()[:1] == b"[":
+        yield from ((f"Entry {number} of {path}", row) for number, row in enumerate(read_json(path)))
+    else:
+        yield from read_json_lines(path)
 
 
 def key_of(data: bytes) -> int:
@@ -265,10 +254,8 @@ class LaReCollator:
             for upto, is_answer in ((messages[:number], False), (messages[: number + 1], True)):
                 try:
                     text = render(upto, tokenize=False, add_generation_prompt=not is_answer)
-                except TemplateError as error:  # such as roles that do not alternate, which some templates refuse
-                    raise ValueError(
-                        f"{conversation.origin}: the chat template refuses the messages: {error}"
-                    ) from error
+                except ValueError as error:  # such as roles that do not alternate, which some templates refuse
+                    raise ValueError(f"{conversation.origin}: {error}") from error
                 if not text.startswith(done):
                     raise ValueError(
                         f"{conversation.origin}: the chat template changes what it rendered before when a turn is added."

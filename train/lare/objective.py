@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from train.lare.alignment import Alignment, pool
 from train.lare.image_reconstruction import ImageReconstruction, crop_windows, load_vae
 from train.lare.text_reconstruction import text_prefix_loss
+from train.training_model import StepPart
 
 
 @dataclass
@@ -127,16 +128,33 @@ class LaReObjective(nn.Module):
         if trains_delimiters:
             self.delimiters = DelimiterRows(model)
 
-    def forward(
+    @property
+    def sees_whole_step(self) -> bool:
+        """Whether a micro-batch has to know the others of its optimizer step: then `forward` is given a `part`."""
+        return self.alignment is not None
+
+    def forward(self, model: nn.Module, part: StepPart | None = None, **batch) -> dict:
+        """`loss`, `logits`, and the terms by name, detached, as `losses`.
+
+        Args:
+            part: which part of an optimizer step the batch is. While `part.others` are not known yet, only what they will
+                be of the other parts is computed, as `rows`.
+        """
+        if part is None:
+            return self.compute(model, None, **batch)
+        with part.random_state(batch["input_ids"].device):
+            return self.compute(model, part, **batch)
+
+    def compute(
         self,
         model: nn.Module,
+        part: StepPart | None,
         reasoning_ids: Tensor | None = None,
         reasoning_mask: Tensor | None = None,
         reasoning_keys: Tensor | None = None,
         image_keys: Tensor | None = None,
         **inputs,
     ) -> dict:
-        """`loss`, `logits`, and the terms by name, detached, as `losses`."""
         if not self.has_latents:
             with changed(model.config, num_refocus_steps=0, adaptive_stop=None):
                 output = model(**inputs, use_cache=False)  # gradient checkpointing would fill a cache twice
@@ -144,14 +162,18 @@ class LaReObjective(nn.Module):
             return {"loss": loss, "logits": output.logits, "losses": {"ntp_loss": output.loss.detach()}}
         output = model(**inputs, output_latents=True)
         model = base_of(model)
-        terms, weights = {"ntp_loss": output.loss}, {"ntp_loss": 1.0}
+        terms, weights, counts = {"ntp_loss": output.loss}, {"ntp_loss": 1.0}, {}
         arguments = self.arguments
         if self.alignment is not None:
             states = reasoning_states(model, reasoning_ids, reasoning_mask)
             text = (pool(states, reasoning_mask), reasoning_mask.any(1), reasoning_keys)
             image = (*pooled_images(model, inputs["input_ids"], output), image_keys)
-            terms["align_loss"] = self.alignment(pool(*flat_latents(output)), {"text": text, "image": image})
+            latents, targets = pool(*flat_latents(output)), {"text": text, "image": image}
+            if part is not None and part.others is None:
+                return {"rows": self.alignment.rows(latents, targets)}
+            terms["align_loss"], left_out = self.alignment(latents, targets, part and part.others)
             weights["align_loss"] = arguments.align_loss_weight
+            counts["align_without_negative"] = output.loss.new_tensor(left_out)
         if self.image_reconstruction is not None:
             terms["image_loss"] = self.image_loss(model, output, inputs)
             weights["image_loss"] = arguments.image_loss_weight
@@ -163,7 +185,8 @@ class LaReObjective(nn.Module):
             weights["text_loss"] = arguments.text_loss_weight
         loss = sum(weights[name] * term.to(output.loss.device) for name, term in terms.items())
         loss = loss + untouched_projector(model, inputs)
-        return {"loss": loss, "logits": output.logits, "losses": {name: term.detach() for name, term in terms.items()}}
+        losses = {name: term.detach() for name, term in terms.items()} | counts
+        return {"loss": loss, "logits": output.logits, "losses": losses}
 
     def image_loss(self, model: nn.Module, output, inputs: dict) -> Tensor:
         """Mean of eq. 7 over the steps that rows took with an image before them; one that comes later they did not see."""

@@ -16,6 +16,8 @@ from diffusers import AutoencoderKL
 from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from conversion.commands import exit_on_error
+from conversion.writing import replaced_folder
 from train.lare.image_reconstruction import CODE_CHANNELS
 from train.small_backbone import CHAT_TEMPLATE, texts_of, train_tokenizer
 
@@ -94,9 +96,10 @@ def write_small(
         )
     output = Path(output)
     torch.manual_seed(seed)
-    write_vision_tower(output / "vision", hidden_size, 4, image_size, patch_size)
-    write_language_model(output / "language", texts, hidden_size, num_layers, vocab_size)
-    write_vae(output / "vae")
+    with replaced_folder(output, keeps_others=True) as folder:
+        write_vision_tower(folder / "vision", hidden_size, 4, image_size, patch_size)
+        write_language_model(folder / "language", texts, hidden_size, num_layers, vocab_size)
+        write_vae(folder / "vae")
     return output
 
 
@@ -112,4 +115,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

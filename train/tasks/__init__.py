@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from conversion.writing import recover_folder, replaced_folder
 from train.tasks.chart import ask_compare, ask_largest, ask_value
 from train.tasks.families import FAMILIES, LEVELS, SEARCH, SYNTHESIS, family_of, tasks_of
 from train.tasks.jigsaw import ask_jigsaw
@@ -113,13 +114,14 @@ def write_dataset(
 ) -> Path:
     """Write samples 0 to `n - 1` as `output/data.jsonl` and `output/images/*.png`; return the path of the first.
 
-    `data.jsonl` appears under its name when everything is written, never before.
+    The folder appears, or takes the place of the one that was there, when everything is written, and never before.
 
     Args:
-        force: write into a folder that is not empty. Its `data.jsonl` is replaced, other files stay.
+        force: write into a folder that is not empty. Files of the same names are replaced, others stay.
 
     Raises:
-        ValueError: as for `generate_sample`; also when `n < 1`, or `output` is a file or, without `force`, not empty.
+        ValueError: as for `generate_sample`; also when `n < 1`, or `output` is a file or, without `force`, not empty, or
+            another process writes it.
     """
     _validate(task, split, image_size, level)
     if n < 1:
@@ -127,24 +129,19 @@ def write_dataset(
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise ValueError(f"`output` must be a folder, but {output} is a file.")
+    recover_folder(output)
     if output.exists() and any(output.iterdir()) and not force:
         raise ValueError(f"`output` must be empty or new, but {output} is not empty. Pass `force` to write into it.")
     # What a task itself refuses, a size too small for its level, is known before anything is written.
     for index in range(min(n, len(tasks_of(task, level)))):
         generate_sample(task, seed, index, split, image_size, level)
-    (output / "images").mkdir(parents=True, exist_ok=True)
-    data, unfinished = output / "data.jsonl", output / "data.jsonl.unfinished"
-    data.unlink(missing_ok=True)  # it would name images that are about to change
-    try:
-        with unfinished.open("w", encoding="utf-8") as lines:
+    with replaced_folder(output, keeps_others=True) as folder:
+        (folder / "images").mkdir()
+        with (folder / "data.jsonl").open("w", encoding="utf-8") as lines:
             for index in tqdm(range(n), desc=f"{task} {split}", unit="sample", disable=not progress):
-                lines.write(
-                    json.dumps(_save(generate_sample(task, seed, index, split, image_size, level), output)) + "\n"
-                )
-        unfinished.rename(data)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return data
+                sample = generate_sample(task, seed, index, split, image_size, level)
+                lines.write(json.dumps(_save(sample, folder)) + "\n")
+    return output / "data.jsonl"
 
 
 def _save(sample: Sample, output: Path) -> dict:

@@ -7,6 +7,7 @@ python -m train.tasks --task all --n 2000 --split test --output data/test --gall
 import argparse
 from time import process_time
 
+from conversion.commands import exit_on_error
 from train.tasks import FAMILIES, LEVELS, MIN_IMAGE_SIZE, SPLITS, TASKS, write_dataset
 from train.tasks.gallery import write_gallery
 
@@ -44,4 +45,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -9,7 +9,6 @@ question (where scikit-learn is installed). Without `--data`, samples are made i
 """
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,8 @@ from unittest import mock
 
 from PIL import Image
 
+from conversion.commands import exit_on_error
+from conversion.reading import is_file, read_json_lines
 from train.tasks import FAMILIES, LEVELS, SPLITS, TASKS, family_of, generate_sample, tasks_of
 
 
@@ -30,12 +31,14 @@ def read_rows(path: str | Path) -> list[dict]:
         ValueError: there is no such file, or a line without task, question, answer or chance.
     """
     path, rows = Path(path), []
-    if not path.is_file():
-        raise ValueError(f"`data` must be a `data.jsonl` of `train.tasks`, but there is no file {path}.")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        row = json.loads(line)
-        if missing := {"task", "question", "answer", "chance"} - set(row):
-            raise ValueError(f"Line {number} of {path} must have {', '.join(sorted(missing))}.")
+    if not is_file(path):
+        raise ValueError(f"`data` must be a `data.jsonl` of `train.tasks`, but there is no file {str(path)[:500]}.")
+    for origin, row in read_json_lines(path):
+        kinds = {"answer": str, "chance": float, "question": str, "task": str}
+        if missing := [
+            name for name, kind in kinds.items() if not isinstance(row, dict) or not isinstance(row.get(name), kind)
+        ]:
+            raise ValueError(f"{origin} must have {', '.join(missing)}.")
         rows.append(row)
     return rows
 
@@ -153,4 +156,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -1,9 +1,11 @@
 """One self-contained HTML page of samples: question, picture, steps with the pictures between them, answer."""
 
 import base64
-import json
 from html import escape
 from pathlib import Path
+
+from conversion.reading import is_file, read_json_lines
+from conversion.writing import write_file
 
 
 GALLERY_SIZE = 120  # samples; a page with thousands of pictures does not open
@@ -26,11 +28,14 @@ def write_gallery(data: str | Path, output: str | Path | None = None, limit: int
         ValueError: there is no file `data`, it holds no sample, or `limit < 1`.
     """
     data = Path(data)
-    if not data.is_file():
+    if not is_file(data):
         raise ValueError(f"`data` must be a `data.jsonl` of `train.tasks`, but there is no file {data}.")
     if limit < 1:
         raise ValueError(f"`limit` must be >= 1, got {limit}.")
-    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    rows = []
+    for origin, row in read_json_lines(data):
+        check_row(row, origin, data.parent)
+        rows.append(row)
     if not rows:
         raise ValueError(f"`data` must hold samples, but {data} is empty.")
     by_task: dict[str, list[dict]] = {}
@@ -45,8 +50,30 @@ def write_gallery(data: str | Path, output: str | Path | None = None, limit: int
         f"<main>{articles}</main></html>\n"
     )
     output = data.parent / "gallery.html" if output is None else Path(output)
-    output.write_text(page, encoding="utf-8")
+    write_file(output, page)
     return output
+
+
+def check_row(row: object, origin: str, folder: Path) -> None:
+    """Refuse a row that `train.tasks` did not write, before anything is drawn.
+
+    Raises:
+        ValueError: a field is missing or of the wrong kind, or a picture does not exist; the message names the row.
+    """
+    kinds = {"id": str, "task": str, "family": str, "answer_type": str, "chance": float, "messages": list}
+    wrong = [name for name, kind in kinds.items() if not isinstance(row, dict) or not isinstance(row.get(name), kind)]
+    if wrong or len(row["messages"]) != 2:
+        raise ValueError(
+            f"{origin} must be a sample of `train.tasks`, but {', '.join(wrong) or 'messages'} is not what it writes."
+        )
+    for message in row["messages"]:
+        items = message.get("content") if isinstance(message, dict) else None
+        for item in items if isinstance(items, list) else [None]:
+            kind = item.get("type") if isinstance(item, dict) else None
+            if kind not in ("text", "image") or not isinstance(item.get(kind), str):
+                raise ValueError(f"{origin}: a message must hold texts and images, got {str(item)[:200]!a}.")
+            if kind == "image" and not is_file(folder / item["image"]):  # nor a pipe, which would never end
+                raise ValueError(f"{origin} names an image that does not exist: {item['image'][:500]}.")
 
 
 def _article(row: dict, folder: Path) -> str:
