@@ -23,6 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
+import train.own_models  # noqa: F401
 from conversion.commands import exit_on_error
 from conversion.writing import append_lines, locked, write_file
 from train.answers import accuracy, conversation_of, extract_answer
@@ -320,8 +321,8 @@ def score(folder: Path, data: Path, names: tuple[str, ...] = tuple(ARMS)) -> dic
     Args:
         names: of the arms, which are asked in this order.
     """
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     samples = read_reasoning(data)
     scores = {}
     for name in names:
