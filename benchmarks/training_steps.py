@@ -119,7 +119,7 @@ def deeplatent_rows(sizes: Sizes, shape: Shape, setting: Setting) -> list[Row]:
         "DeepLatent SFT 2", pair, lambda: objective(pair.ours, **ours)["loss"], stock_loss, setting, positions
     )
     pair.ours.latent_blocks.layers.requires_grad_(False)
-    note = "with a forward of the reference, which no SFT step has"
+    note = "with a forward of the reference, which no SFT step has; one backward pass, as with latent_gradient_limit=0"
     return rows + compare(
         "DeepLatent RL", pair, rl_loss(pair, answer, words, (height, width)), stock_loss, setting, note
     )

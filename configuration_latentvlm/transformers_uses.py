@@ -15,6 +15,8 @@ _LAYER = ("hidden_states", "attention_mask", CACHE, "use_cache", "position_embed
 _TEXT_MODEL = ("inputs_embeds", "attention_mask", "position_ids", CACHE, "use_cache")
 _ROPE_INDEX = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
 _ATTENTION = ("module", "query", "key", "value", "attention_mask", "scaling", "dropout")
+# An attention layer finds its kernel by the name that its own `config` has (`saliency.RecordingConfig`).
+_DISPATCH = {"forward": ("config", "_attn_implementation", "get_interface")}
 _IMAGES, _VIDEOS = ("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")
 
 _CONFIGURATION = (
@@ -114,9 +116,11 @@ _MODELING = (
         },
         attributes=(
             "config_class",
+            "base_model",
             "_keep_in_fp32_modules",
             "_no_split_modules",
             "_skip_keys_device_placement",
+            "_supports_flex_attn",
             "_tied_weights_keys",
         ),
         callers={
@@ -136,8 +140,6 @@ _MODELING = (
         parameters=("attn_implementation", "default"),
     ),
     Use("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.valid_keys"),
-    Use("transformers.masking_utils:AttentionMaskInterface", hooks={"register": ("key", "value")}),
-    Use("transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS"),
     Use(
         "transformers.masking_utils:create_causal_mask",
         parameters=("config", "inputs_embeds", "attention_mask", CACHE, "position_ids"),
@@ -259,7 +261,8 @@ _VEDAS = (
     Use(f"{_QWEN_2}:Qwen2VLTextModel", hooks={"forward": _TEXT_MODEL}),
     Use(f"{_QWEN_2_5}:Qwen2_5_VLDecoderLayer", parameters=("config", "layer_idx"), hooks={"forward": _LAYER}),
     Use(f"{_QWEN_2}:Qwen2VLDecoderLayer", parameters=("config", "layer_idx"), hooks={"forward": _LAYER}),
-    Use(f"{_QWEN_2_5}:Qwen2_5_VLAttention", parameters=("config", "layer_idx")),
+    Use(f"{_QWEN_2_5}:Qwen2_5_VLAttention", parameters=("config", "layer_idx"), callers=_DISPATCH),
+    Use(f"{_QWEN_2}:Qwen2VLAttention", parameters=("config", "layer_idx"), callers=_DISPATCH),
     Use(f"{_QWEN_2_5}:eager_attention_forward", parameters=_ATTENTION),
     Use(f"{_QWEN_2}:eager_attention_forward", parameters=_ATTENTION),
 )
@@ -267,10 +270,6 @@ _VEDAS = (
 _LARE = (
     Use(f"{_LLAVA}:LlavaPreTrainedModel", hooks={"_init_weights": ("module",)}),
     Use(f"{_LLAVA}:LlavaModel", hooks={"get_image_features": ("pixel_values",)}),
-    Use(
-        "transformers.generation.logits_process:SuppressTokensLogitsProcessor",
-        parameters=("suppress_tokens", "device"),
-    ),
 )
 
 _ADAPTERS = (
@@ -285,6 +284,7 @@ _LANGUAGE_MODELS = {
     name: (
         Use(f"transformers.models.{name}.modeling_{name}:{title}Model", hooks={"forward": _TEXT_MODEL}),
         Use(f"transformers.models.{name}.modeling_{name}:{title}DecoderLayer", hooks={"forward": _LAYER}),
+        Use(f"transformers.models.{name}.modeling_{name}:{title}Attention", callers=_DISPATCH),
         Use(f"transformers.models.{name}.modeling_{name}:eager_attention_forward", parameters=_ATTENTION),
     )
     for name, title in (("llama", "Llama"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))

@@ -75,7 +75,8 @@ VICUNA_TEMPLATE = (
     "{{- system + ' ' -}}"
     "{%- for message in turns -%}"
     "{%- if message['role'] == 'user' -%}{{- 'USER: ' + message['content'] + ' ' -}}"
-    "{%- else -%}{{- 'ASSISTANT: ' + message['content'] + (eos_token or '') -}}{%- endif -%}"
+    "{%- else -%}{{- 'ASSISTANT: ' -}}{%- generation -%}{{- message['content'] + (eos_token or '') -}}{%- endgeneration -%}"
+    "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}"
 )

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
+from evaluation import final_answer
 from modeling_latentvlm.trace import LatentTrace
 from processing_latentvlm import draw_trace
-from train.answers import encode_conversations, normalize
+from train.answers import encode_conversations, extract_answer
 from train.checkpoints import CHECKPOINTS, read_sums, shipped
 from train.evaluation.answering import Answer, AnswerSettings, account, answer_batch
 from train.evaluation.loading import load_model, load_processor
-from train.evaluation.scoring import extract
 from train.evaluation.swapping import Swap
 from train.recipes import IMAGE_SIZE
 from train.tasks import Sample, generate_sample
@@ -129,11 +129,11 @@ def answer_with_trace(model, processor, conversations: Sequence[list[dict]]) -> 
 
 def told(text: str) -> str:
     """The answer in what was written."""
-    return extract(text)[0]
+    return extract_answer(text)
 
 
 def is_right(text: str, answer: str) -> bool:
-    return normalize(told(text)) == normalize(answer)
+    return final_answer.is_right(told(text), answer, may_calculate=False)
 
 
 def look(model, processor, picture: Image.Image, question: str, kind: str = "search", seed: int = 0) -> Look:

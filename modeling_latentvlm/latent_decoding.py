@@ -4,18 +4,57 @@ What the decoding needs beyond tokens lives on the cache (`LatentState`) and fol
 call wants lives in a context object that is handed through as `latent_context`. Nothing stays on the model.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
 from configuration_latentvlm.transformers_api import CACHE_NAMES, cache_keyword, one_cache
 from modeling_latentvlm.answered_model import KnownAnswersMixin
+from modeling_latentvlm.backbone_calls import BackboneCallsMixin
+from modeling_latentvlm.prompt_checks import check_ids, check_numbers, check_prompt_mask
 
 
 logger = logging.get_logger(__name__)
 
 
-class LatentDecodingMixin(KnownAnswersMixin):
+def kept_columns(logits_to_keep: int | Tensor | None) -> slice | Tensor:
+    """The columns of which logits are wanted: the last `logits_to_keep`, 0 and None for all, or those of a tensor."""
+    if logits_to_keep is None or isinstance(logits_to_keep, int):
+        return slice(-(logits_to_keep or 0), None)
+    return logits_to_keep
+
+
+NO_VIRTUAL_TOKENS = (
+    "Adapters that put virtual tokens before the prompt (prompt and prefix tuning) are not supported here."
+)
+
+
+def check_one_prompt(
+    input_ids: Tensor | None, inputs_embeds: Tensor | None, token_types: Tensor | None = None
+) -> None:
+    """Raise unless a forward has its tokens in one form, and as many of them as `mm_token_type_ids` has columns."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give `input_ids` or `inputs_embeds`, and not both.")
+    if inputs_embeds is not None and token_types is not None and token_types.shape[1] != inputs_embeds.shape[1]:
+        raise ValueError(
+            f"`inputs_embeds` has {inputs_embeds.shape[1]} columns, but `mm_token_type_ids` has {token_types.shape[1]}. "
+            f"{NO_VIRTUAL_TOKENS}"
+        )
+
+
+def check_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
+    """Raise unless the mask of a prompt has its rows and columns."""
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` {tuple(attention_mask.shape)} must have the rows and columns of the prompt "
+            f"{tuple(input_ids.shape)}. {NO_VIRTUAL_TOKENS}"
+        )
+
+
+class LatentDecodingMixin(BackboneCallsMixin, KnownAnswersMixin):
     """For a class that brings `forward(..., latent_context=...)` and lies before `GenerationMixin`."""
 
     _skip_keys_device_placement = list(CACHE_NAMES)  # with a `device_map`, each layer's part stays where the layer is
@@ -24,25 +63,76 @@ class LatentDecodingMixin(KnownAnswersMixin):
         """Where inputs belong: offloaded weights lie on `meta` and are fetched to where the caller put the inputs."""
         return inputs.device if self.device.type == "meta" else self.device
 
-    def _check_length(self, input_ids: Tensor, attention_mask: Tensor | None, num_latents: int = 0) -> None:
-        """Raise unless every row fits into the context together with the latents that follow it."""
-        longest = self.config.get_text_config().max_position_embeddings
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"`attention_mask` must have the shape of `input_ids` {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}."
-            )
-        if input_ids.shape[1] + num_latents <= longest:
+    def _check_prompt(self, input_ids, kwargs: dict) -> Tensor | None:
+        """The ids of a prompt as 64-bit integers, (B, S); None where only embeddings are given, which must be finite.
+
+        Raises:
+            ValueError: tokens or embeddings that cannot be a prompt.
+        """
+        check_numbers(inputs_embeds=kwargs.get("inputs_embeds"))
+        if input_ids is None or (kwargs.get("inputs_embeds") is not None and not input_ids.numel()):
+            return input_ids
+        return check_ids(input_ids, self.get_input_embeddings().num_embeddings)
+
+    def _check_length(
+        self, input_ids: Tensor, attention_mask: Tensor | None, num_latents: int | Sequence[int] = 0
+    ) -> None:
+        """Raise unless every row has something to read, and fits into the context together with its latents.
+
+        Args:
+            num_latents: positions in the cache that come on top of the prompt's tokens, for all rows or by row.
+        """
+        longest, rows = self.config.get_text_config().max_position_embeddings, len(input_ids)
+        if attention_mask is not None:
+            check_prompt_mask(attention_mask, input_ids.shape)
+        latents = [num_latents] * rows if isinstance(num_latents, int) else list(num_latents)
+        if input_ids.shape[1] + max(latents) <= longest:
             return
-        lengths = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).sum(dim=1)
-        if lengths.max() + num_latents > longest:
-            row, latents = int(lengths.argmax()), f" and {num_latents} latents" if num_latents else ""
+        lengths = (torch.ones_like(input_ids) if attention_mask is None else attention_mask).sum(dim=1).tolist()
+        row = max(range(rows), key=lambda row: lengths[row] + latents[row])
+        if lengths[row] + latents[row] > longest:
+            more = f" and {latents[row]} latents" if latents[row] else ""
             raise ValueError(
-                f"Row {row} of the prompt has {int(lengths[row])} tokens{latents}, but the context holds {longest}."
+                f"Row {row} of the prompt has {int(lengths[row])} tokens{more}, but the context holds {longest}."
             )
 
-    def _embed_prompt(self, input_ids: Tensor, context) -> Tensor:
+    _takes_virtual_tokens = False  # whether prompt tuning can work: not where positions are those of image grids
+
+    @property
+    def _placeholder_tokens(self) -> tuple[int, ...]:
+        """The tokens that mean something beyond their embedding, and have to be found where embeddings are given."""
+        raise NotImplementedError
+
+    def _find_ids(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, context=None) -> Tensor:
+        """(B, S) token ids; of embeddings, only the placeholders are known by their embedding, and -1 is every other token.
+
+        Raises:
+            ValueError: neither is given, or they do not have the same rows and columns.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("Give `input_ids`, or `inputs_embeds` of shape (rows, columns, hidden size).")
+            return input_ids
+        ids = input_ids if input_ids is not None and input_ids.numel() else getattr(context, "prompt_ids", None)
+        if ids is not None:
+            rows, length = inputs_embeds.shape[:2]
+            if self._takes_virtual_tokens and context is not None:
+                ids = F.pad(ids, (max(0, length - ids.shape[1]), 0), value=-1)  # prompt tuning puts them in front
+            if ids.shape[1] != length or rows % len(ids):
+                raise ValueError(
+                    f"`inputs_embeds` {(rows, length)} must have the rows and columns of `input_ids` {tuple(ids.shape)}. "
+                    f"{NO_VIRTUAL_TOKENS}"
+                )
+            return ids.repeat_interleave(rows // len(ids), dim=0)
+        ids = torch.full(inputs_embeds.shape[:2], -1, device=inputs_embeds.device)
+        for token in self._placeholder_tokens:
+            one = self.get_input_embeddings()(torch.tensor([token], device=self._input_device(ids))).to(inputs_embeds)
+            ids = ids.masked_fill((inputs_embeds == one).all(dim=-1), token)
+        return ids
+
+    def _embed_prompt(self, input_ids: Tensor, context, inputs_embeds: Tensor | None = None) -> Tensor:
         """Token embeddings with image features in their placeholders; takes the features out of `context`."""
-        embeds = self.get_input_embeddings()(input_ids)
+        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         for token, by_row in context.placeholders.items():
             features = [context.of_row(by_row, row, len(input_ids)) for row in range(len(input_ids))]
             features = [values for values in features if values is not None]

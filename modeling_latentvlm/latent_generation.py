@@ -20,6 +20,7 @@ from modeling_latentvlm.generation_rules import (
 )
 from modeling_latentvlm.interventions import Intervention, check_intervention
 from modeling_latentvlm.latent_decoding import LatentDecodingMixin
+from modeling_latentvlm.prompt_checks import check_numbers
 from modeling_latentvlm.row_images import drop_cached_items
 from modeling_latentvlm.segments import check_continuation, find_state
 from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_rows
@@ -74,11 +75,17 @@ class LatentGenerationMixin(LatentDecodingMixin):
         low, high = self._block_limits(settings, min_latent_blocks, max_latent_blocks)
         context = self._new_generation_context(latent_grid, latent_intervention, latent_noise, output_latents, high)
         context.modulator = latent_modulator
-        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        prompt_length = 0
-        if input_ids is not None:
-            prompt_length = input_ids.shape[1]
-            kwargs |= self._prepare_prompt(input_ids, latent_grid_hw, context, settings, kwargs)
+        self._check_modulation(latent_noise, latent_modulator)
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        input_ids = self._check_prompt(input_ids, kwargs)
+        prompt_ids, inputs_embeds = input_ids, kwargs.get("inputs_embeds")
+        prompt_length = 0 if input_ids is None else input_ids.shape[1]
+        if inputs_embeds is not None:
+            prompt_ids = self._find_ids(input_ids, inputs_embeds)
+            has_images = bool((prompt_ids[..., None] == prompt_ids.new_tensor(self._placeholder_tokens)).any())
+            prompt_ids = prompt_ids if has_images else input_ids
+        if prompt_ids is not None:
+            kwargs |= self._prepare_prompt(prompt_ids, latent_grid_hw, context, settings, kwargs)
         else:
             context.images = [None] * len(self._check_blind_prompt(kwargs, low, latent_grid, latent_grid_hw))
         can_open = torch.tensor([images is not None for images in context.images])
@@ -134,10 +141,13 @@ class LatentGenerationMixin(LatentDecodingMixin):
         """What this call wants of its blocks, checked."""
         check_intervention(intervention, self.config.latent_mode == "autoregressive")
         if grid is not None:
+            if not isinstance(grid, tuple | list):
+                raise ValueError(f"`latent_grid` must be (height, width) in whole numbers, got {grid!r}.")
             grid = tuple(grid)
             check_grid(grid, self.config, "`latent_grid`")
         return LatentContext(
             images=[],
+            finite=[],
             intervention=intervention,
             noise=noise,
             output_latents=output_latents,
@@ -145,12 +155,23 @@ class LatentGenerationMixin(LatentDecodingMixin):
             max_blocks=max_blocks,
         )
 
+    def _check_modulation(self, noise: bool, modulator: Callable | None) -> None:
+        """Raise for what would change the modulation of a model that has none."""
+        if not isinstance(noise, bool):
+            raise ValueError(f"`latent_noise` must be True or False, got {noise!r}.")
+        given = ["latent_noise"] * noise + ["latent_modulator"] * (modulator is not None)
+        is_autoregressive = self.config.latent_mode == "autoregressive"
+        if given and (is_autoregressive or not (self.config.modulate_queries or self.config.modulate_images)):
+            reason = "autoregressive latents are hidden states" if is_autoregressive else "both kinds are switched off"
+            raise ValueError(f"{given} would do nothing: there is no modulation, since {reason}.")
+
     def _block_limits(self, settings, low: int | None, high: int | None) -> tuple[int, int]:
         """The fewest and most blocks, from the arguments, the generation config or the model config."""
         low = getattr(settings, "min_latent_blocks", None) if low is None else low
         high = getattr(settings, "max_latent_blocks", None) if high is None else high
-        low, high = low or 0, self.config.max_latent_blocks if high is None else high
-        if not (isinstance(low, int) and isinstance(high, int) and 0 <= low <= high):
+        low, high = 0 if low is None else low, self.config.max_latent_blocks if high is None else high
+        numbers = all(isinstance(number, int) and not isinstance(number, bool) for number in (low, high))
+        if not (numbers and 0 <= low <= high):
             raise ValueError(
                 f"`min_latent_blocks` must be a whole number within 0..`max_latent_blocks` ({high}), got {low}."
             )
@@ -168,7 +189,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
         attention_mask = kwargs.get("attention_mask")
         if attention_mask is None:
             attention_mask = infer_attention_mask(input_ids, settings)
-        self._check_length(input_ids, attention_mask)
+        check_numbers(**{name: vision[name] for name in ("pixel_values", "pixel_values_videos")})
         cache, expand = kwargs.get(CACHE), expansion(settings)
         state = find_state(cache)
         seen = 0 if state is None else state.num_tokens
@@ -176,6 +197,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
             check_continuation(cache, state, input_ids, attention_mask)
             vision = drop_cached_items(input_ids, seen, vision, self.config, self.model.visual.spatial_merge_size)
         new_ids = input_ids[:, seen:].to(self._input_device(input_ids))
+        context.prompt_ids = new_ids
         sites = find_block_sites(new_ids, self.config, latent_grid_hw, open_ended=True)
         lone = [site for row in sites for site in row if site.grid is None]
         if lone and state is None and latent_grid_hw is None:
@@ -183,6 +205,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
                 f"Row {lone[0].row} of the prompt opens a latent block at column {lone[0].column}, but `latent_grid_hw` is not "
                 f"given. Pass the grids, or the `{CACHE}`, that `generate` returned with the sequences."
             )
+        self._check_length(input_ids, attention_mask, self._count_block_tokens(sites, state))
         context.prompt_sites = [row for row in sites for _ in range(expand)]
         if state is not None:
             context.earlier_grids = [list(grids) for grids in state.grids]
@@ -196,6 +219,17 @@ class LatentGenerationMixin(LatentDecodingMixin):
                 cache.batch_repeat_interleave(expand)
                 state.repeat_interleave(expand)
         return {"attention_mask": attention_mask, "position_ids": positions}
+
+    def _count_block_tokens(self, sites: list, state) -> list[int]:
+        """By row the positions that the prompt's blocks take beyond its columns; blocks that may be opened are not counted."""
+        counts = [0] * len(sites)
+        if state is not None:
+            counts = (state.attention_mask & ~state.is_token).sum(dim=1).tolist()
+        for row, found in enumerate(sites):
+            for site in found:
+                if site.num_pads == 0 and site.grid is not None:
+                    counts[row] += self._largest_block(site.grid)
+        return counts
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

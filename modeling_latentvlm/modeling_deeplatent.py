@@ -33,19 +33,21 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import can_return_tuple
 
 from configuration_latentvlm.configuration_deeplatent import DeepLatentConfig
 from configuration_latentvlm.transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache
+from modeling_latentvlm.backbone_calls import FROM_FORWARD, FusedCall, guard_backbone
 from modeling_latentvlm.block_decoding import BlockDecoder, LatentContext
 from modeling_latentvlm.block_sites import find_block_sites
 from modeling_latentvlm.interventions import Intervention, check_intervention
+from modeling_latentvlm.latent_decoding import NO_VIRTUAL_TOKENS, check_one_prompt, kept_columns
 from modeling_latentvlm.latent_former import LatentBlockBuilder, initialize_latent_module
 from modeling_latentvlm.latent_generation import LatentGenerationMixin
 from modeling_latentvlm.lockstep import Lockstep, agree_on_work, is_scattered, is_sharded, touch
-from modeling_latentvlm.qwen_inputs import QwenInputsMixin
+from modeling_latentvlm.qwen_inputs import QwenInputsMixin, rename_hub_weights
 from modeling_latentvlm.segments import find_state
 from modeling_latentvlm.trace import LatentTrace
 
@@ -57,15 +59,6 @@ register_checkpoint_conversion_mapping(
     get_checkpoint_conversion_mapping("Qwen2_5_VLForConditionalGeneration"),
     overwrite=True,
 )
-
-
-def refuse_blocks(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    """The backbone below the head builds no blocks, and would take their placeholders for words."""
-    if kwargs.get("latent_grid_hw") is not None:
-        raise ValueError(
-            "`latent_grid_hw` reached the backbone, which builds no latent blocks: something called it past the model's "
-            "`forward`, as the trainers of TRL do (`add_fused_lm_head`). Train on blocks with `transformers.Trainer`."
-        )
 
 
 NEW_WEIGHTS = ("latent_control.", "latent_blocks.")
@@ -105,7 +98,8 @@ class DeepLatentForConditionalGeneration(
         super().__init__(config)
         self.latent_control = nn.Embedding(3, config.get_text_config().hidden_size)  # e_s, e_q, e_v
         self.latent_blocks = LatentBlockBuilder(config)
-        self.model.register_forward_pre_hook(refuse_blocks, with_kwargs=True)
+        guard_backbone(self)
+        self.register_load_state_dict_pre_hook(rename_hub_weights)
         self.post_init()
 
     @property
@@ -138,10 +132,11 @@ class DeepLatentForConditionalGeneration(
         output_latents: bool = False,
         latent_state_layers: Sequence[int] = (),
         latent_context: LatentContext | None = None,
+        fused_call: FusedCall | None = None,
         *,
         cache: Cache | None = None,
         **kwargs,
-    ) -> DeepLatentCausalLMOutputWithPast:
+    ) -> DeepLatentCausalLMOutputWithPast | BaseModelOutput:
         """Run the model over text, images and the latent blocks that stand in `input_ids`.
 
         Without any block this is the backbone's own forward. With blocks, each segment between them is one forward of
@@ -156,12 +151,16 @@ class DeepLatentForConditionalGeneration(
             latent_state_layers: numbers into `hidden_states`, of which those at latents alone are returned and kept in
                 memory, as `latent_states`.
             latent_context: set by `generate` only.
+            fused_call: set by the fused head of TRL only, which takes the hidden states of all columns and no logits.
             labels: as in transformers; placeholders and `</latent>` are never targets (eq. 5).
 
         Raises:
             ValueError: blocks, grids, placeholders or images do not fit together; the message names the row.
         """
         cache = one_cache(past_key_values, cache)
+        check_one_prompt(input_ids, inputs_embeds, mm_token_type_ids)
+        if latent_context is not None and latent_context.prompt_ids is not None and inputs_embeds is not None:
+            input_ids = self._find_ids(None, inputs_embeds, latent_context)
         vision = {
             "pixel_values": pixel_values,
             "image_grid_thw": image_grid_thw,
@@ -169,45 +168,61 @@ class DeepLatentForConditionalGeneration(
             "video_grid_thw": video_grid_thw,
             "second_per_grid_ts": second_per_grid_ts,
         }
+        if latent_context is None:
+            check_intervention(latent_intervention, self.config.latent_mode == "autoregressive")
         state = find_state(cache) if latent_context is None else None
         sites = self._find_sites(input_ids, latent_grid_hw, latent_context)
         lockstep, idle = None, []
         if latent_context is None and is_sharded(self):
             lockstep = self._agree_on_work(sites, vision)
             idle = self._look_at_nothing(lockstep, vision)
+        if cache is not None and latent_context is None and state is None and image_grid_thw is not None:
+            seen, new = int(cache.get_seq_length()), 0 if input_ids is None else input_ids.shape[1]
+            if seen and position_ids is None and attention_mask is not None and attention_mask.shape[1] != new:
+                raise ValueError(
+                    f"`{CACHE}` holds {seen} positions of which `input_ids` say nothing, so the positions of the images "
+                    f"cannot be computed: give `position_ids`. {NO_VIRTUAL_TOKENS}"
+                )
         has_blocks = any(sites) or bool(lockstep and lockstep.block_steps)
         if latent_context is None and state is None and not has_blocks:
             if mm_token_type_ids is None and input_ids is not None:
                 mm_token_type_ids = self._token_types(input_ids)
-            output = super().forward(
+            output = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
-                labels=labels,
                 use_cache=use_cache,
                 mm_token_type_ids=mm_token_type_ids,
-                logits_to_keep=logits_to_keep,
                 **cache_keyword(cache),
                 **vision,
                 **kwargs,
+                **{FROM_FORWARD: True},
             )
-            loss = output.loss
+            hidden = touch(output.last_hidden_state, idle)
+            if fused_call is not None:
+                return BaseModelOutput(last_hidden_state=self._touch_latents(hidden))
+            loss, logits = self._next_token_loss(hidden, labels, logits_to_keep, kwargs)
             return DeepLatentCausalLMOutputWithPast(
-                loss=None if loss is None else self._touch_latents(touch(loss, idle)),
-                logits=touch(output.logits, idle),
+                loss=loss,
+                logits=logits,
                 hidden_states=output.hidden_states,
                 attentions=output.attentions,
+                latent_trace=LatentTrace(len(hidden)) if output_latents else None,  # which says that there were none
                 **cache_keyword(output.get(CACHE)),
             )
         if latent_context is None:
             self._check_inputs(input_ids, attention_mask, position_ids, state, kwargs)
             latent_context = self._new_context(input_ids, vision, state, latent_intervention, output_latents)
-            latent_context.state_layers = tuple(latent_state_layers)
+            latent_context.state_layers = tuple(latent_state_layers or ())
             latent_context.lockstep, latent_context.idle = lockstep, idle
             position_ids = self._rope_positions(input_ids, attention_mask, vision)
         decoder = BlockDecoder(self, latent_context, cache, use_cache, kwargs)
         decoded = decoder.run(input_ids, inputs_embeds, attention_mask, position_ids, sites)
+        if fused_call is not None:
+            scale_loss = decoded.scale_loss()
+            fused_call.latent_loss = None if scale_loss is None else self.config.scale_loss_weight * scale_loss
+            return BaseModelOutput(last_hidden_state=self._touch_latents(decoded.last_hidden_state))
         return self._predict(decoded, input_ids, labels, logits_to_keep, kwargs)
 
     def _check_inputs(self, input_ids, attention_mask, position_ids, state, kwargs: dict) -> None:
@@ -224,7 +239,6 @@ class DeepLatentForConditionalGeneration(
 
     def _new_context(self, input_ids, vision: dict, state, intervention, output_latents: bool) -> LatentContext:
         """What `forward` wants of its blocks when `generate` has not said it."""
-        check_intervention(intervention, self.config.latent_mode == "autoregressive")
         earlier, seen = (None, 0) if state is None else (state.images, state.num_tokens)
         images, placeholders = self._encode_images(input_ids, vision, earlier, seen)
         return LatentContext(images, placeholders, intervention, noise=self.training, output_latents=output_latents)
@@ -249,28 +263,18 @@ class DeepLatentForConditionalGeneration(
         if lone and latent_context is None:
             raise ValueError(
                 f"Row {lone[0].row} of `input_ids` opens a block at column {lone[0].column}, but `latent_grid_hw` is not given. "
-                "Pass the grids that `generate` returned with the sequences."
+                "Pass the grids that `generate` returned with the sequences. TRL's GRPOTrainer and RLOOTrainer drop them: use "
+                "`python -m train.train_deeplatent_rl`."
             )
         return sites
 
     def _predict(self, decoded, input_ids, labels, logits_to_keep, kwargs) -> DeepLatentCausalLMOutputWithPast:
-        hidden = decoded.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept])
-        loss = scale_loss = None
         if labels is not None:
-            # L_ntp: text and `<latent>` only, never e_*, z or `</latent>` (eq. 5).
-            not_text = (input_ids == self.config.latent_pad_token_id) | (input_ids == self.config.latent_end_token_id)
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels.masked_fill(not_text, -100),
-                vocab_size=self.config.get_text_config().vocab_size,
-                **kwargs,
-            )
-            scale_loss = decoded.scale_loss()
-            loss = self._touch_latents(loss)
-            if scale_loss is not None:
-                loss = loss + self.config.scale_loss_weight * scale_loss.to(loss)
+            labels = labels.masked_fill(self.never_labels(input_ids), -100)
+        loss, logits = self._next_token_loss(decoded.last_hidden_state, labels, logits_to_keep, kwargs)
+        scale_loss = None if loss is None else decoded.scale_loss()
+        if scale_loss is not None:
+            loss = loss + self.config.scale_loss_weight * scale_loss.to(loss)
         return DeepLatentCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -281,6 +285,23 @@ class DeepLatentForConditionalGeneration(
             latent_states=decoded.latent_states,
             **cache_keyword(decoded.cache),
         )
+
+    @property
+    def _placeholder_tokens(self) -> tuple[int, ...]:
+        return self.config.image_token_id, self.config.video_token_id
+
+    def never_labels(self, input_ids: Tensor) -> Tensor:
+        """L_ntp has text and `<latent>` for targets, never e_*, z or `</latent>` (eq. 5)."""
+        return (input_ids == self.config.latent_pad_token_id) | (input_ids == self.config.latent_end_token_id)
+
+    def _next_token_loss(self, hidden: Tensor, labels: Tensor | None, logits_to_keep, kwargs: dict):
+        """(loss or None, logits) of the hidden states of all columns."""
+        logits = self.lm_head(hidden[:, kept_columns(logits_to_keep)])
+        if labels is None:
+            return None, logits
+        vocab_size = self.config.get_text_config().vocab_size
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return self._touch_latents(loss), logits
 
     def _agree_on_work(self, sites, vision: dict) -> Lockstep:
         """What every process of a sharded model has to run in this forward."""

@@ -52,3 +52,21 @@ class QwenInputsMixin:
                 grids[token] = [(t, h // merge, w // merge) for t, h, w in grid_thw.tolist()]
         tokens = {self.config.image_token_id: "image", self.config.video_token_id: "video"}
         return collect_row_images(input_ids, tokens, features, grids, earlier or [None] * input_ids.shape[0], seen)
+
+
+# The Hub's names of Qwen-VL's weights, in which checkpoints are written, and the prefixes of the modules.
+HUB_PREFIXES = {"visual.": "model.visual.", "model.": "model.language_model."}
+MODULE_PREFIXES = ("model.visual.", "model.language_model.")
+
+
+def rename_hub_weights(module, state: dict, prefix: str, *_) -> None:
+    """A hook before `load_state_dict`: weights may have the names of the Hub as well as those of the modules.
+
+    `transformers.Trainer` resumes, and loads the best model, by `load_state_dict` of a file that `save_pretrained` wrote with
+    the Hub's names. Without this nearly every weight would stay as it was, with no more than a line about missing keys.
+    """
+    for name in [name for name in state if name.startswith(prefix)]:
+        own = name.removeprefix(prefix)
+        hub = next((hub for hub in HUB_PREFIXES if own.startswith(hub)), None)
+        if hub is not None and not own.startswith(MODULE_PREFIXES):
+            state[prefix + HUB_PREFIXES[hub] + own.removeprefix(hub)] = state.pop(name)

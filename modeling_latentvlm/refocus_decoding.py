@@ -13,15 +13,13 @@ to read is always the last; what a row does not fill is masked and consumes no p
 Shapes: B rows, S columns of `input_ids`, L decoder layers, K latents of a step, M image tokens of a row, D hidden size.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
-from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
+from modeling_latentvlm.saliency import LastStateRecorder, SaliencyRecorder
 from modeling_latentvlm.segment_decoding import DecodingContext, SegmentDecoder
 from modeling_latentvlm.sliding_window import Focus, VisualTokens, focus_on_all, focus_on_windows
 from modeling_latentvlm.trace import LatentStep
@@ -51,23 +49,6 @@ class Places:
 
     ends: Tensor  # (B,)
     starts: Tensor  # (B,) two columns later in rows with a `<bot>` and an `<eot>` of their own
-
-
-@contextmanager
-def recorded_last_states(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """Keep the last position of what every layer gives: L x (B, D), where `output_hidden_states` would keep all."""
-    states: list[Tensor] = []
-
-    def keep(module: nn.Module, args: tuple, output) -> None:
-        # A copy: a view would keep all positions of every layer in memory.
-        states.append((output[0] if isinstance(output, tuple) else output)[:, -1].clone())
-
-    hooks = [layer.register_forward_hook(keep) for layer in layers]
-    try:
-        yield states
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def cut(values: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
@@ -113,6 +94,7 @@ class RefocusDecoder(SegmentDecoder):
             hidden = self.answer_at_once(embeds, mask, places)
         else:
             hidden = self.refocus_and_answer(input_ids == self.config.image_token_id, embeds, mask, places)
+        self.context.check_latents()
         self.state.remember(input_ids, length)
         self.context.decode_step += 1
         return hidden
@@ -144,19 +126,11 @@ class RefocusDecoder(SegmentDecoder):
         """Run a segment of the latent phase, and record what the step behind it needs."""
         if not is_followed:
             return Thought(self.extend(embeds, attended))
-        if not self.watches:
-            with recorded_last_states(self.text_model.layers) as states:
-                hidden = self.extend(embeds, attended)
-            return Thought(hidden, self.stack_states(states))
-        record_attention(self.text_model)
-        recorder = SaliencyRecorder(has_gradients=False)
-        with recorded_last_states(self.text_model.layers) as states:
-            hidden = self.extend(embeds, attended, saliency=recorder)
-        return Thought(hidden, self.stack_states(states), recorder.sum())
-
-    def stack_states(self, states: list[Tensor]) -> Tensor:  # (B, L, D)
-        stacked = torch.stack([state.to(states[-1].device) for state in states], dim=1)
-        return stacked if self.config.backprop_through_latents else stacked.detach()
+        states = LastStateRecorder()
+        saliency = SaliencyRecorder(has_gradients=False) if self.watches else None
+        hidden = self.extend(embeds, attended, last_states=states, saliency=saliency)
+        stacked = states.stack() if self.config.backprop_through_latents else states.stack().detach()
+        return Thought(hidden, stacked, None if saliency is None else saliency.sum())
 
     @property
     def watches(self) -> bool:
@@ -268,7 +242,10 @@ class RefocusDecoder(SegmentDecoder):
             latents, weights = self.model.refocus(thought.states, visual, attended, self.context.output_latents)
         latents = latents.to(tokens.prompt.device, tokens.prompt.dtype)
         latents = self.record(step, latents, active, focus, weights, maps)
-        self.context.latents.append(latents.masked_fill(~active[:, None, None], 0))
+        taken = latents.masked_fill(~active[:, None, None], 0)
+        self.context.latents.append(taken)
+        if self.context.finite is not None:
+            self.context.finite.append((list(range(len(taken))), taken.isfinite().flatten(1).all(dim=1)))
         self.context.is_taken.append(active)
         if focus is not None and focus.windows is not None:
             self.context.windows.append(focus.windows)

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
 from modeling_latentvlm.routing import RoutedMemory, Routing
-from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
+from modeling_latentvlm.saliency import SaliencyRecorder
 from modeling_latentvlm.segment_decoding import DecodingContext, SegmentDecoder
 from modeling_latentvlm.segments import Sequence
 from modeling_latentvlm.trace import LatentStep
@@ -55,7 +55,7 @@ class StepDecoder(SegmentDecoder):
     ) -> Tensor:
         """Decode prompt, slots and answer; return the hidden states of every column, (B, S, D).
 
-        A slot has the hidden state of its latent. Where the prompt has no slots but the context asks for steps, one more
+        A slot has the hidden state of its latent. Where the prompt has no slots but the context asks for steps, its last
         column holds the last latent's, from which the first answer token is predicted.
         """
         rows, length = input_ids.shape
@@ -64,11 +64,15 @@ class StepDecoder(SegmentDecoder):
         is_image = (input_ids == self.config.image_token_id) & mask
         prompt = cut(embeds, mask, positions, [slice(0, end) for end in prompt_lengths])
         answer = cut(embeds, mask, positions, [slice(end + num_slots, length) for end in prompt_lengths])
+        self.columns = [[end + (step if num_slots else 0) for step in range(self.num_steps)] for end in prompt_lengths]
         self.image_grids = [self.grids_of(row, is_image) for row in range(rows)]
         in_prompt = pad_sequence([row[:end] for row, end in zip(is_image, prompt_lengths)], batch_first=True)
         self.tokens = ImageTokens.find(in_prompt, prompt.embeds, prompt.positions)
+        if self.config.routing_scope == "reference":
+            self.check_reference(prompt_lengths)
         self.next_position = start = prompt.reach()
         hidden_prompt, latents, hidden_answer = self.reason(prompt, answer, start)
+        self.context.check_latents()
         self.state.next_position = self.next_position
         self.state.images = [self.context.of_row(self.context.images, row, rows) for row in range(rows)]
         self.state.remember(input_ids, length)
@@ -76,8 +80,11 @@ class StepDecoder(SegmentDecoder):
         joined = []
         for row, end in enumerate(prompt_lengths):
             rest = length - end - num_slots
-            steps = latents[row] if num_slots else latents[row, -1:] if self.num_steps else latents[row]
-            joined.append(torch.cat([hidden_prompt[row, :end], steps, hidden_answer[row, :rest]]))
+            if num_slots or not self.num_steps:
+                parts = [hidden_prompt[row, :end], latents[row]]
+            else:
+                parts = [hidden_prompt[row, : end - 1], latents[row, -1:]]
+            joined.append(torch.cat([*parts, hidden_answer[row, :rest]]))
         return torch.stack(joined)
 
     def grids_of(self, row: int, is_image: Tensor) -> list[tuple[int, int]]:
@@ -89,6 +96,35 @@ class StepDecoder(SegmentDecoder):
             return images.grids
         kept = is_image[row, torch.tensor(images.columns, device=is_image.device)].tolist()
         return [grid for grid, is_kept in zip(images.grids, kept) if is_kept]
+
+    def check_reference(self, prompt_lengths: list[int]) -> None:
+        """Raise for pictures of which the published code makes something that no rule determines.
+
+        It looks at a row's last image alone. Once it has replayed all tokens of that it appends zero vectors, attended and in
+        an order that differs between devices, and NaN where none is left; K is then one less than the tokens there are.
+
+        Raises:
+            ValueError: a row with several images, or with too few image tokens for its steps.
+        """
+        if not self.num_steps or not (self.model.training or self.config.replay_at_inference):
+            return
+        counts, most = self.tokens.exists.sum(dim=1).tolist(), self.config.num_replay_tokens
+        if not any(counts):
+            return
+        for row, (count, end) in enumerate(zip(counts, prompt_lengths)):
+            images = self.context.of_row(self.context.images, row, len(counts))
+            num_images = 0 if images is None else len({column for column in images.columns if column < end})
+            if num_images != 1:
+                raise ValueError(
+                    f"`routing_scope='reference'` takes one image a row, as the published code does, but row {row} has {num_images}."
+                )
+            replayed = most if count > most else count - 1
+            if count < self.num_steps * replayed or (count <= most and len(set(counts)) > 1):
+                raise ValueError(
+                    f"`routing_scope='reference'` replays {replayed} image tokens at each of {self.num_steps} steps, but the image of "
+                    f"row {row} has {count}: the published code would append zero vectors or NaN. Use a larger picture "
+                    f"(at least {self.num_steps * most} merged patches) or fewer steps."
+                )
 
     def reason(self, prompt: Sequence, answer: Sequence, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take the steps, then the answer: hidden states (B, P, D), (B, steps, D), (B, A, D)."""
@@ -152,7 +188,6 @@ class StepDecoder(SegmentDecoder):
         replays = self.model.training or self.config.replay_at_inference
         if step >= self.num_steps or not replays or not self.tokens.exists.shape[1]:
             return None
-        record_attention(self.text_model)
         return SaliencyRecorder(columns)
 
     def routing(self, competing: Tensor, alphas: list[int] | None) -> dict[str, Routing]:
@@ -244,7 +279,7 @@ class StepDecoder(SegmentDecoder):
             LatentStep(
                 row=row,
                 index=step,
-                column=self.state.num_tokens,
+                column=self.columns[row][step],
                 grid=(1, 1),
                 latents=latent[row : row + 1],
                 image_grids=self.image_grids[row],

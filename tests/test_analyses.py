@@ -325,7 +325,8 @@ def ragged(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("scope", ["incremental", "context", "reference"])
 def test_shares_of_vedas(scope, vedas_processor, ragged, tmp_path):
     """Against the weights that each layer's eager attention gives in the second forward of a row alone."""
-    model = build_vedas(vedas_processor.tokenizer, routing_scope=scope)
+    # Two tokens a step: the pictures of four have them for both steps, as scope "reference" requires.
+    model = build_vedas(vedas_processor.tokenizer, routing_scope=scope, num_replay_tokens=2)
     asked = study(model, vedas_processor, ragged, tmp_path, 3)
     asked.batch_size = 1 if scope == "reference" else 3  # in that scope pads compete: a batch is not as its rows alone
     shares = attention.measure_shares(asked)
@@ -446,6 +447,40 @@ def test_pictures_and_controls_differ_by_their_latents_alone(reconstructing, dat
     again = reconstruction.reconstruct(study, module, 3, seed=1)[0]
     assert_near(torch.tensor(again["picture"].tolist()), errors)
     assert len(table) == len(windows)
+
+
+@pytest.mark.parametrize("num_windows", [1, 2, 3])
+def test_controls_are_of_another_question(reconstructing, data, monkeypatch, num_windows):
+    """Whatever the number of windows of a step: no control is drawn from the question's own latents."""
+    folder, vae_path = reconstructing
+    processor, model = AutoProcessor.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    model.config.num_windows = num_windows
+    samples = read_reasoning(data)[:6:2]  # of three pictures
+    study = Study(model, processor, samples, folder, 2)
+    module = reconstruction.load_reconstruction(folder, vae_path, 32, processor.image_processor)
+    conditions = []
+
+    def sample(latents, *args):
+        conditions.append(latents.clone())
+        return torch.zeros(len(latents), 3, 32, 32)
+
+    monkeypatch.setattr(module, "sample", sample)
+    table, *_ = reconstruction.reconstruct(study, module, 3, seed=1)
+    own, others = torch.cat(conditions[0::2]), torch.cat(conditions[1::2])
+    assert len(own) == len(table) == len(samples) * model.config.num_refocus_steps * num_windows
+    assert not any(torch.allclose(one, other) for one, other in zip(own, others))
+    expected = (
+        own.unflatten(0, (len(samples), -1)).roll(1, dims=0).flatten(0, 1)
+    )  # the same step of the question before
+    assert torch.equal(others, expected)
+
+
+def test_a_control_of_a_step_that_no_other_took_is_of_the_last_one():
+    """Rows that stop early, and windows that are missing."""
+    questions, steps = [0, 0, 0, 1, 2, 2, 2], [0, 0, 1, 0, 0, 1, 2]
+    assert reconstruction.find_donors(questions, steps) == [4, 4, 5, 0, 3, 2, 3]
+    with pytest.raises(ValueError, match="only one has windows"):
+        reconstruction.find_donors([4, 4], [0, 1])
 
 
 def test_a_checkpoint_without_a_u_net_is_refused(checkpoint, tmp_path):

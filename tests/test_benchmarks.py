@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers import GREEDY, open_at, step_logits
 
-from benchmarks import device_reads, latent_memory, run, scaling, training_steps
-from benchmarks.measuring import Setting, interleave, peak_memory
+from benchmarks import device_reads, latent_memory, paper_numbers, run, scaling, training_steps
+from benchmarks.measuring import Setting, Times, interleave, peak_memory
 from benchmarks.report import Row
 from benchmarks.sizes import SMOKE
 from modeling_latentvlm.block_decoding import LatentContext
@@ -41,6 +41,33 @@ def test_peak_memory_is_that_of_the_worst_moment():
 def test_a_goal_is_met_or_missed_by_a_figure():
     assert Row("s", "c", 1.0, "ms", ratio=1.02, goal="<= 1.02").verdict == "met"
     assert Row("s", "c", 1.0, "ms", ratio=0.75, goal=">= 0.8").verdict == "missed by 0.050"
+
+
+def test_the_papers_figures_are_those_of_its_table():
+    """At exactly the paper's times every ratio is 1; what is compared is a latent with a latent, and a thought with a thought."""
+    count = paper_numbers.PAPER_PARALLEL_LATENTS
+    times = Times({"block": [86.1], "one by one": [34.9 * count]})
+    rows = {row.case: row for row in paper_numbers.block_rows(times, count, 86.1, 1e6, has_goals=True)}
+    assert rows["one latent, one by one"].reference == 34.9 and rows["one latent, parallel"].reference == 1.0
+    assert rows["thought, parallel (82.7)"].reference == 86.1 and rows["thought, one by one (6.5)"].reference == 227
+    theirs = [row for row in rows.values() if "the paper's figure" in row.note]
+    assert len(theirs) == 7 and all(
+        row.ratio == pytest.approx(1, rel=0.05) for row in theirs
+    )  # its figures are rounded
+    assert rows["one latent, times faster in parallel"].reference == pytest.approx(34.9)
+    assert 1 / rows["thought, parallel / one by one"].reference == pytest.approx(2.6, abs=0.05)  # as its text says
+    slower = Times({"block": [2 * 86.1], "one by one": [34.9 * count]})
+    missed = {
+        row.case
+        for row in paper_numbers.block_rows(slower, count, 86.1, 1e6, True)
+        if row.verdict.startswith("missed")
+    }
+    assert missed == rows.keys() - {"one latent, one by one", "thought, one by one (6.5)"}
+    small = paper_numbers.block_rows(times, 4, 86.1, 1e6, has_goals=True)  # no thought of the paper's size
+    assert [row.case for row in small if row.goal] == [
+        *("block of 4, memory floor", "block of 4, 15 ms", "one latent, one by one", "thought, one by one (6.5)")
+    ]
+    assert not any(row.goal for row in paper_numbers.block_rows(times, 82, 86.1, 1e6, has_goals=False))
 
 
 def test_the_gpu_suite_needs_a_gpu(monkeypatch, capsys):

@@ -483,7 +483,7 @@ def test_card_names_backbone_and_license(tmp_path):
     config = DeepLatentConfig.from_pretrained(output)
     assert (config.base_model, config.base_model_license) == ("tiny-vl", "apache-2.0")
     card = (output / "README.md").read_text()
-    assert "license: apache-2.0\n" in card and "base_model: tiny-vl\n" in card and "own card" not in card
+    assert "license: apache-2.0\n" in card and "local backbone (`tiny-vl`)" in card and "own card" not in card
     assert (output / "LICENSE").read_text() == "the text of the licence"
     given = convert(folder, tmp_path / "given", license="mit")
     assert DeepLatentConfig.from_pretrained(given).base_model_license == "mit"

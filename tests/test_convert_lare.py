@@ -156,7 +156,7 @@ def test_it_loads_and_answers_as_remote_code(converted, language):
     assert len(fields["eos_token_id"]) == 2 and fields["pad_token_id"] == processor.tokenizer.pad_token_id
     assert (converted / "LICENSE").read_text() == "as you like"
     card = (converted / "README.md").read_text()
-    assert "LaReForCausalLM" in card and f"base_model: {language[0].name}" in card
+    assert "LaReForCausalLM" in card and f"a local backbone (`{language[0].name}`)" in card
 
 
 def test_text_without_steps_is_the_language_model(converted, language):

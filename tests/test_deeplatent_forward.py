@@ -181,7 +181,7 @@ def test_gradient_checkpointing_changes_nothing(tokenizer, processor, trajectori
     assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
         assert_near(actual[name], gradient)
-    assert not any("_can_checkpoint_with_cache" in vars(layer) for layer in model.model.language_model.layers)
+    assert not any(layer._can_checkpoint_with_cache for layer in model.model.language_model.layers)
 
 
 def test_reentrant_checkpointing_is_refused(model, samples):

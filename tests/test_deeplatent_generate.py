@@ -386,13 +386,19 @@ def test_wrong_prompts_raise(shared_model, rows):
         shared_model.generate_batch([[1, 2]])
 
 
-def test_embeddings_alone_take_no_pictures(shared_model, rows):
+def test_embeddings_take_pictures_where_their_placeholders_are(shared_model, rows):
     embeds = shared_model.get_input_embeddings()(rows[0]["input_ids"])
-    with pytest.raises(ValueError, match="pixel_values.*need `input_ids`"):
-        shared_model.generate(inputs_embeds=embeds, **vision(rows[0]), **GREEDY)
-    with pytest.raises(ValueError, match="min_latent_blocks.*need `input_ids`"):
-        shared_model.generate(inputs_embeds=embeds, min_latent_blocks=1, **GREEDY)
+    blocks = {"min_latent_blocks": 1, "max_latent_blocks": 1}
+    assert_near(
+        step_logits(shared_model.generate(inputs_embeds=embeds, **vision(rows[0]), **blocks, **GREEDY)),
+        step_logits(shared_model.generate(rows[0]["input_ids"], **vision(rows[0]), **blocks, **GREEDY)),
+    )
+    with pytest.raises(ValueError, match="image placeholders"):
+        shared_model.generate(inputs_embeds=embeds, **blocks, **GREEDY)
     text = shared_model.get_input_embeddings()(rows[2]["input_ids"])
+    for given in (vision(rows[0]), blocks):
+        with pytest.raises(ValueError, match="need `input_ids`"):
+            shared_model.generate(inputs_embeds=text, **given, **GREEDY)
     assert_near(
         step_logits(shared_model.generate(inputs_embeds=text, **GREEDY)),
         step_logits(shared_model.generate(rows[2]["input_ids"], **GREEDY)),

@@ -201,6 +201,68 @@ def test_a_last_row_is_not_left_alone_in_a_swap(rows):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_temperature_samples_and_a_seed_repeats_it(loaded, rows, kind, monkeypatch):
+    """The papers' decoding reaches `generate`, and what is drawn follows from the seed alone."""
+    model, seen = loaded[kind][0], []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda **wanted: seen.append(wanted) or generate(**wanted))
+    papers = [*opened(kind), "temperature=0.5", "top_p=0.5", "top_k=5"]
+    first = texts(loaded, kind, rows, generate=papers)
+    assert all(wanted["do_sample"] and wanted["top_p"] == 0.5 and wanted["top_k"] == 5 for wanted in seen)
+    wild = [*opened(kind), "temperature=5.0", "top_k=0"]
+    assert first == texts(loaded, kind, rows, generate=papers)
+    drawn = texts(loaded, kind, rows, generate=wild)
+    assert drawn == texts(loaded, kind, rows, generate=wild) != texts(loaded, kind, rows, generate=wild, seed=100)
+    greedy = texts(loaded, kind, rows)
+    assert drawn != greedy == texts(loaded, kind, rows, generate=[*opened(kind), "top_k=1"])
+    assert greedy == texts(loaded, kind, rows, generate=[*opened(kind), "temperature=0"])
+    assert not seen[-1]["do_sample"] and "temperature" not in seen[-1]
+
+
+def test_repeats_ask_anew_and_survive_a_kill(folders, data, tmp_path, monkeypatch):
+    settings = AnswerSettings(generate=["temperature=5.0", "top_k=0"], repeats=3, **SHORT)
+    summary = evaluate(arguments(folders, data, tmp_path / "whole"), settings)
+    records = results_of(tmp_path / "whole")
+    assert [record["repeat"] for record in records] == [0] * 7 + [1] * 7 + [2] * 7
+    answers = [[record["text"] for record in records if record["repeat"] == repeat] for repeat in range(3)]
+    assert answers[0] != answers[1] != answers[2] != answers[0]
+    once = evaluate(arguments(folders, data, tmp_path / "once"), replace(settings, repeats=1))
+    assert [record["text"] for record in results_of(tmp_path / "once")] == answers[0]
+    assert summary["all"]["rows"] == once["all"]["rows"] == 7 and summary["all"]["repeats"] == 3
+    ask, asked = evaluation.ask, []
+
+    def die_in_the_second_repeat(*args):
+        asked.append(args)
+        if len(asked) == 6:
+            raise KeyboardInterrupt
+        return ask(*args)
+
+    monkeypatch.setattr(evaluation, "ask", die_in_the_second_repeat)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(arguments(folders, data, tmp_path / "broken"), settings)
+    resumed = evaluate(arguments(folders, data, tmp_path / "broken"), settings)
+    assert results_of(tmp_path / "broken") == records and len(asked) == 12 + 1
+    assert resumed["all"]["accuracy"] == summary["all"]["accuracy"]
+
+
+def test_repeats_are_no_further_questions():
+    """The interval is that of the questions; the spread is that of the repeats."""
+    counts = {"num_tokens": 1, "num_latent_blocks": 0, "num_latents": 0, "stop_reason": "eos", "seconds": 1.0}
+    names = {"family": "f", "task": "t", "data": "d"}
+    right = [[True, True, False, False], [True, False, False, False]]
+    once = [{**names, **counts, "correct": correct} for correct in (True, True, False, False)]
+    records = [
+        {**names, **counts, "correct": correct, "repeat": repeat} for repeat in range(2) for correct in right[repeat]
+    ]
+    found = summarize(records)["all"]
+    assert (found["rows"], found["correct"], found["repeats"], found["accuracy"]) == (4, 3, 2, 0.375)
+    assert found["accuracy_std"] == pytest.approx(0.1767767)
+    width = found["accuracy_high"] - found["accuracy_low"]
+    assert width == pytest.approx(0.7, abs=0.1)  # of 4 questions, and not of 8
+    assert "asked 2 times" in draw_table(summarize(records)) and "repeats" not in summarize(once)["all"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_direct_answer_begins_behind_the_latents(loaded, rows, kind):
     settings = AnswerSettings(direct=True, **(SHORT | {"generate": opened(kind)}))
     answers = answer_batch(*loaded[kind], [conversation_of(row) for row in rows[:3]], settings)
@@ -263,6 +325,12 @@ def test_config_fields_are_held_to_the_config_before_anything_is_asked(
         ({"latent_intervention": "swap", "batch_size": 1}, "needs a `batch_size` of 2"),
         ({"batch_size": 0}, "`batch_size` must be >= 1"),
         ({"generate": ["do_sample=true"]}, r"cannot give \['do_sample'\]"),
+        ({"repeats": 0, "generate": ["temperature=1"]}, "`repeats` must be >= 1"),
+        ({"repeats": 2}, "`repeats` is 2, but greedy answers are all the same"),
+        ({"repeats": 2, "generate": ["temperature=0"]}, "greedy answers are all the same"),
+        ({"generate": ["temperature=0", "top_p=0.5"]}, r"gives \['top_p'\], which mean nothing at temperature=0"),
+        ({"generate": ["temperature=warm"]}, "numbers >= 0 for sampling, got {'temperature': 'warm'}"),
+        ({"generate": ["top_p=-1"]}, "numbers >= 0 for sampling"),
         ({"generate": ["num_beams=2", "num_return_sequences=2"]}, r"cannot give \['num_return_sequences'\]"),
     ],
 )

@@ -176,8 +176,18 @@ def test_where_the_answer_stands(text, expected):
     [
         (
             {"choices": COLORS, "answer": "C"},
-            ["C", "(C)", "C. dark blue", "Dark  blue.", "\\boxed{C}", "dark blue, I think"],
-            ["D", "A", "blue", "Certainly", "dark blues", "C is wrong, \\boxed{A}", ""],
+            [
+                "C",
+                "(C)",
+                "C. dark blue",
+                "Dark  blue.",
+                "\\boxed{C}",
+                "dark blue, I think",
+                "\\boxed{\\text{C}}",
+                "Answer: $C$",
+            ],
+            ["D", "A", "blue", "Certainly", "dark blues", "C is wrong, \\boxed{A}", "", "C, A", "C) x, A) y", "C. red"]
+            + ["dark blue, red", "dark blue. Or red.", "red and dark blue"],  # several choices are none
         ),
         (
             {"choices": ["E. coli", "C. elegans", "A. thaliana"], "answer": "C. elegans"},
@@ -186,7 +196,8 @@ def test_where_the_answer_stands(text, expected):
         ),
         ({"choices": ["E. coli", "C. elegans", "A. thaliana"], "answer": "A. thaliana"}, ["C"], ["C. elegans"]),
         ({"choices": COLORS, "messages": [{}]}, ["red", "\\boxed{Red}"], ["A", "(A)", "reddish"]),
-        ({"choices": ["4", "4.5"], "messages": [{}], "answer": "4"}, ["4", "4."], ["4.5"]),
+        ({"choices": ["4", "4.5"], "messages": [{}], "answer": "4"}, ["4", "4."], ["4.5", "4, 4.5"]),
+        ({"answer": "yes"}, ["Yes, there is no dog.", "yes"], ["Yes, no.", "yes and no", "no, yes", "no"]),
         ({"answer": "Big Ben"}, ["big ben.", "The answer is Big  Ben"], ["Ben", "Big Ben tower"]),
         ({"answer": 1250}, ["1,250", "\\boxed{1250.0}", "\\boxed{\\frac{2500}{2}}"], ["125", "about 1250", "1250 1"]),
         ({"answer": "1/2", "answer_format": "math"}, ["\\boxed{0.5}", "1/2"], ["\\boxed{0.4}", "0.4"]),

@@ -321,7 +321,7 @@ def test_before_the_first_update_ratios_are_one_and_divergences_zero(policy, tra
     assert sums["ratio_text"][1] == sum(len(trajectory.tokens) for trajectory in trajectories)
 
 
-def naive_loss(policy, old, reference, trajectory, variant: str, how: str) -> torch.Tensor:
+def naive_loss(policy, old, reference, trajectory, variant: str, how: str, average: str) -> torch.Tensor:
     """The objective of one trajectory, written out in float64 with the distributions of torch."""
     words = [score(model, [trajectory], reference)[:2] for model in (policy, old)]
     runs = {
@@ -340,23 +340,37 @@ def naive_loss(policy, old, reference, trajectory, variant: str, how: str) -> to
     for ratio in ratios:
         value = min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
         total = total + (max(value, 3 * advantage) if advantage < 0 else value)
-    kl = words[0][1].double().mean() + (sum(divergences) / len(divergences) if divergences else 0)
+    if average == "action":  # eq. 11 has the KL inside the mean over all actions
+        kl = (words[0][1].double().sum() + sum(divergences)) / len(ratios)
+    else:
+        kl = words[0][1].double().mean() + (sum(divergences) / len(divergences) if divergences else 0)
     return -total / len(ratios) + 0.1 * kl
 
 
-@pytest.mark.parametrize("variant, how", [("joint", "sum"), ("joint", "mean"), ("text", "sum")])
-def test_the_loss_and_its_gradient_are_those_of_the_formula(policy, trajectories, variant, how):
+@pytest.mark.parametrize(
+    "variant, how, average",
+    [
+        ("joint", "sum", "kind"),
+        ("joint", "mean", "kind"),
+        ("text", "sum", "kind"),
+        ("joint", "sum", "action"),
+        ("text", "sum", "action"),
+    ],
+)
+def test_the_loss_and_its_gradient_are_those_of_the_formula(policy, trajectories, variant, how, average):
     """Old policy, new policy and reference all differ, on trajectories with either sign of advantage."""
     now, old, reference = moved(policy, 0.01), policy, moved(policy, 0.03)
-    objective = objective_of(reference, kl_weight=0.1, variant=variant, continuous_logprob=how)
+    objective = objective_of(reference, kl_weight=0.1, variant=variant, continuous_logprob=how, kl_average=average)
     noted = copy.deepcopy(trajectories[:6])
     with torch.no_grad():
         scores = objective(old, noted, only_scores=True)
     for trajectory, log_probs, statistics in zip(noted, scores["log_probs"], scores["statistics"]):
         trajectory.old_log_probs, trajectory.old_statistics = log_probs, statistics
     weights = [weight for name, weight in now.named_parameters() if "q_proj" in name or "query_modulation" in name]
-    loss = objective(now, noted)["loss"]
-    expected = torch.stack([naive_loss(now, old, reference, one, variant, how) for one in noted]).mean()
+    outputs = objective(now, noted)
+    loss, parts = outputs["loss"], [part for part in outputs["parts"].values() if part is not None]
+    assert len(parts) == (2 if variant == "joint" else 1) and torch.equal(loss, sum(parts))
+    expected = torch.stack([naive_loss(now, old, reference, one, variant, how, average) for one in noted]).mean()
     assert_near(loss.double(), expected, 1e-4)
     ours, theirs = (torch.autograd.grad(value, weights, allow_unused=True) for value in (loss, expected))
     for one, other in zip(ours, theirs):
@@ -574,9 +588,10 @@ def test_gradients_are_clipped_apart_and_logged(tokenizer, processor, samples, t
         assert sum(float(weight.grad.square().sum()) for weight in weights) ** 0.5 == pytest.approx(1e-3, rel=1e-3)
     first, second = (entry for entry in trainer.state.log_history if "loss" in entry)
     wanted = {"reward", "reward_own", "reward_std", "groups_without_signal", "blocks_per_sample", "tokens_per_sample"}
-    wanted |= {"truncated"}
+    wanted |= {"truncated", "reward_missing"}
     learned = {"clip_text", "clip_latent", "kl_text", "kl_latent", "ratio_text", "ratio_latent", "entropy"}
-    norms = {"grad_norm_language_model", "grad_norm_modulation"}
+    norms = {"grad_norm_language_model", "grad_norm_modulation", "grad_norm_words", "grad_norm_latents"}
+    norms |= {"latent_gradient_scale", "latent_gradient_share"}
     assert wanted | learned | norms <= first.keys()
     assert learned | norms <= second.keys() and not wanted & second.keys()  # the same answers once more
     for kind in ("text", "latent"):

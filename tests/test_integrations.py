@@ -274,15 +274,6 @@ def test_sft_trainer_of_trl(model, shared_model, processor, tmp_path):
     assert {name.split(".")[0] for name in unmoved(model, shared_model)} == {"latent_control", "latent_blocks"}
 
 
-def test_sft_trainer_of_trl_does_not_train_around_blocks(model, processor, tmp_path):
-    """It would: its trainers call the backbone past `forward`, where placeholders are words like any other."""
-    trainer = sft(model, processor, [{"type": "latent", "grid": [2, 2]}, {"type": "text", "text": "red"}], tmp_path)
-    inputs = trainer.data_collator([trainer.train_dataset[0]])
-    assert inputs["latent_grid_hw"].tolist() == [[2, 2]]
-    with pytest.raises(ValueError, match="builds no latent blocks.*transformers.Trainer"):
-        trainer.train()
-
-
 @pytest.mark.core
 def test_pipeline(folder, shared_model, processor, rows, conversations):
     answer = pipeline("image-text-to-text", model=str(folder), trust_remote_code=True, device="cpu")

@@ -18,9 +18,9 @@ from transformers import (
 
 from configuration_latentvlm import LaReConfig
 from modeling_latentvlm import LaReForCausalLM
-from modeling_latentvlm.refocus_decoding import change_of, recorded_last_states
+from modeling_latentvlm.refocus_decoding import change_of
 from modeling_latentvlm.refocus_extractor import RefocusAttention, RefocusExtractor
-from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
+from modeling_latentvlm.saliency import LastStateRecorder, SaliencyRecorder, record_attention
 from processing_latentvlm import draw_trace
 
 
@@ -588,12 +588,11 @@ def test_a_position_passes_the_decoder_once(model, rows):
 
 def test_only_the_last_position_of_a_layer_is_kept(model, rows):
     """Not as a view, which would keep all positions."""
-    layers = model.model.language_model.layers
-    with recorded_last_states(layers) as states, torch.no_grad():
-        model.model.language_model(rows[2]["input_ids"])
-    assert len(states) == len(layers)
-    assert all(state.untyped_storage().nbytes() == state.nbytes for state in states)
-    assert not any(layer._forward_hooks for layer in layers)
+    recorder, layers = LastStateRecorder(), model.model.language_model.layers
+    with torch.no_grad():
+        model.model.language_model(rows[2]["input_ids"], last_states=recorder)
+    assert list(recorder.states) == list(range(len(layers)))
+    assert all(state.untyped_storage().nbytes() == state.nbytes for state in recorder.states.values())
 
 
 def test_images_are_encoded_once(model, batch):
@@ -797,7 +796,7 @@ def test_wrong_inputs_raise(model, batch, rows):
         model(torch.cat([ids, torch.tensor([[BOT, EOT, BOT, EOT]])], dim=1), **pictures(rows[0]))
     labels = ids.clone()
     labels[:, :6] = -100
-    with pytest.raises(ValueError, match="part an image"):
+    with pytest.raises(ValueError, match="Image tokens cannot be labels"):
         model(ids, labels=labels, **pictures(rows[0]))
     with pytest.raises(ValueError, match="`position_ids` cannot be given"):
         model(ids, position_ids=torch.arange(ids.shape[1])[None], **pictures(rows[0]))

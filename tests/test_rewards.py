@@ -1,8 +1,6 @@
 """Rewards: which answers are right, what a reward may not return, and a judge that is asked only when it should be."""
 
-import json
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 
 from train.answers import extract_answer, find_box
 from train.deeplatent_rl import rewards
-from train.deeplatent_rl.judge import Judge, JudgeArguments
+from train.deeplatent_rl.judge import JudgeArguments
 from train.deeplatent_rl.rewards import RewardArguments, WeightedRewards, is_right
 from train.evaluation.scoring import extract
 from train.reasoning_data import ReasoningSample
@@ -126,6 +124,18 @@ def test_bad_values_name_the_sample(monkeypatch, returned, message):
         weighted([written("x", line=line) for line in (1, 2, 3)])
 
 
+def test_a_reward_that_says_so_may_be_missing(monkeypatch):
+    def own(trajectories):
+        return [1.0, None, 0.0]
+
+    own.may_be_missing = True
+    monkeypatch.setitem(rewards.NAMED, "own", own)
+    found = [written(r"\boxed{red}", line=line) for line in (1, 2, 3)]
+    WeightedRewards(RewardArguments(rewards=["own", "format"]))(found)
+    assert [one.reward for one in found] == pytest.approx([1.0, None, 0.1])
+    assert found[1].rewards == {"own": None, "format": 1.0}
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -146,61 +156,9 @@ def test_rewards_that_cannot_be(fields, message):
         WeightedRewards(RewardArguments(**fields))
 
 
-@pytest.fixture
-def endpoint():
-    """An endpoint that scores by the response it is shown, fails once for `busy`, and keeps what it was sent."""
-    seen = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asked = body["messages"][0]["content"]
-            fails = "busy" in asked and not any("busy" in request["messages"][0]["content"] for _, _, request in seen)
-            seen.append((self.path, self.headers.get("Authorization"), body))
-            word = asked.split("Response:\n")[1].split("\n")[0]
-            reply = json.dumps(
-                {"choices": [{"message": {"content": f"Score: {word.removeprefix('busy ')}"}}]}
-            ).encode()
-            self.send_response(503 if fails else 200)
-            self.send_header("Content-Length", str(len(reply)))
-            self.end_headers()
-            self.wfile.write(reply)
-
-        def log_message(self, *args):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1/", seen
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_judge_counts_from_its_threshold(monkeypatch, endpoint):
-    url, seen = endpoint
-    monkeypatch.setattr("train.deeplatent_rl.judge.time.sleep", lambda seconds: None)
-    monkeypatch.setenv("JUDGE_API_KEY", "a key")
-    arguments = JudgeArguments(judge_url=url, judge_model="judge-7b", judge_workers=1)
-    found = [written(text) for text in ("0.59", "0.6", "1", "0", "busy 1.0")]
-    WeightedRewards(RewardArguments(rewards=["judge", "format"]), arguments)(found)
-    assert [one.rewards["judge"] for one in found] == [0.0, 1.0, 1.0, 0.0, 1.0]
-    assert found[1].reward == pytest.approx(0.9)
-    path, key, body = seen[0]
-    assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer a key", "judge-7b")
-    assert "what colour?" in body["messages"][0]["content"] and len(seen) == 6
-    with pytest.raises(ValueError, match="no score from 0 to 1 for Line 7"):
-        Judge(arguments)([written("very good", line=7)])
-
-
-def test_a_judge_that_is_not_there_is_an_error_that_names_the_sample():
-    arguments = JudgeArguments(judge_url="http://127.0.0.1:9/v1", judge_model="m", judge_retries=0)
-    with pytest.raises(ValueError, match="did not answer about Line 3"):
-        Judge(arguments)([written("x", line=3)])
-
-
 def test_nobody_is_asked_by_default(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("the network was used")
 
-    monkeypatch.setattr("urllib.request.urlopen", fail)
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", fail)
     WeightedRewards(RewardArguments(), JudgeArguments(judge_url="http://localhost", judge_model="m"))([written("x")])

@@ -410,7 +410,7 @@ def test_incremental_routing_written_out(tokenizer, rows):
         states = stock(layer, states, tables)
         if not hasattr(layer, "router"):
             continue
-        scores, chosen, start = layer.router(states)[0], [], 0
+        scores, chosen, start = layer.router(states)[0][0], [], 0
         for length, alpha in zip(lengths, (model.config.alpha, model.config.step_alpha, model.config.step_alpha)):
             chosen += sorted((scores[start : start + length].topk(alpha).indices + start).tolist())
             start += length

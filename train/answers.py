@@ -2,33 +2,16 @@
 
 from collections.abc import Sequence
 
+from evaluation.final_answer import BOX, find_box, is_right, normalize, read_final_answer
 from train.reasoning_data import ReasoningSample
 
 
-BOX = "\\boxed{"
-
-
-def find_box(text: str) -> str | None:
-    """What the last closed `\\boxed{...}` holds, braces inside it included; None without one."""
-    start = text.rfind(BOX)
-    while start >= 0:
-        depth = 1
-        for at in range(start + len(BOX), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            if not depth:
-                return text[start + len(BOX) : at].strip()
-        start = text.rfind(BOX, 0, start)
-    return None
+__all__ = ["BOX", "find_box", "normalize"]  # where they were before `evaluation.final_answer`
 
 
 def extract_answer(text: str) -> str:
-    """What the last closed `\\boxed{...}` holds; without one, the whole text."""
-    box = find_box(text)
-    return text.strip() if box is None else box
-
-
-def normalize(answer: str) -> str:
-    return " ".join(answer.lower().strip(" .").split())
+    """The final answer in a text, without the markup around it."""
+    return read_final_answer(text).text
 
 
 def encode_questions(processor, samples: list[ReasoningSample]):
@@ -55,6 +38,6 @@ def encode_conversations(processor, conversations: Sequence[list[dict]]):
 
 
 def accuracy(answers: list[str], samples: list[ReasoningSample]) -> float:
-    """The share of answers that are right, letter case and blanks aside."""
-    right = [normalize(answer) == normalize(sample.answer) for answer, sample in zip(answers, samples)]
+    """The share of answers that are right: the same text or the same choice."""
+    right = [is_right(answer, sample.answer, may_calculate=False) for answer, sample in zip(answers, samples)]
     return sum(right) / len(right)

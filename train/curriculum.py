@@ -51,6 +51,8 @@ class CurriculumCollator:
         batch = self.collate([self.conversation(sample, image) for sample, image in zip(samples, images)])
         if self.keep_images:
             batch["original_images"] = images
+        if self.stage == 0:
+            batch["num_latent_steps"] = 0  # without slots the model would take its own number of steps
         return batch
 
     def conversation(self, sample: ReasoningSample, images: list) -> dict:

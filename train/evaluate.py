@@ -3,6 +3,8 @@
     python -m train.evaluate --model out/deeplatent --data data/search/data.jsonl data/MMVP.tsv --output out/scores
     python -m train.evaluate --model out/deeplatent --data data/search/data.jsonl --latents off --output out/scores-off
     torchrun --nproc_per_node 2 -m train.evaluate --model out/lare --data data/search/data.jsonl --output out/scores
+    python -m train.evaluate --model out/deeplatent --data data/search/data.jsonl --output out/sampled --max_new_tokens 2048 \
+        --generate temperature=0.5 top_p=0.5 top_k=5 --repeats 4 --seed 0
 
 Any of our architectures, or a plain model that `AutoModelForImageTextToText` loads. Data: our tasks' JSONL, a simple JSONL,
 or VLMEvalKit's TSV, all local (`evaluation/rows.py`, `evaluation/tables.py`); how answers are compared: `evaluation/scoring.py`.
@@ -90,18 +92,18 @@ def evaluate(arguments: EvaluationArguments, settings: AnswerSettings) -> dict |
             output.mkdir(parents=True, exist_ok=True)
             data = check_images(rows, progress=True)
             bind(output, fingerprint_of(arguments, settings, data, hash_model(arguments.model), str(model.device)))
-            gather(output, rows)
+            gather(output, rows, settings.repeats)
         processes.wait()
         finished = read_finished(output)
         processes.wait()
         if finished and processes.is_main:
-            print(f"{len(finished)} of {len(rows)} rows were finished before.", flush=True)
+            print(f"{len(finished)} of {len(rows) * settings.repeats} rows were finished before.", flush=True)
         append = ResultsFile(output, processes.rank).append
         evaluate_rows(model, processor, rows, settings, finished, append, processes, progress=processes.is_main)
         processes.wait()
         if not processes.is_main:
             return None
-        records = list(gather(output, rows).values())
+        records = list(gather(output, rows, settings.repeats).values())
         summary = {"model": arguments.model, "settings": settings.to_dict(), **summarize(records)}
         write_file(output / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary

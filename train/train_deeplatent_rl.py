@@ -5,7 +5,7 @@
         --output_dir out/deeplatent-rl --bf16 --gradient_checkpointing --report_to tensorboard
 
 The objective is in `train/deeplatent_rl/objective.py`, rewards in `rewards.py`, the loop in `grpo_trainer.py`, the data
-formats in `train/reasoning_data.py` (a row needs no rationale). Every argument of `transformers.TrainingArguments` works.
+formats in `train/reasoning_data.py` (a row needs no rationale). A step takes the paper's 64 questions over all processes. Every argument of `transformers.TrainingArguments` works.
 The paper's ablations: `--variant text`, `--train_latent_former`, `--latent_reward_weight 0.1`. A run that was killed goes
 on with `--resume_from_checkpoint last`. `--dump_rollouts FOLDER` writes what was sampled.
 """

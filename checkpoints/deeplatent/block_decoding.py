@@ -100,7 +100,9 @@ class BlockDecoder(SegmentDecoder):
         position_ids: Tensor | None,
         sites: list[list[BlockSite]],
     ) -> Decoded:
-        embeds = self.model._embed_prompt(input_ids, self.context) if inputs_embeds is None else inputs_embeds
+        embeds = inputs_embeds
+        if input_ids is not None:
+            embeds = self.model._embed_prompt(input_ids, self.context, inputs_embeds)
         rows, length = embeds.shape[:2]
         mask = None if attention_mask is None else attention_mask[:, -length:].bool().to(embeds.device)
         has_blocks = any(sites) or bool(self.block_steps)
@@ -110,6 +112,7 @@ class BlockDecoder(SegmentDecoder):
         positions = self.place(position_ids, mask, rows, length, embeds.device)
         if has_blocks:
             segments = self.run_segments(embeds, positions, mask, sites)
+            self.context.check_latents()
             count = len(segments[0].layers)
             layers = [torch.stack([join_row(segments, row, layer) for row in range(rows)]) for layer in range(count)]
         else:

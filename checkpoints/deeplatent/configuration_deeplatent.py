@@ -17,6 +17,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLCo
 
 from .hub_code import HubCodeMixin, __version__
 from .model_card import write_model_card
+from .text_config_checks import check_rope_type
 from .transformers_api import CACHE_NAMES
 
 
@@ -155,6 +156,8 @@ class DeepLatentConfig(HubCodeMixin, Qwen2_5_VLConfig):
         for name in ("latent_query_rms", "latentformer_rope_theta"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be > 0 and finite, got {getattr(self, name)}.")
+        if not abs(self.log_sigma_init) < float("inf"):
+            raise ValueError(f"`log_sigma_init` must be finite, got {self.log_sigma_init}.")
         grid = list(self.fixed_latent_grid)
         if len(grid) != 2 or not all(1 <= side <= self.latent_grid_size for side in grid):
             raise ValueError(
@@ -172,8 +175,9 @@ class DeepLatentConfig(HubCodeMixin, Qwen2_5_VLConfig):
 
     def validate_latentformer_heads(self):
         """Part of `@strict`-powered validation."""
+        check_rope_type(self.get_text_config())
         hidden_size = self.get_text_config().hidden_size
-        if hidden_size % (4 * self.latentformer_heads):
+        if self.latentformer_heads < 1 or hidden_size % (4 * self.latentformer_heads):
             raise ValueError(
                 f"`latentformer_heads` ({self.latentformer_heads}) must divide `text_config.hidden_size` ({hidden_size}) "
                 "into heads whose size is a multiple of 4, for rotary embedding over two axes."

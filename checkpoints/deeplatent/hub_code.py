@@ -6,6 +6,7 @@ relative imports of sibling files; the sources import each other absolutely, by 
 and the copies get that line rewritten. The copies are build output: never edited.
 """
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,23 @@ class HubCodeMixin:
     """
 
     hub_classes = {}
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers, which fails without a word about the file where it holds no object.
+
+        Raises:
+            ValueError: the folder's config.json holds no JSON object.
+        """
+        path = Path(str(pretrained_model_name_or_path)) / "config.json"
+        if path.is_file():
+            try:
+                content = json.loads(path.read_bytes().decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path} must hold a JSON object: {error}") from error
+            if not isinstance(content, dict):
+                raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}.")
+        return super().get_config_dict(pretrained_model_name_or_path, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         # Here and not while saving, so that a saved and reloaded object equals the one in memory.

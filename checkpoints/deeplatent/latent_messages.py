@@ -4,6 +4,8 @@ from typing import Any
 
 from PIL import Image
 
+from .text_checks import check_conversation, template_errors
+
 
 class LatentProcessorMixin:
     """For a `ProcessorMixin` whose tokenizer has tokens of ours, which `latent_tokens` names. They act, so they are reserved."""
@@ -47,12 +49,14 @@ class LatentProcessorMixin:
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """As in transformers, with the items of `render_latent` in assistant messages."""
+        check_conversation(conversation)
         batched = bool(conversation) and isinstance(conversation[0], list | tuple)
         rendered = [
             [self.render_message(message) for message in messages]
             for messages in (conversation if batched else [conversation])
         ]
-        return super().apply_chat_template(rendered if batched else rendered[0], *args, **kwargs)
+        with template_errors():
+            return super().apply_chat_template(rendered if batched else rendered[0], *args, **kwargs)
 
     def render_message(self, message: dict) -> dict:
         content = message.get("content")
@@ -66,7 +70,7 @@ class LatentProcessorMixin:
             else:
                 self.check_reserved(item.get("text"), message)
                 items.append(item)
-        return message | {"content": items}
+        return message | {"content": items or ""}  # many templates concatenate it, and know no empty list
 
     def render_latent(self, item: dict) -> str:
         """The text of a `{"type": "latent", ...}` item."""

@@ -6,6 +6,7 @@ A block of an earlier answer stands in a message as `{"type": "latent", "grid": 
 """
 
 from .transformers_contract import check_contract
+from .text_checks import as_rows, is_whole_number
 
 
 check_contract("processing")  # before the imports below: what they miss is said here
@@ -49,10 +50,15 @@ class DeepLatentProcessor(QwenLatentProcessor):
             ValueError: an image cannot be read or is empty, or a latent token stands outside a block.
         """
         grids: list[tuple[int, int]] = []
+        rows = [] if text is None else as_rows(text)
         if text is not None:
-            rows = [text] if isinstance(text, str) else list(text)
             text = [self.expand_blocks(row, sample, grids) for row, sample in enumerate(rows)]
         features = super().__call__(images=images, text=text, videos=videos, **kwargs)
+        if grids and "text_replacement_offsets" in features:
+            offsets = features["text_replacement_offsets"] or [[] for _ in rows]
+            features["text_replacement_offsets"] = [
+                self.add_blocks(sample, replaced) for sample, replaced in zip(rows, offsets)
+            ]
         if grids:
             features["latent_grid_hw"] = torch.tensor(grids) if "return_tensors" in kwargs else grids
         return features
@@ -77,8 +83,38 @@ class DeepLatentProcessor(QwenLatentProcessor):
             )
         return _BLOCK.sub(expand, sample)
 
+    def add_blocks(self, sample: str, replaced: list[dict]) -> list[dict]:
+        """Put a row's blocks among the images that were written out, for masks that are given by characters.
+
+        `span` becomes the place in `sample`, as it was rendered; `new_span` is the place in what was tokenized.
+        """
+        expanded = [(block, len(self.expand_blocks(0, block[0], []))) for block in _BLOCK.finditer(sample)]
+        gains = [(block.end(), length - len(block[0])) for block, length in expanded]
+        merged = []
+        for entry in replaced:  # images stand in the text with the blocks written out
+            start, end = entry["span"]
+            gained = 0
+            for block_end, gain in gains:
+                gained += gain if block_end + gained + gain <= start else 0
+            merged.append(entry | {"span": (start - gained, end - gained)})
+        for block, length in expanded:
+            before = sum(gain for end, gain in gains if end <= block.start())
+            before += sum(
+                (entry["new_span"][1] - entry["new_span"][0]) - (entry["span"][1] - entry["span"][0])
+                for entry in merged
+                if entry["span"][1] <= block.start() and entry["type"] != "latent"
+            )
+            start = block.start() + before
+            merged.append({"type": "latent", "span": block.span(), "new_span": (start, start + length)})
+        return sorted(merged, key=lambda entry: entry["span"])
+
     def render_latent(self, item: dict) -> str:
-        height, width = item["grid"]
+        grid = item.get("grid")
+        if not isinstance(grid, list | tuple) or len(grid) != 2 or not all(is_whole_number(side, 1) for side in grid):
+            raise ValueError(
+                f"`grid` of a latent item must be two whole numbers >= 1, height and width, got {grid!r}."
+            )
+        height, width = grid
         return f"{LATENT_START}{height}x{width}{LATENT_END}"
 
     @property

@@ -4,6 +4,7 @@ import os
 from importlib import import_module
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import AutoProcessor
 from transformers.utils import cached_file, logging
 
@@ -16,6 +17,7 @@ from .answer_check import (
     is_check_wanted,
     reason_against_check,
 )
+from .complete_weights import check_weights_complete
 from .known_answers import FILE, FOLDER, KnownAnswers, find_changed_weight, lasting_fields
 from .lockstep import is_scattered
 
@@ -44,20 +46,41 @@ def find_answers(source: str | os.PathLike | None, chosen: dict) -> bytes | None
 class KnownAnswersMixin:
     """For a model that lies before `PreTrainedModel`: carries the known answers of the checkpoint it came from."""
 
+    new_weights: tuple[str, ...] = ()  # parts of the names of weights that no backbone has
     known_answers: bytes | None = None  # the answers file as it was loaded
     _answered_fields: dict | None = None  # of the config as it was loaded
     _loading_arguments: dict = {}  # which revision of which cache the checkpoint came from
     _being_saved: tuple[str | None] | None = None  # while it is: the reason against carrying the answers, or None
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers. Under a transformers newer than any that was tested, the known answers are checked.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        ignore_mismatched_sizes: bool = False,
+        output_loading_info: bool = False,
+        **kwargs,
+    ):
+        """As in transformers, but a checkpoint that is not all there is an error and no line in a log.
+
+        Under a transformers newer than any that was tested, the known answers are checked.
 
         Raises:
+            ValueError: a weight has another shape than the config says, or is missing or misnamed. Only a checkpoint without
+                any of the `new_weights`, which is a backbone's, may lack them; `ignore_mismatched_sizes=True` lets all through.
             RuntimeError: the model does not answer as it did when it was written; the message is a table.
         """
         is_wanted = is_check_wanted()
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, ignore_mismatched_sizes=True, output_loading_info=True, **kwargs
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights in {pretrained_model_name_or_path} must be intact safetensors files: {error}"
+            ) from error
+        if not ignore_mismatched_sizes:
+            check_weights_complete(model, info, cls.new_weights)
         if cls.__module__.startswith(PACKAGES) and pretrained_model_name_or_path is not None:
             stale = find_stale_code(pretrained_model_name_or_path, model.config.hub_classes)
             if stale is not None:

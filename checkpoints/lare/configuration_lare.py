@@ -17,6 +17,7 @@ from transformers.models.llava.configuration_llava import LlavaConfig
 
 from .hub_code import HubCodeMixin, __version__
 from .model_card import write_model_card
+from .text_config_checks import check_rope_type
 
 
 _MODEL = "modeling_latentvlm.modeling_lare.LaReForCausalLM"
@@ -144,6 +145,8 @@ class LaReConfig(HubCodeMixin, LlavaConfig):
             height, width = (size, size) if isinstance(size, int) else size
             if height != width:
                 raise ValueError(f"`vision_config.{name}` must be square, got {height} x {width}.")
+            if height < 1:
+                raise ValueError(f"`vision_config.{name}` must be >= 1, got {height}.")
             sides.append(height)
         return sides[0] // sides[1]
 
@@ -187,7 +190,8 @@ class LaReConfig(HubCodeMixin, LlavaConfig):
 
     def validate_extractor(self):
         """Part of `@strict`-powered validation."""
-        if self.extractor_hidden_size % self.extractor_num_heads:
+        # Validators run in no order of ours: the sizes may not have been looked at yet.
+        if self.extractor_num_heads < 1 or self.extractor_hidden_size % self.extractor_num_heads:
             raise ValueError(
                 f"`extractor_num_heads` ({self.extractor_num_heads}) must divide `extractor_hidden_size` "
                 f"({self.extractor_hidden_size})."
@@ -207,6 +211,7 @@ class LaReConfig(HubCodeMixin, LlavaConfig):
 
     def validate_language_model(self):
         """Part of `@strict`-powered validation."""
+        check_rope_type(self.text_config)
         kind = self.text_config.model_type
         if kind not in LANGUAGE_MODELS:
             raise ValueError(f"`text_config.model_type` must be one of {LANGUAGE_MODELS}, got {kind!r}.")

@@ -69,7 +69,7 @@ def check_intervention(intervention: str | Intervention | None, one_at_a_time: b
     """
     if intervention is None or callable(intervention):
         return
-    if intervention not in INTERVENTIONS:
+    if not isinstance(intervention, str) or intervention not in INTERVENTIONS:
         raise ValueError(
             f"`latent_intervention` must be a callable or one of {sorted(INTERVENTIONS)}, got {intervention!r}."
         )

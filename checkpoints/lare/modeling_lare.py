@@ -33,19 +33,22 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin, LogitsProcessorList, SuppressTokensLogitsProcessor
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.generation import GenerationMixin, LogitsProcessorList
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .configuration_lare import LaReConfig
 from .transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache, take_cache
-from .generation_rules import check_settings, infer_attention_mask, stop_reasons
+from .backbone_calls import FusedCall, check_answer_starts, find_answers, guard_backbone
+from .generation_rules import NeverWritten, check_settings, infer_attention_mask, stop_reasons
 from .interventions import Intervention, check_intervention
-from .latent_decoding import LatentDecodingMixin
+from .latent_decoding import LatentDecodingMixin, check_mask, check_one_prompt, kept_columns
+from .prompt_checks import check_image_labels, check_numbers, check_turns, end_tokens
 from .refocus_decoding import Places, RefocusContext, RefocusDecoder
 from .refocus_extractor import RefocusEmbedding, RefocusExtractor, RefocusNorm
 from .row_images import collect_row_images
+from .saliency import record_attention
 from .trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_prompt_rows
 
 
@@ -75,7 +78,9 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
 
     config: LaReConfig
     config_class = LaReConfig
+    new_weights = ("refocus.",)
     accepts_loss_kwargs = False
+    _supports_flex_attn = False  # steps need a row of attention, which its mask, a program, does not give
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _no_split_modules = [
         "LlamaDecoderLayer",
@@ -91,8 +96,12 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         text_config = config.get_text_config()
         check_contract(f"lare with {text_config.model_type}")
         self.model = LlavaModel(config)
+        guard_backbone(self)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         self.refocus = RefocusExtractor(config) if config.use_extractor else None
+        record_attention(self.model.language_model)
+        if getattr(config, "quantization_config", None) is not None:
+            self._keep_in_fp32_modules = ["refocus"]  # quantizers skip it; without one it has the dtype of all others
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -110,6 +119,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -117,13 +127,16 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         latent_intervention: str | Intervention | None = None,
         output_latents: bool = False,
         latent_context: RefocusContext | None = None,
+        answer_starts: torch.LongTensor | None = None,
+        fused_call: FusedCall | None = None,
         *,
         cache: Cache | None = None,
         **kwargs,
-    ) -> LaReCausalLMOutputWithPast:
+    ) -> LaReCausalLMOutputWithPast | BaseModelOutput:
         """Run the model over a prompt, its refocusing steps, and an answer.
 
-        The steps are taken where a row has `<bot><eot>`, otherwise before its first label, otherwise behind its last token.
+        The steps are taken where a row has `<bot><eot>`, otherwise before its answer, otherwise behind its last token. Without
+        labels, `answer_starts` says where the answer is: only then the logits are those that `generate` sampled from.
         The logits that follow them are those of the last column before (or of the row's own `<eot>`).
 
         Args:
@@ -132,13 +145,16 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
             latent_intervention: replaces latents before they enter the language model (`interventions.py`).
             output_latents: also return the latents, with gradients, and a `latent_trace`.
             latent_context: set by `generate` only.
+            answer_starts (`torch.LongTensor` of shape `(B,)`): the column of every row's first answer token, by default that
+                of its first label.
+            fused_call: set by the fused head of TRL only, which takes the hidden states of all columns and no logits.
 
         Raises:
             ValueError: images do not fit their placeholders, or `<bot>` and `<eot>` do not stand side by side, once a row.
         """
-        if input_ids is None:
-            raise ValueError("`input_ids` are needed: refocusing steps look for image tokens among them.")
         cache = one_cache(past_key_values, cache)
+        check_one_prompt(input_ids, inputs_embeds)
+        input_ids = self._find_ids(input_ids, inputs_embeds, latent_context)
         is_generating = latent_context is not None
         if not is_generating:
             check_intervention(latent_intervention, one_at_a_time=False)
@@ -154,17 +170,32 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         features = [row.features for row in latent_context.images if row is not None]
         decoder = RefocusDecoder(self, latent_context, cache, use_cache, kwargs)
         is_prompt = latent_context.decode_step < 0
-        embeds = self._embed_prompt(self._with_bot(input_ids) if is_prompt else input_ids, latent_context)
+        if is_prompt:
+            ids = self._with_bot(input_ids)
+            embeds = self._embed_prompt(ids, latent_context, self._embeds_with_bot(inputs_embeds))
+        else:
+            embeds = self._embed_prompt(input_ids, latent_context)
         if self.training and pixel_values is None:
             embeds = embeds + self._blank_picture(embeds)
         if not is_prompt:
             hidden = decoder.go_on(input_ids, embeds)
         else:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            places = self._place_steps(input_ids, labels, mask.bool(), is_generating)
+            check_mask(mask, input_ids)
+            if fused_call is not None:
+                answer_starts = self._find_answers(input_ids, fused_call.labels, mask, is_fused=True)
+            elif labels is not None and answer_starts is None:
+                answer_starts = self._find_answers(input_ids, labels, mask)
+            learned = labels if fused_call is None else fused_call.labels
+            if learned is not None and self.config.step_limit:
+                has_pair = self._delimiters(input_ids).any(dim=1, keepdim=True)
+                is_image = (input_ids == self.config.image_token_id) & ~has_pair
+                check_image_labels(learned, is_image, "refocusing steps")
+            places = self._place_steps(input_ids, answer_starts, mask.bool(), is_generating)
             hidden = decoder.run(input_ids, embeds, mask.bool() & ~self._delimiters(input_ids), places)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept])
+        if fused_call is not None:
+            return BaseModelOutput(last_hidden_state=hidden)
+        logits = self.lm_head(hidden[:, kept_columns(logits_to_keep)])
         loss = self._take_loss(logits, labels, input_ids, kwargs)
         output = LaReCausalLMOutputWithPast(loss=loss, logits=logits, **cache_keyword(decoder.returned_cache))
         if not is_generating and output_latents:
@@ -177,7 +208,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
             return None
         return self.loss_function(
             logits=logits,
-            labels=labels.masked_fill(self._delimiters(input_ids), -100),
+            labels=labels.masked_fill(self.never_labels(input_ids), -100),
             vocab_size=self.config.get_text_config().vocab_size,
             **kwargs,
         )
@@ -199,12 +230,33 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
             return input_ids
         return torch.cat([input_ids, torch.full_like(input_ids[:, :1], self.config.bot_token_id)], dim=1)
 
+    def _embeds_with_bot(self, inputs_embeds: Tensor | None) -> Tensor | None:  # (B, S + 1, D)
+        if inputs_embeds is None or self.config.step_limit == 0:
+            return inputs_embeds
+        bot = torch.full_like(inputs_embeds[:, :1, 0], self.config.bot_token_id, dtype=torch.long)
+        return torch.cat([inputs_embeds, self.get_input_embeddings()(bot).to(inputs_embeds)], dim=1)
+
+    _takes_virtual_tokens = True
+
+    @property
+    def _placeholder_tokens(self) -> tuple[int, ...]:
+        return self.config.image_token_id, self.config.bot_token_id, self.config.eot_token_id
+
     def _delimiters(self, input_ids: Tensor) -> Tensor:
         """(B, S) bool: the columns of `<bot>` and `<eot>`."""
         return (input_ids == self.config.bot_token_id) | (input_ids == self.config.eot_token_id)
 
+    never_labels = _delimiters
+
+    def _find_answers(self, input_ids: Tensor, labels: Tensor, mask: Tensor, is_fused: bool = False) -> Tensor | None:
+        """(B,) where the labels say that answers start; None where it does not matter."""
+        if self.config.step_limit == 0 or self._delimiters(input_ids).any(dim=1).all():
+            return None
+        has_own = self._delimiters(input_ids).any(dim=1)
+        return find_answers(labels.masked_fill(has_own[:, None], -100), mask, is_fused)
+
     def _place_steps(
-        self, input_ids: Tensor, labels: Tensor | None, mask: Tensor, is_generating: bool
+        self, input_ids: Tensor, answer_starts: Tensor | None, mask: Tensor, is_generating: bool
     ) -> Places | None:
         """Find where every row's steps go; None where there are none to take.
 
@@ -222,9 +274,8 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
             raise ValueError(f"A row may hold <bot> and <eot> once, side by side; rows {wrong} of `input_ids` do not.")
         # `generate` goes on from the last column, wherever the padding is.
         ends = torch.full_like(at, length) if is_generating else ((columns + 1) * mask).amax(dim=1)
-        if labels is not None:
-            learned = (labels != -100).to(mask.device)
-            ends = torch.where(learned.any(dim=1), learned.int().argmax(dim=1), ends)
+        if answer_starts is not None:
+            ends = check_answer_starts(answer_starts, input_ids).to(ends)
         ends = torch.where(has_pair, at, ends)
         before = ((input_ids == config.image_token_id) & mask & (columns < ends[:, None])).sum(dim=1)
         parted = (before % config.image_seq_length).nonzero().flatten().tolist()
@@ -293,9 +344,9 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         check_settings(settings, kwargs, output_latents, self.device)
         check_intervention(latent_intervention, one_at_a_time=False)
-        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        if input_ids is None:
-            raise ValueError("`input_ids` are needed: refocusing steps look for image tokens among them.")
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        input_ids = self._check_prompt(input_ids, kwargs)
+        prompt_ids = self._find_ids(input_ids, kwargs.get("inputs_embeds"))
         if cache is not None or settings.cache_implementation is not None:
             raise ValueError(
                 "Refocusing steps start on a cache of their own: give neither `past_key_values` nor `cache_implementation`."
@@ -303,25 +354,35 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         if kwargs.get("position_ids") is not None:
             raise ValueError("`position_ids` cannot be given to `generate`: latents take positions of their own.")
         if kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = infer_attention_mask(input_ids, settings)
-        self._check_length(input_ids, kwargs["attention_mask"], self.config.step_limit * self.config.num_step_latents)
-        ids = input_ids.to(self._input_device(input_ids))
-        images, placeholders = self._encode_images(ids, kwargs.pop("pixel_values", None))
-        context = RefocusContext(images, placeholders, intervention=latent_intervention, output_latents=output_latents)
-        config = self.config
+            kwargs["attention_mask"] = infer_attention_mask(prompt_ids, settings)
+        self._check_length(prompt_ids, kwargs["attention_mask"], self.config.step_limit * self.config.num_step_latents)
+        ids = prompt_ids.to(self._input_device(prompt_ids))
+        config, pixel_values = self.config, kwargs.pop("pixel_values", None)
+        check_numbers(pixel_values=pixel_values)
+        if config.step_limit:
+            eos = end_tokens(settings.eos_token_id, config.get_text_config().eos_token_id)
+            check_turns(self._delimiters(ids), ids, kwargs["attention_mask"], eos, "`<bot>` and `<eot>`")
+        images, placeholders = self._encode_images(ids, pixel_values)
+        context = RefocusContext(
+            images,
+            placeholders,
+            intervention=latent_intervention,
+            output_latents=output_latents,
+            finite=[],
+            prompt_ids=ids,
+        )
         reserved = [config.bot_token_id, config.eot_token_id, config.image_token_id] if config.step_limit else []
-        suppressed = [SuppressTokensLogitsProcessor(reserved, device=ids.device)] if reserved else []
         output = super().generate(
             input_ids,
             generation_config,
-            LogitsProcessorList([*(logits_processor or []), *suppressed]),
+            LogitsProcessorList([*(logits_processor or []), *([NeverWritten(reserved)] if reserved else [])]),
             stopping_criteria,
             latent_context=context,
             **kwargs,
         )
         if isinstance(output, Tensor):
             return output
-        return self._account(output, context, input_ids.shape[1], settings, kwargs)
+        return self._account(output, context, 0 if input_ids is None else input_ids.shape[1], settings, kwargs)
 
     def _account(self, output, context: RefocusContext, prompt_length: int, settings, kwargs):
         """Add latent counts, stop reasons and the trace to what the decoding loop returned."""

@@ -7,6 +7,7 @@ writes them.
 """
 
 from .transformers_contract import check_contract
+from .text_checks import as_rows
 
 
 check_contract("processing")  # before the imports below: what they miss is said here
@@ -103,7 +104,7 @@ class LaReProcessor(HubCodeMixin, LatentProcessorMixin, LlavaProcessor):
         if images is not None:
             images = self.load_images(images)
         if text is not None:
-            self.check_image_count([text] if isinstance(text, str) else list(text), images)
+            self.check_image_count(as_rows(text), images)
         return super().__call__(images=images, text=text, **kwargs)
 
     def render_latent(self, item: dict) -> str:

@@ -159,6 +159,8 @@ class RefocusExtractor(nn.Module):
         output_weights: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Returns the latents (B, K, D) and, if asked, the last cross-attention (B, L, T) float32, the mean over heads."""
+        dtype = self.out_proj.weight.dtype  # beside a quantized model it may be float32
+        states, visual = states.to(dtype), visual.to(dtype)
         states = self.state_proj(self.state_norm(states)) + self.layer_embedding()
         visual, weights = self.visual_proj(self.visual_norm(visual)), None
         for layer in self.layers:

@@ -15,12 +15,19 @@ _LAYER = ("hidden_states", "attention_mask", CACHE, "use_cache", "position_embed
 _TEXT_MODEL = ("inputs_embeds", "attention_mask", "position_ids", CACHE, "use_cache")
 _ROPE_INDEX = ("input_ids", "mm_token_type_ids", "image_grid_thw", "video_grid_thw", "attention_mask")
 _ATTENTION = ("module", "query", "key", "value", "attention_mask", "scaling", "dropout")
+# An attention layer finds its kernel by the name that its own `config` has (`saliency.RecordingConfig`).
+_DISPATCH = {"forward": ("config", "_attn_implementation", "get_interface")}
 _IMAGES, _VIDEOS = ("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")
 
 _CONFIGURATION = (
     Use(
         "transformers.configuration_utils:PreTrainedConfig",
-        hooks={"to_dict": (), "to_json_file": ("json_file_path",), "get_text_config": ()},
+        hooks={
+            "to_dict": (),
+            "to_json_file": ("json_file_path",),
+            "get_text_config": (),
+            "get_config_dict": ("pretrained_model_name_or_path",),
+        },
         attributes=("model_type", "__post_init__"),
         callers={"save_pretrained": ("to_json_file",)},
     ),
@@ -109,9 +116,11 @@ _MODELING = (
         },
         attributes=(
             "config_class",
+            "base_model",
             "_keep_in_fp32_modules",
             "_no_split_modules",
             "_skip_keys_device_placement",
+            "_supports_flex_attn",
             "_tied_weights_keys",
         ),
         callers={
@@ -131,8 +140,6 @@ _MODELING = (
         parameters=("attn_implementation", "default"),
     ),
     Use("transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS.valid_keys"),
-    Use("transformers.masking_utils:AttentionMaskInterface", hooks={"register": ("key", "value")}),
-    Use("transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS"),
     Use(
         "transformers.masking_utils:create_causal_mask",
         parameters=("config", "inputs_embeds", "attention_mask", CACHE, "position_ids"),
@@ -254,7 +261,8 @@ _VEDAS = (
     Use(f"{_QWEN_2}:Qwen2VLTextModel", hooks={"forward": _TEXT_MODEL}),
     Use(f"{_QWEN_2_5}:Qwen2_5_VLDecoderLayer", parameters=("config", "layer_idx"), hooks={"forward": _LAYER}),
     Use(f"{_QWEN_2}:Qwen2VLDecoderLayer", parameters=("config", "layer_idx"), hooks={"forward": _LAYER}),
-    Use(f"{_QWEN_2_5}:Qwen2_5_VLAttention", parameters=("config", "layer_idx")),
+    Use(f"{_QWEN_2_5}:Qwen2_5_VLAttention", parameters=("config", "layer_idx"), callers=_DISPATCH),
+    Use(f"{_QWEN_2}:Qwen2VLAttention", parameters=("config", "layer_idx"), callers=_DISPATCH),
     Use(f"{_QWEN_2_5}:eager_attention_forward", parameters=_ATTENTION),
     Use(f"{_QWEN_2}:eager_attention_forward", parameters=_ATTENTION),
 )
@@ -262,10 +270,6 @@ _VEDAS = (
 _LARE = (
     Use(f"{_LLAVA}:LlavaPreTrainedModel", hooks={"_init_weights": ("module",)}),
     Use(f"{_LLAVA}:LlavaModel", hooks={"get_image_features": ("pixel_values",)}),
-    Use(
-        "transformers.generation.logits_process:SuppressTokensLogitsProcessor",
-        parameters=("suppress_tokens", "device"),
-    ),
 )
 
 _ADAPTERS = (
@@ -280,6 +284,7 @@ _LANGUAGE_MODELS = {
     name: (
         Use(f"transformers.models.{name}.modeling_{name}:{title}Model", hooks={"forward": _TEXT_MODEL}),
         Use(f"transformers.models.{name}.modeling_{name}:{title}DecoderLayer", hooks={"forward": _LAYER}),
+        Use(f"transformers.models.{name}.modeling_{name}:{title}Attention", callers=_DISPATCH),
         Use(f"transformers.models.{name}.modeling_{name}:eager_attention_forward", parameters=_ATTENTION),
     )
     for name, title in (("llama", "Llama"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3"))
@@ -291,6 +296,7 @@ _TRAINING = (
         hooks={
             "compute_loss": ("model", "inputs", "return_outputs", "num_items_in_batch"),
             "training_step": ("model", "inputs", "num_items_in_batch"),
+            "_init_training_state": ("max_steps", "num_update_steps_per_epoch", "num_train_epochs"),
             "get_batch_samples": ("epoch_iterator", "num_batches", "device"),
             "floating_point_ops": ("inputs",),
             "log": ("logs",),
@@ -322,6 +328,7 @@ _TRAINING = (
         callers={
             "prediction_step": ("keys_to_ignore_at_inference",),
             "save_model": ("_save",),
+            "_inner_training_loop": ("_init_training_state",),
             "_save_checkpoint": ("save_model", "_save_optimizer_and_scheduler"),
         },
     ),

@@ -72,7 +72,12 @@ def find_block_sites(
 
 def read_grids(latent_grid_hw) -> list[tuple[int, int]]:
     """(height, width) pairs from a tensor or nested lists of whole numbers."""
-    grids = torch.as_tensor(latent_grid_hw)
+    try:
+        grids = torch.as_tensor(latent_grid_hw)
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of unequal length, words, None
+        raise ValueError(
+            f"`latent_grid_hw` must be whole numbers of shape (blocks, 2), got {latent_grid_hw!r}."
+        ) from error
     if grids.ndim != 2 or grids.shape[1] != 2 or grids.is_floating_point():
         raise ValueError(
             f"`latent_grid_hw` must be whole numbers of shape (blocks, 2), got shape {tuple(grids.shape)} of {grids.dtype}."
@@ -114,7 +119,7 @@ def parse_row(row: int, ids: list[int], columns: list[int], tokens: tuple[int, i
 
 def check_grid(grid: Sequence[int], config, where: str) -> None:
     """Raise unless `grid` is a (height, width) that the model can build."""
-    if len(grid) != 2 or not all(isinstance(side, int) for side in grid):
+    if len(grid) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in grid):
         raise ValueError(f"A latent grid is (height, width) in whole numbers, got {grid} in {where}.")
     if config.latent_mode == "autoregressive":
         if grid[0] != 1 or grid[1] < 1:

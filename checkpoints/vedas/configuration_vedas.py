@@ -23,6 +23,7 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfi
 
 from .hub_code import HubCodeMixin, __version__
 from .model_card import write_model_card
+from .text_config_checks import check_rope_type
 
 
 _MODEL = "modeling_latentvlm.modeling_vedas.VedasForConditionalGeneration"
@@ -203,8 +204,20 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
 
+    def validate_latent_token(self):
+        """Part of `@strict`-powered validation."""
+        vocab_size = self.get_text_config().vocab_size
+        if not 0 <= self.latent_token_id < vocab_size:
+            raise ValueError(
+                f"`latent_token_id` must lie within `text_config.vocab_size` ({vocab_size}), got {self.latent_token_id}."
+            )
+        for name in ("image_token_id", "video_token_id"):
+            if self.latent_token_id == getattr(self, name):
+                raise ValueError(f"`latent_token_id` and `{name}` must differ, both are {self.latent_token_id}.")
+
     def validate_routed_layers(self):
         """Part of `@strict`-powered validation."""
+        check_rope_type(self.get_text_config())
         layers = self.get_text_config().num_hidden_layers
         wrong = [layer for layer in self.routed_layers if not 0 <= layer < layers]
         if wrong or len(set(self.routed_layers)) != len(self.routed_layers):

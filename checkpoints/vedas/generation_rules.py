@@ -45,6 +45,20 @@ class LastTokens(StoppingCriteria):
         return tokens.tolist()
 
 
+class NeverWritten(LogitsProcessor):
+    """Keeps placeholders from being written.
+
+    A class of our own: of two processors of one class transformers drops its own, which is the user's `suppress_tokens`.
+    """
+
+    def __init__(self, tokens: list[int]):
+        self.tokens = torch.tensor(tokens, dtype=torch.long)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.tokens = self.tokens.to(scores.device)  # copied once
+        return scores.index_fill(1, self.tokens, -float("inf"))
+
+
 class LatentBlockLimits(LogitsProcessor):
     """Opens the first blocks, forbids more than the most, and keeps a block's inner tokens from being written.
 

@@ -1,5 +1,6 @@
 """The model card (README.md) that goes with a checkpoint, written from its config."""
 
+import re
 from pathlib import Path
 
 
@@ -22,6 +23,7 @@ latentvlm {version}; the code it needs lies beside the weights.
 ```python
 from transformers import AutoModel, AutoProcessor
 
+path = "path/to/this/checkpoint"  # a folder, or the name of a repository on the Hub
 processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 model = AutoModel.from_pretrained(path, trust_remote_code=True, dtype="auto")
 messages = [{{"role": "user", "content": [
@@ -44,18 +46,30 @@ print(output.num_latent_blocks, output.stop_reason)
 """
 
 
+def is_repository(name: str | None) -> bool:
+    """Whether a name can be that of a repository on the Hub, `owner/name`."""
+    return bool(name) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+
+
+def named_backbone(name: str | None) -> str:
+    """How the text of the card calls the backbone: a folder's name alone says nothing."""
+    if not name:
+        return "a backbone of unknown origin"
+    return name if is_repository(name) else f"a local backbone (`{name}`)"
+
+
 def render_model_card(config) -> str:
     """Fill in the card for a config with `base_model`, `base_model_license` and `latentvlm_version`."""
     metadata = ""
     if config.base_model_license:
         metadata += f"license: {config.base_model_license}\n"
-    if config.base_model:
+    if is_repository(config.base_model):  # the Hub links it: the name of a folder would be somebody else's model
         metadata += f"base_model: {config.base_model}\n"
     return CARD.format(
         metadata=metadata,
         model_type=config.model_type,
         architecture=(config.architectures or [config.hub_classes["AutoModel"].rpartition(".")[2]])[0],
-        backbone=config.base_model or "a backbone of unknown origin",
+        backbone=named_backbone(config.base_model),
         version=config.latentvlm_version,
         license=config.base_model_license or "not stated: that of the backbone",
     )

@@ -31,18 +31,20 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.generation import GenerationMixin, LogitsProcessor, LogitsProcessorList
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.generation import GenerationMixin, LogitsProcessorList
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel, Qwen2_5_VLPreTrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from transformers.utils import can_return_tuple
 
 from .configuration_vedas import VedasConfig
 from .transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache, take_cache
-from .generation_rules import check_settings, infer_attention_mask, stop_reasons
+from .backbone_calls import FusedCall, check_answer_starts, find_answers, guard_backbone
+from .generation_rules import NeverWritten, check_settings, infer_attention_mask, stop_reasons
 from .interventions import Intervention, check_intervention
-from .latent_decoding import LatentDecodingMixin
-from .qwen_inputs import QwenInputsMixin
+from .latent_decoding import LatentDecodingMixin, check_mask, check_one_prompt, kept_columns
+from .prompt_checks import check_image_labels, check_numbers, check_turns, end_tokens
+from .qwen_inputs import QwenInputsMixin, rename_hub_weights
 from .routing import (
     GATE_BIAS,
     DepthRouter,
@@ -50,6 +52,7 @@ from .routing import (
     RoutedQwen2VLDecoderLayer,
     TokenScore,
 )
+from .saliency import record_attention
 from .step_decoding import StepContext, StepDecoder
 from .trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_prompt_rows
 from .visual_replay import Replay
@@ -78,23 +81,12 @@ class VedasCausalLMOutputWithPast(BothCacheNames, CausalLMOutputWithPast):
     replays: tuple[Replay, ...] | None = None
 
 
-class NoSlots(LogitsProcessor):
-    """Keeps the placeholder of a step from being written."""
-
-    def __init__(self, token: int):
-        self.token = token
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores = scores.clone()
-        scores[:, self.token] = -float("inf")
-        return scores
-
-
 class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_5_VLPreTrainedModel, GenerationMixin):
     """A Qwen-VL backbone that reasons in latent steps before it answers."""
 
     config: VedasConfig
     config_class = VedasConfig
+    new_weights = (".router.",)
     accepts_loss_kwargs = False
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _no_split_modules = [
@@ -110,10 +102,13 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         super().__init__(config)
         model_class, layer_class = BACKBONES[config.backbone]
         self.model = model_class(config)
+        guard_backbone(self)
+        self.register_load_state_dict_pre_hook(rename_hub_weights)
         text_config = config.get_text_config()
         for layer in config.routed_layers:
             self.model.language_model.layers[layer] = layer_class(text_config, layer, config.routing_depth)
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        record_attention(self.model.language_model)
         self.post_init()
 
     @property
@@ -136,6 +131,7 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -148,25 +144,35 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         latent_intervention: str | Intervention | None = None,
         output_latents: bool = False,
         latent_context: StepContext | None = None,
+        num_latent_steps: int | None = None,
+        answer_starts: torch.LongTensor | None = None,
+        fused_call: FusedCall | None = None,
         *,
         cache: Cache | None = None,
         **kwargs,
-    ) -> VedasCausalLMOutputWithPast:
+    ) -> VedasCausalLMOutputWithPast | BaseModelOutput:
         """Run the model over a prompt, the latent slots behind it, and an answer.
 
-        The prompt ends before the first slot; without slots, before the first label; without either it is everything. The
-        logits at a slot are those after its latent, so the last slot predicts the first answer token.
+        The prompt ends before the first slot; without slots, before the answer; without either behind its last token. The
+        logits at a slot are those after its latent, so the last slot predicts the first answer token. Without slots the last
+        column of the prompt has the logits after the last latent, so that `labels` need no slots either.
 
         Args:
             labels: as in transformers; slots are never targets.
             latent_intervention: replaces latents z_t before they enter the language model (`interventions.py`).
             output_latents: return a `latent_trace`.
             latent_context: set by `generate` only.
+            num_latent_steps: steps that are taken where no row has slots, by default those of the config.
+            answer_starts (`torch.LongTensor` of shape `(B,)`): the column of every row's first answer token, by default that
+                of its first label.
+            fused_call: set by the fused head of TRL only, which takes the hidden states of all columns and no logits.
 
         Raises:
             ValueError: slots are not one run of equal length in every row, or images do not fit their placeholders.
         """
         cache = one_cache(past_key_values, cache)
+        check_one_prompt(input_ids, inputs_embeds, mm_token_type_ids)
+        input_ids = self._find_ids(input_ids, inputs_embeds, latent_context)
         vision = {
             "pixel_values": pixel_values,
             "image_grid_thw": image_grid_thw,
@@ -185,21 +191,28 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
                 images, placeholders, intervention=latent_intervention, output_latents=output_latents
             )
             latent_context.position_ids = self._rope_positions(input_ids, attention_mask, vision)
+            latent_context.num_steps = self._count_steps(num_latent_steps)
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            answer_starts = self._find_answers(
+                input_ids, mask, latent_context.num_steps, answer_starts, labels, fused_call
+            )
         decoder = StepDecoder(self, latent_context, cache, use_cache, kwargs)
-        embeds = self._embed_prompt(input_ids, latent_context)
+        embeds = self._embed_prompt(input_ids, latent_context, inputs_embeds)
         if latent_context.decode_step >= 0:
             hidden = decoder.go_on(input_ids, embeds)
         else:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            lengths, slots = self._split_rows(input_ids, labels, mask)
+            check_mask(mask, input_ids)
+            lengths, slots = self._split_rows(input_ids, answer_starts)
             positions = latent_context.position_ids  # of prompt rows; beams of a row share them
             positions = positions.repeat_interleave(len(input_ids) // positions.shape[1], dim=1)
             hidden = decoder.run(input_ids, embeds, mask.bool(), positions, lengths, slots)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept])
+        if fused_call is not None:
+            return BaseModelOutput(last_hidden_state=hidden)
+        logits = self.lm_head(hidden[:, kept_columns(logits_to_keep)])
         loss = None
         if labels is not None:
-            labels = labels.masked_fill(input_ids == self.config.latent_token_id, -100)
+            labels = labels.masked_fill(self.never_labels(input_ids), -100)
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size, **kwargs
             )
@@ -209,7 +222,39 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
             output.replays = tuple(decoder.replays)
         return output
 
-    def _split_rows(self, input_ids: Tensor, labels: Tensor | None, mask: Tensor) -> tuple[list[int], int]:
+    @property
+    def _placeholder_tokens(self) -> tuple[int, ...]:
+        return self.config.image_token_id, self.config.video_token_id, self.config.latent_token_id
+
+    def never_labels(self, input_ids: Tensor) -> Tensor:
+        return input_ids == self.config.latent_token_id
+
+    def _count_steps(self, num_latent_steps: int | None) -> int:
+        """The steps of rows without slots.
+
+        Raises:
+            ValueError: `num_latent_steps` is no whole number from 0 on.
+        """
+        if num_latent_steps is None:
+            return self.config.num_latent_steps
+        if not isinstance(num_latent_steps, int) or num_latent_steps < 0:
+            raise ValueError(f"`num_latent_steps` must be a whole number from 0 on, got {num_latent_steps!r}.")
+        return num_latent_steps
+
+    def _find_answers(self, input_ids, mask, num_steps: int, answer_starts, labels, fused_call) -> Tensor | None:
+        """(B,) where answers start in rows without slots; None where slots say it, or where it does not matter."""
+        if self.never_labels(input_ids).any() or not (num_steps or self.config.routed_layers):
+            return None
+        if answer_starts is not None:
+            return check_answer_starts(answer_starts, input_ids)
+        learned = labels if fused_call is None else fused_call.labels
+        if num_steps and learned is not None:
+            check_image_labels(learned, input_ids == self.config.image_token_id, "latent steps")
+        if fused_call is not None:
+            return find_answers(fused_call.labels, mask, is_fused=True)
+        return find_answers(torch.full_like(input_ids, -100) if labels is None else labels, mask)
+
+    def _split_rows(self, input_ids: Tensor, answer_starts: Tensor | None) -> tuple[list[int], int]:
         """Columns of every row's prompt, and the number of slots behind it."""
         is_slot = input_ids == self.config.latent_token_id
         counts = is_slot.sum(dim=1).tolist()
@@ -222,12 +267,7 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
                     f"{'' if all(runs) else ', not in one run'}."
                 )
             return first, counts[0]
-        if labels is not None:
-            learned = labels != -100
-            starts = learned.int().argmax(dim=1).tolist()
-            lengths = learned.any(dim=1).tolist()
-            return [start if any_ else input_ids.shape[1] for start, any_ in zip(starts, lengths)], 0
-        return [input_ids.shape[1]] * len(input_ids), 0
+        return [input_ids.shape[1]] * len(input_ids) if answer_starts is None else answer_starts.tolist(), 0
 
     @torch.no_grad()
     def generate(
@@ -254,26 +294,26 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         check_settings(settings, kwargs, output_latents, self.device)
         check_intervention(latent_intervention, one_at_a_time=True)
-        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        if input_ids is None:
-            raise ValueError("`input_ids` are needed: latent steps look for image tokens among them.")
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        input_ids = self._check_prompt(input_ids, kwargs)
+        prompt_ids = self._find_ids(input_ids, kwargs.get("inputs_embeds"))
         if cache is not None or settings.cache_implementation is not None:
             raise ValueError(
                 "Latent steps start on a cache of their own: give neither `past_key_values` nor `cache_implementation`."
             )
-        context = StepContext(images=[], intervention=latent_intervention, output_latents=output_latents)
-        kwargs |= self._prepare_steps(input_ids, context, settings, kwargs)
+        context = StepContext(images=[], intervention=latent_intervention, output_latents=output_latents, finite=[])
+        kwargs |= self._prepare_steps(prompt_ids, context, settings, kwargs)
         output = super().generate(
             input_ids,
             generation_config,
-            LogitsProcessorList([*(logits_processor or []), NoSlots(self.config.latent_token_id)]),
+            LogitsProcessorList([*(logits_processor or []), NeverWritten([self.config.latent_token_id])]),
             stopping_criteria,
             latent_context=context,
             **kwargs,
         )
         if isinstance(output, Tensor):
             return output
-        return self._account(output, context, input_ids.shape[1], settings, kwargs)
+        return self._account(output, context, 0 if input_ids is None else input_ids.shape[1], settings, kwargs)
 
     def _prepare_steps(self, input_ids, context: StepContext, settings, kwargs) -> dict:
         """Encode the images and place the prompt. Takes the vision inputs out of `kwargs`."""
@@ -285,19 +325,33 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         attention_mask = kwargs.get("attention_mask")
         if attention_mask is None:
             attention_mask = infer_attention_mask(input_ids, settings)
-        self._check_length(input_ids, attention_mask)
+        check_numbers(**{name: vision[name] for name in ("pixel_values", "pixel_values_videos")})
         ids = input_ids.to(self._input_device(input_ids))
-        slots = (ids == self.config.latent_token_id).sum(dim=1)
+        is_slot = ids == self.config.latent_token_id
+        slots = is_slot.sum(dim=1)
+        self._check_length(input_ids, attention_mask, self._count_step_tokens(ids, slots))
         if slots.any() and (slots != self.config.num_latent_steps).any():
             row = int((slots != self.config.num_latent_steps).nonzero()[0])
             raise ValueError(
                 f"Row {row} of the prompt has {int(slots[row])} latent slots, but `num_latent_steps` is "
                 f"{self.config.num_latent_steps}; give as many, or none."
             )
-        context.num_steps = self.config.num_latent_steps
+        eos = end_tokens(settings.eos_token_id, self.config.get_text_config().eos_token_id)
+        check_turns(is_slot, ids, attention_mask, eos, "latent slots")
+        context.num_steps, context.prompt_ids = self.config.num_latent_steps, ids
         context.images, context.placeholders = self._encode_images(ids, vision)
         context.position_ids = self._rope_positions(ids, attention_mask, vision)
         return {"attention_mask": attention_mask}
+
+    def _count_step_tokens(self, ids: Tensor, slots: Tensor) -> list[int]:
+        """By row the positions that the steps add to the prompt: latents without a slot of their own, and what is replayed."""
+        config, steps = self.config, self.config.num_latent_steps
+        replayed = torch.zeros_like(slots)
+        if config.replay_at_inference:
+            replayed = (ids == config.image_token_id).sum(dim=1).clamp(max=config.num_replay_tokens * steps)
+            if config.replay_pattern == "soft_mix":
+                replayed = (replayed > 0) * steps
+        return (steps + replayed - slots).tolist()
 
     def _account(self, output, context: StepContext, prompt_length: int, settings, kwargs):
         """Add latent counts, stop reasons and the trace to what the decoding loop returned."""

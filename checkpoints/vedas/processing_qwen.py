@@ -1,6 +1,7 @@
 """What the processors on Qwen-VL backbones share: no need of torchvision."""
 
 from .transformers_contract import check_contract
+from .text_checks import as_rows
 
 
 check_contract("processing")  # before the imports below: what they miss is said here
@@ -47,5 +48,5 @@ class QwenLatentProcessor(HubCodeMixin, LatentProcessorMixin, Qwen2_5_VLProcesso
         if images is not None:
             images = self.load_images(images)
         if text is not None:
-            self.check_image_count([text] if isinstance(text, str) else list(text), images)
+            self.check_image_count(as_rows(text), images)
         return super().__call__(images=images, text=text, videos=videos, **kwargs)

@@ -5,6 +5,7 @@ rendered text as T times `<|latent|>`. `generate` needs none of them: it takes t
 """
 
 from .transformers_contract import check_contract
+from .text_checks import is_whole_number
 
 
 check_contract("processing")  # before the imports below: what they miss is said here
@@ -29,8 +30,8 @@ class VedasProcessor(QwenLatentProcessor):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def render_latent(self, item: dict) -> str:
-        steps = item["steps"]
-        if not isinstance(steps, int) or steps < 0:
+        steps = item.get("steps")
+        if not is_whole_number(steps, 0):
             raise ValueError(f"`steps` of a latent item must be a whole number >= 0, got {steps!r}.")
         return LATENT_TOKEN * steps
 

@@ -31,17 +31,22 @@ class TokenScore(nn.Linear):
     def __init__(self, hidden_size: int):
         super().__init__(hidden_size, 1)
 
+    def forward(self, states: Tensor) -> Tensor:
+        """In float32, whatever the weights are in and whether or not autocast is on: near scores decide what runs deeper."""
+        with torch.autocast(states.device.type, enabled=False):
+            return nn.functional.linear(states.float(), self.weight.float(), self.bias.float())
+
 
 class DepthRouter(nn.Module):
-    """Scores tokens, and scales each further pass."""
+    """Scores tokens, and scales each further pass. Both come out of one call: offloaded weights are there only within it."""
 
     def __init__(self, hidden_size: int, depth: int):
         super().__init__()
         self.score = TokenScore(hidden_size)
         self.depth_scale = nn.Parameter(torch.ones(depth, hidden_size))
 
-    def forward(self, states: Tensor) -> Tensor:  # (B, T, D) -> (B, T) float32
-        return self.score(states)[..., 0].float()
+    def forward(self, states: Tensor) -> tuple[Tensor, Tensor]:  # (B, T, D) -> (B, T) float32, (depth, D)
+        return self.score(states)[..., 0], self.depth_scale
 
 
 @dataclass
@@ -160,18 +165,18 @@ class RoutedLayerMixin:
 
     def deepen(self, states: Tensor, position_embeddings: tuple[Tensor, Tensor], routing: Routing) -> Tensor:
         layer, implementation = self.self_attn.layer_idx, self.self_attn.config._attn_implementation
-        scores = self.router(states)
+        scores, scales = self.router(states)
         best = select_tokens(scores, routing.competing, routing.alphas[layer])
         columns = best.sort(dim=1).values
         attended = routing.competing.gather(1, columns)
         routing.picked.setdefault(layer, columns.masked_fill(~attended, -1).detach())
-        tables = self.selected_tables(states, position_embeddings, columns, routing)
+        tables = self.selected_tables(states, position_embeddings, columns, attended, routing)
         gates = gate_values(scores, routing.competing, routing.gate).to(states.dtype)
         target = columns if routing.aligned else best
         gates = (gates.gather(1, target) * routing.competing.gather(1, target))[..., None]
         refined = gather_tokens(states, columns)
         change = torch.zeros_like(refined)
-        for depth, scale in enumerate(self.router.depth_scale):
+        for depth, scale in enumerate(scales):
             view = None if routing.memory is None else routing.memory.view(layer, depth, attended)
             seen = attended if view is None else view.attended()
             mask = selected_mask(seen, columns.shape[1], implementation, states.dtype)
@@ -182,12 +187,18 @@ class RoutedLayerMixin:
         index = target[..., None].expand_as(change)
         return states.scatter_add(1, index, change.to(states.dtype))
 
-    def selected_tables(self, states: Tensor, tables: tuple[Tensor, Tensor], columns: Tensor, routing: Routing):
-        """Rotary tables of the selected tokens: at their own positions, or numbered anew."""
+    def selected_tables(self, states: Tensor, tables, columns: Tensor, attended: Tensor, routing: Routing):
+        """Rotary tables of the selected tokens: at their own positions, or numbered anew.
+
+        Numbers go on from segment to segment, and filling takes none: a row's are the same in every batch.
+        """
         if routing.rotary is None:
             return tuple(gather_tokens(table, columns) for table in tables)
-        positions = torch.arange(columns.shape[1], device=columns.device).expand(3, *columns.shape)
-        return routing.rotary(states, positions)
+        numbers = attended.long().cumsum(dim=1) - 1
+        if routing.memory is not None:
+            earlier = routing.memory.view(self.self_attn.layer_idx, 0, attended).pieces
+            numbers = numbers + sum(piece.attended.sum(dim=1, keepdim=True) for piece in earlier)
+        return routing.rotary(states, numbers.clamp(min=0).expand(3, -1, -1))
 
 
 class RoutedQwen2_5_VLDecoderLayer(RoutedLayerMixin, Qwen2_5_VLDecoderLayer):

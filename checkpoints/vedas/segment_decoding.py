@@ -6,6 +6,7 @@ segment's layers again (`segments.py`).
 Shapes: B rows, S new tokens, D hidden size.
 """
 
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -24,6 +25,23 @@ from .trace import LatentStep
 logger = logging.get_logger(__name__)
 
 
+class Thread(threading.local):
+    """What the forward that runs in this thread wants of the layers, which other threads may share."""
+
+    keeps_cache = False
+
+
+class CacheIsKept:
+    """True in a thread whose forward keeps its cache under gradient checkpointing, False in every other."""
+
+    def __bool__(self) -> bool:
+        return THREAD.keeps_cache
+
+
+THREAD = Thread()
+CACHE_IS_KEPT = CacheIsKept()
+
+
 @dataclass
 class DecodingContext:
     """What one call of `forward` or `generate` wants of its latents, and the record of what it got."""
@@ -34,6 +52,8 @@ class DecodingContext:
     output_latents: bool = False
     decode_step: int = -1  # the generated token that is being consumed; -1: the prompt
     steps: list[LatentStep] = field(default_factory=list)
+    finite: list[tuple[list[int], Tensor]] | None = None  # (rows, whether their latents are finite); None: nobody asks
+    prompt_ids: Tensor | None = None  # (prompt rows, S) of a prompt that is given as `inputs_embeds`
 
     def of_row(self, values: list, row: int, num_rows: int):
         """The entry of the prompt row that `row` of an expanded batch continues."""
@@ -42,7 +62,29 @@ class DecodingContext:
     def intervene(self, steps: list[LatentStep], num_rows: int) -> list[Tensor]:
         """The latents of steps taken together, changed as the caller wants; beams of one prompt count as one."""
         prompts = list(range(len(self.images)))
-        return intervene(self.intervention, steps, [self.of_row(prompts, step.row, num_rows) for step in steps])
+        changed = intervene(self.intervention, steps, [self.of_row(prompts, step.row, num_rows) for step in steps])
+        if self.finite is not None:
+            self.finite += [([step.row], values.isfinite().all()[None]) for step, values in zip(steps, changed)]
+        return changed
+
+    def check_latents(self) -> None:
+        """Raise unless all latents since the last check are finite: what follows others would be garbage.
+
+        Raises:
+            ValueError: NaN or infinity among the latents of a row.
+        """
+        if not self.finite:
+            return
+        device = self.finite[0][1].device
+        flags = torch.cat([flags.to(device) for _, flags in self.finite]).tolist()
+        rows = [row for rows, _ in self.finite for row in rows]
+        self.finite = []
+        wrong = sorted({row for row, is_finite in zip(rows, flags) if not is_finite})
+        if wrong:
+            raise ValueError(
+                f"The latents of rows {wrong} hold NaN or infinity: weights that overflow in this dtype, or a "
+                "`latent_intervention` that returns no numbers."
+            )
 
 
 class SegmentDecoder:
@@ -146,9 +188,9 @@ class SegmentDecoder:
                     "Latents need gradient checkpointing with `use_reentrant=False`: the reentrant kind passes no "
                     "gradient to the keys and values of earlier segments."
                 )
-            layer._can_checkpoint_with_cache = True
+            layer._can_checkpoint_with_cache = CACHE_IS_KEPT  # stays
+        before, THREAD.keeps_cache = THREAD.keeps_cache, True
         try:
             yield
         finally:
-            for layer in layers:
-                del layer._can_checkpoint_with_cache
+            THREAD.keeps_cache = before

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-from train.answers import find_box
+from transformers.utils import logging
+
+from evaluation.final_answer import read_final_answer
 from train.evaluation.answering import AnswerSettings, answer_batch, check_settings
 from train.evaluation.loading import load_model, load_processor
 from train.reasoning_data import ReasoningSample
 
 
+logger = logging.get_logger(__name__)
 PASSED_ON = ("max_new_tokens", "num_beams", "repetition_penalty")
 READER = ReasoningSample([], "", [], "", "A question of the harness")  # reads images, and says what is wrong with them
 
@@ -17,8 +20,8 @@ class Answerer:
     """A checkpoint and how it is asked.
 
     Args:
-        keep_reasoning: return all that was written; by default what stands in the box, where there is one, since harnesses
-            look for the answer in what they get.
+        keep_reasoning: return all that was written; by default the final answer, where one is marked, since harnesses look for the
+            answer in what they get.
         settings: of `AnswerSettings`.
     """
 
@@ -32,6 +35,8 @@ class Answerer:
         **settings: Any,
     ):
         self.settings = AnswerSettings(**settings)
+        if self.settings.repeats > 1:
+            raise ValueError(f"A harness asks as often as it likes: `repeats` must be 1, got {self.settings.repeats}.")
         self.keep_reasoning = keep_reasoning
         self.model = load_model(model, dtype, device, attn_implementation)
         self.processor = load_processor(model)
@@ -41,7 +46,13 @@ class Answerer:
         answers = answer_batch(
             self.model, self.processor, conversations, self.settings, self.settings.seed + seed, **generate
         )
-        return [answer.text if self.keep_reasoning else find_box(answer.text) or answer.text for answer in answers]
+        return [answer.text if self.keep_reasoning else shorten(answer.text) for answer in answers]
+
+
+def shorten(text: str) -> str:
+    """The final answer where one is marked, else all that was written."""
+    found = read_final_answer(text)
+    return found.text if found.is_marked and found.text else text
 
 
 def as_conversation(parts: Sequence[tuple[str, Any]]) -> list[dict]:
@@ -76,6 +87,10 @@ def generation_settings(given: dict[str, Any]) -> tuple[dict[str, Any], list[str
     temperature = given.pop("temperature", None)
     wanted: dict[str, Any] = {name: given.pop(name) for name in PASSED_ON if given.get(name) is not None}
     top_p = given.pop("top_p", None)
+    if top_p not in (None, 1) and not temperature:
+        logger.warning_once(
+            f"`gen_kwargs` give top_p={top_p} without a temperature: answers are greedy, it means nothing."
+        )
     given.pop("do_sample", None)  # as with the harness' own models, the temperature decides
     given.pop("image_aspect_ratio", None)  # how LLaVA lays out images; tasks name it for all models
     if temperature:

@@ -3,8 +3,8 @@
     python -m train.analyses.reconstruction --model out/lare-4 --data data/tasks/data.jsonl --vae_path kl16 --output out/pictures
 
 The U-Net lies in `training/` beside the checkpoint. Every picture is held against the window that the step looked at; the
-control draws the same noise under the latents of another question. `reconstruction.csv` holds the mean squared errors (of
-pixels within 0 and 1) by step, `reconstruction.png` windows, pictures and controls side by side.
+control draws the same noise under the latents that the question before it took at that step. `reconstruction.csv` holds the mean squared
+errors (of pixels within 0 and 1) by step, `reconstruction.png` windows, pictures and controls side by side.
 """
 
 from pathlib import Path
@@ -57,20 +57,49 @@ def pixels_of(module: ImageReconstruction, crops: Tensor) -> Tensor:
     return torch.nn.functional.interpolate(unit, size, mode="bilinear", antialias=True)
 
 
+def find_donors(questions: list[int], steps: list[int]) -> list[int]:
+    """For every window a row whose latents are of another question and of the same step; of its last step if no other has it.
+
+    A step may have several windows, and questions several numbers of steps, so that no fixed distance leads to another question.
+
+    Raises:
+        ValueError: there is one question alone.
+    """
+    first = {}
+    for row, place in enumerate(zip(questions, steps)):
+        first.setdefault(place, row)
+    names = sorted(set(questions))
+    if len(names) < 2:
+        raise ValueError(
+            "A control takes the latents of another question, but only one has windows: give more questions."
+        )
+    donors = []
+    for question, step in zip(questions, steps):
+        at = names.index(question)
+        others = names[:at][::-1] + names[at + 1 :][::-1]  # the one before it first, the first one's is the last
+        same = [first[other, step] for other in others if (other, step) in first]
+        last = max(taken for name, taken in first if name == others[0])
+        donors.append(same[0] if same else first[others[0], last])
+    return donors
+
+
 @torch.no_grad()
 def reconstruct(study: Study, module: ImageReconstruction, num_denoising_steps: int, seed: int):
     """Per question and step: (table of errors, windows, pictures, controls), the last three (M, 3, S, S)."""
     check_steps(study.model.config)
     module = module.to(study.model.device)
-    latents, windows, steps = [], [], []
+    latents, windows, questions, steps, num_asked = [], [], [], [], 0
     for _, inputs in encoded_batches(study, study.samples):
         output = study.model(**inputs, output_latents=True)
         chosen, crops, number = window_crops(study.model, output, inputs, output.latent_mask)
         latents.append(chosen[number].float())
         windows.append(pixels_of(module, crops))
-        steps += output.latent_mask.nonzero()[number, 1].tolist()
+        rows, taken = output.latent_mask.nonzero()[number].unbind(dim=1)
+        questions += (rows + num_asked).tolist()
+        steps += taken.tolist()
+        num_asked += len(output.latent_mask)
     latents, windows = torch.cat(latents), torch.cat(windows)
-    others = latents.roll(max(steps) + 1, dims=0)  # those of another question
+    others = latents[find_donors(questions, steps)]
     arms = {"picture": [], "control": []}
     for start in tqdm(range(0, len(latents), study.batch_size), desc="denoising"):
         part = slice(start, start + study.batch_size)

@@ -131,8 +131,21 @@ def clipped_objective(ratio: Tensor, advantage: Tensor, clip: float, dual_clip: 
 
 
 def group_advantages(rewards: Tensor) -> Tensor:
-    """`(R - mean) / (std + 1e-4)` within the last axis; 0 in a group whose rewards are all equal (eq. 10)."""
-    centred = rewards - rewards.mean(-1, keepdim=True)
-    advantages = centred / (rewards.std(-1, keepdim=True) + 1e-4)
-    is_equal = (rewards == rewards[..., :1]).all(-1, keepdim=True)
-    return advantages.masked_fill(is_equal, 0.0)
+    """`(R - mean) / (std + 1e-4)` within the last axis; 0 in a group whose rewards are all equal (eq. 10).
+
+    A reward that is missing (NaN) counts for nothing: the others compete among themselves, and its advantage is 0.
+    """
+    is_there = ~rewards.isnan()
+    number = is_there.sum(-1, keepdim=True)
+    known = rewards.masked_fill(~is_there, 0.0)
+    centred = (known - known.sum(-1, keepdim=True) / number.clamp(min=1)).masked_fill(~is_there, 0.0)
+    spread = (centred.square().sum(-1, keepdim=True) / (number - 1).clamp(min=1)).sqrt()
+    return (centred / (spread + 1e-4)).masked_fill(has_no_signal(rewards)[..., None], 0.0)
+
+
+def has_no_signal(rewards: Tensor) -> Tensor:
+    """Whether the rewards of a group, the last axis, are all equal, those that are missing (NaN) aside."""
+    is_there = ~rewards.isnan()
+    highest = rewards.masked_fill(~is_there, -float("inf")).amax(-1)
+    lowest = rewards.masked_fill(~is_there, float("inf")).amin(-1)
+    return highest <= lowest  # also where none is there, or one alone

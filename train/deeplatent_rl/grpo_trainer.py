@@ -5,8 +5,8 @@ tokens through the backbone, past the `forward` that builds latent blocks; its b
 axis, where blocks and images are lists of unequal length; it estimates the KL from the sampled token where the paper has
 the KL of distributions; it clips all gradients together; and it forgets its rollouts when a run is resumed.
 
-One optimizer step sees `per_device_train_batch_size * gradient_accumulation_steps` questions a process, each with
-`num_generations` answers. A batch of questions is sampled in one call of `generate`, and learned from in micro-batches of
+One optimizer step sees `global_batch_size` questions, over all processes, each with `num_generations` answers: that many batches
+of `per_device_train_batch_size` a process follow from it. A batch of questions is sampled in one call of `generate`, and learned from in micro-batches of
 `micro_batch_size` answers. With `num_iterations > 1` the same answers serve several steps; ratios differ from 1, and
 clipping acts, from the second of them on.
 """
@@ -23,8 +23,9 @@ from torch.utils.data import Sampler
 from transformers import TrainingArguments
 from transformers.utils import logging
 
-from train.deeplatent_rl.actions import group_advantages, mix
+from train.deeplatent_rl.actions import group_advantages, has_no_signal, mix
 from train.deeplatent_rl.dump import RolloutDump
+from train.deeplatent_rl.gradients import ApartGradients
 from train.deeplatent_rl.objective import GRPOObjective
 from train.deeplatent_rl.rewards import WeightedRewards
 from train.deeplatent_rl.rollouts import Prompt, Trajectory, read_prompts, roll_out
@@ -33,6 +34,7 @@ from train.training_model import LatentTrainer
 
 MODULATION = ("query_modulation", "image_modulation")
 ROLLOUTS_FILE = "rollouts_{}.pt"  # of a process
+PAPER_BATCH = 64  # questions of a step
 MANY_TRUNCATED = 0.25  # share of answers from which on a run is told so
 logger = logging.get_logger(__name__)
 
@@ -46,8 +48,14 @@ class GRPOTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = "constant"
     num_train_epochs: float = 1.0
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Questions sampled in one `generate`."})
-    gradient_accumulation_steps: int = field(
-        default=8, metadata={"help": "With 8 questions: the paper's batch of 64."}
+    gradient_accumulation_steps: int | None = field(
+        default=None, metadata={"help": "Batches of a step; by default what `global_batch_size` needs."}
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Questions of a step, over all processes; by default the paper's 64, or what `gradient_accumulation_steps` gives."
+        },
     )
     micro_batch_size: int = field(default=4, metadata={"help": "Answers in one forward and backward pass."})
     num_iterations: int = field(default=1, metadata={"help": "Optimizer steps on the same answers."})
@@ -55,10 +63,38 @@ class GRPOTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False
 
     def __post_init__(self):
+        given, self.gradient_accumulation_steps = (
+            self.gradient_accumulation_steps,
+            self.gradient_accumulation_steps or 1,
+        )
         super().__post_init__()
+        self.gradient_accumulation_steps = self.batches_of_step(given)
+        self.global_batch_size = self.gradient_accumulation_steps * self.train_batch_size * self.world_size
         for name in ("micro_batch_size", "num_iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}.")
+
+    def batches_of_step(self, given: int | None) -> int:
+        """How many batches a process learns from in a step of `global_batch_size` questions.
+
+        Raises:
+            ValueError: it is no whole number, or not the one that was given.
+        """
+        if given is not None and self.global_batch_size is None:
+            return given
+        at_once = self.train_batch_size * self.world_size
+        wanted = PAPER_BATCH if self.global_batch_size is None else self.global_batch_size
+        if wanted < 1 or wanted % at_once:
+            raise ValueError(
+                f"`global_batch_size` must be a multiple of the {at_once} questions that {self.world_size} processes sample at "
+                f"once, {self.train_batch_size} each (`per_device_train_batch_size`), got {wanted}."
+            )
+        if given not in (None, wanted // at_once):
+            raise ValueError(
+                f"`gradient_accumulation_steps` is {given}, but a `global_batch_size` of {wanted} takes {wanted // at_once} "
+                f"batches of {at_once} questions: give one of the two."
+            )
+        return wanted // at_once
 
 
 class RepeatedChunks(Sampler[int]):
@@ -102,6 +138,10 @@ class GRPOTrainer(LatentTrainer):
                 "of FSDP or DeepSpeed."
             )
         self.rewards, self.dump = rewards, dump
+        # Two backward passes between two exchanges are nothing DDP knows of: what is kept apart is exchanged by itself.
+        limit = self.objective.arguments.latent_gradient_limit
+        is_joint = self.objective.arguments.variant == "joint"
+        self.apart = ApartGradients(limit) if limit and is_joint else None
         self.batches: list[list[Trajectory]] = []
         self.sums: dict[str, Tensor] = {}
         self.resumed_from: str | None = None
@@ -143,7 +183,8 @@ class GRPOTrainer(LatentTrainer):
         with self.accelerator.autocast():
             trajectories = roll_out(self.policy, self.processing_class, batch, self.objective.rollout, seed)
         self.rewards(trajectories)
-        rewards = torch.tensor([trajectory.reward for trajectory in trajectories], dtype=torch.float64)
+        missing = [math.nan if one.reward is None else one.reward for one in trajectories]
+        rewards = torch.tensor(missing, dtype=torch.float64)
         groups = rewards.view(-1, self.objective.rollout.num_generations)
         for trajectory, advantage in zip(trajectories, group_advantages(groups).flatten().tolist()):
             trajectory.advantage = advantage
@@ -173,15 +214,40 @@ class GRPOTrainer(LatentTrainer):
         parts, total = self.micro_batches(inputs), torch.zeros((), device=self.args.device)
         for number, part in enumerate(parts):
             # Gradients are exchanged once, behind the last micro-batch.
-            waits = number + 1 < len(parts)
+            waits = self.apart is not None or number + 1 < len(parts)
+            share = len(part) / len(inputs) / self.current_gradient_accumulation_steps
             with self.accelerator.no_sync(model) if waits else nullcontext():
                 with self.compute_loss_context_manager():
                     outputs = model(trajectories=part)
-                loss = outputs["loss"] * len(part) / len(inputs) / self.current_gradient_accumulation_steps
-                self.accelerator.backward(loss)
-            total += loss.detach()
+                self.backward(model, outputs, share)
+            total += outputs["loss"].detach() * share
             self.add_sums(outputs["sums"])
+        if self.apart is not None and self.accelerator.sync_gradients:
+            self.merge_gradients(model)
         return total
+
+    def backward(self, model, outputs: dict, share: float) -> None:
+        """Add the gradient of a micro-batch, that of the latents apart."""
+        words, latents = outputs["parts"]["words"], outputs["parts"]["latents"]
+        if self.apart is None:
+            self.accelerator.backward(outputs["loss"] * share)
+            return
+        self.accelerator.backward(words * share, retain_graph=latents is not None)
+        if latents is not None:
+            with self.apart.of_latents(self.parameter_groups(model)["language_model"]):
+                self.accelerator.backward(latents * share)
+
+    def merge_gradients(self, model) -> None:
+        """At the end of a step: one gradient of the language model out of those of words and latents."""
+        groups = self.parameter_groups(model)
+        norms = self.apart.merge(groups["language_model"], groups.get("modulation", []), self.args.world_size)
+        scaler = getattr(self.accelerator, "scaler", None)  # of float16, whose gradients are larger by this
+        unit = 1.0 if scaler is None else scaler.get_scale()
+        words, latents, scale = (float(norms[name]) for name in ("words", "latents", "scale"))
+        values = {"grad_norm_words": words / unit, "grad_norm_latents": latents / unit, "latent_gradient_scale": scale}
+        if words + latents > 0:
+            values["latent_gradient_share"] = scale * latents / (words + scale * latents)
+        self.add_sums({name: torch.tensor([value, 1.0], dtype=torch.float64) for name, value in values.items()})
 
     def _clip_grad_norm(self, model):
         """Clip language model and modulation apart: the few weights of one would vanish beside the other's."""
@@ -225,16 +291,21 @@ class GRPOTrainer(LatentTrainer):
                 f"{self.objective.rollout.max_new_tokens}, perhaps before they said anything: `truncated` in the logs has their share."
             )
         values = {
-            "reward": groups.flatten(),
-            "reward_std": groups.std(-1),
-            "groups_without_signal": (groups == groups[:, :1]).all(-1).double(),
+            "reward": groups[~groups.isnan()],
+            "reward_missing": groups.isnan().flatten().double(),
+            "reward_std": torch.tensor(
+                [group[~group.isnan()].std() for group in groups if (~group.isnan()).sum() > 1]
+            ),
+            "groups_without_signal": has_no_signal(groups).double(),
             "blocks_per_sample": torch.tensor([len(one.grids) for one in trajectories]),
             "latents_per_block": torch.tensor([height * width for one in trajectories for height, width in one.grids]),
             "tokens_per_sample": torch.tensor([len(one.tokens) for one in trajectories]),
             "truncated": torch.tensor([one.is_truncated for one in trajectories]),
         }
         for name in self.rewards.weights:
-            values[f"reward_{name}"] = torch.tensor([one.rewards[name] for one in trajectories])
+            values[f"reward_{name}"] = torch.tensor(
+                [v for one in trajectories if (v := one.rewards[name]) is not None]
+            )
         self.add_sums({name: torch.tensor([float(part.sum()), len(part)]) for name, part in values.items()})
 
     def add_sums(self, sums: dict[str, Tensor]) -> None:

@@ -4,10 +4,18 @@ Per trajectory i with advantage A_i, over all its actions k, words and modulatio
 
     r_k = pi_theta(a_k) / pi_old(a_k)
     J_i = mean over k of min(r_k A_i, clip(r_k, 1 - e, 1 + e) A_i), and at least c A_i where A_i < 0
-    L   = mean over i of (-J_i + w KL_words + w KL_latents)
+    L   = mean over i of (-J_i + w KL_i)
 
-KL_words is the mean over the words of a trajectory of the KL of two categoricals over the vocabulary. KL_latents is the
-mean over its modulations of the closed form for Gaussians, which is summed over channels and averaged over positions.
+The KL of an action is that of two categoricals over the vocabulary for a word, and the closed form for Gaussians for a
+modulation, summed over channels and averaged over positions. The paper averages it in two ways, `kl_average`:
+
+    kind     KL_i = mean over the words + mean over the modulations    its appendix ("average over positions and samples"), default
+    action   KL_i = sum over words and modulations / number of both    its eq. 11, where the KL stands inside the mean over actions
+
+They differ in how much a modulation weighs beside a word: under `action` a hundredth of it in an answer of a hundred words.
+
+L is the sum of a part of the words and one of the latents, which are returned apart: their gradients in the language model differ
+by orders of magnitude, and `gradients.py` keeps one from hiding the other.
 
 Kinds: R trajectories of a micro-batch, P their tokens in a row.
 """
@@ -26,6 +34,7 @@ from train.deeplatent_rl.rollouts import RolloutArguments, Trajectory
 
 VARIANTS = ("joint", "text")
 LOG_PROBS = ("sum", "mean")
+KL_AVERAGES = ("kind", "action")
 
 
 @dataclass
@@ -44,6 +53,18 @@ class ObjectiveArguments:
     continuous_logprob: str = field(
         default="sum", metadata={"help": "Log-density of a modulation: sum over its elements (the paper's), or mean."}
     )
+    kl_average: str = field(
+        default="kind",
+        metadata={
+            "help": "kind: mean KL of words plus mean KL of modulations (the paper's appendix); action: its eq. 11."
+        },
+    )
+    latent_gradient_limit: float = field(
+        default=1.0,
+        metadata={
+            "help": "Longest gradient of the latents in the language model, in lengths of the words'; 0: not limited, one pass."
+        },
+    )
     train_latent_former: bool = field(default=False, metadata={"help": "The ablation that also trains LatentFormer."})
 
     def __post_init__(self):
@@ -55,8 +76,11 @@ class ObjectiveArguments:
             raise ValueError(f"`clip` must lie between 0 and 1, got {self.clip}.")
         if self.dual_clip and not self.dual_clip > 1:
             raise ValueError(f"`dual_clip` must be 0 or > 1, got {self.dual_clip}.")
-        if not 0 <= self.kl_weight < float("inf"):
-            raise ValueError(f"`kl_weight` must be >= 0 and finite, got {self.kl_weight}.")
+        if self.kl_average not in KL_AVERAGES:
+            raise ValueError(f"`kl_average` must be one of {KL_AVERAGES}, got {self.kl_average!r}.")
+        for name in ("kl_weight", "latent_gradient_limit"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` must be >= 0 and finite, got {getattr(self, name)}.")
 
 
 @dataclass
@@ -87,7 +111,7 @@ class GRPOObjective(nn.Module):
             self._reference[0].to(device)
 
     def forward(self, model: nn.Module, trajectories: list[Trajectory], only_scores: bool = False) -> dict:
-        """Return `loss`, and `sums`: by name, a sum and of how many values it is.
+        """Return `loss`, its `parts` ("words" and "latents", None without any), and `sums`: by name, a sum and of how many.
 
         Args:
             only_scores: return `log_probs` and `statistics` instead, the `old` ones of later updates.
@@ -98,10 +122,13 @@ class GRPOObjective(nn.Module):
             return {"log_probs": scores.log_probs, "statistics": scores.replayed.actions.statistics}
         losses, sums = [], {}
         for row, trajectory in enumerate(trajectories):
-            losses.append(self.loss_of(row, trajectory, scores, sums))
+            losses.append(self.losses_of(row, trajectory, scores, sums))
         count(sums, "entropy", scores.entropies)
-        loss = policy._touch_latents(torch.stack(losses).mean())
-        return {"loss": loss, "sums": sums}
+        words = policy._touch_latents(torch.stack([loss for loss, _ in losses]).mean())
+        found = [loss for _, loss in losses if loss is not None]
+        latents = torch.stack(found).sum() / len(losses) if found else None
+        loss = words if latents is None else words + latents
+        return {"loss": loss, "parts": {"words": words, "latents": latents}, "sums": sums}
 
     def score(self, model, policy, trajectories: list[Trajectory], with_reference: bool) -> Scores:
         reference = self._reference[0]
@@ -125,29 +152,29 @@ class GRPOObjective(nn.Module):
         lengths = words.lengths
         return Scores(log_probs.split(lengths), divergences.split(lengths), entropies, now, expected)
 
-    def loss_of(self, row: int, trajectory: Trajectory, scores: Scores, sums: dict) -> Tensor:
-        """The loss of one trajectory; adds to the sums of the log."""
+    def losses_of(self, row: int, trajectory: Trajectory, scores: Scores, sums: dict) -> tuple[Tensor, Tensor | None]:
+        """The loss of one trajectory, the parts of its words and of its latents; adds to the sums of the log."""
         arguments = self.arguments
         log_probs = scores.log_probs[row]
         old = trajectory.old_log_probs
         old = log_probs.detach() if old is None else old.to(log_probs.device)
-        ratios, kl = [ratio_of(log_probs - old)], scores.divergences[row].mean()
-        count(sums, "kl_text", scores.divergences[row].mean()[None])
+        kinds = [("text", ratio_of(log_probs - old), scores.divergences[row])]
         if arguments.variant == "joint":
             latent_ratios, latent_kls = self.compare_latents(row, trajectory, scores)
             if latent_ratios:
-                ratios.append(torch.stack(latent_ratios).to(log_probs))
-                latent_kl = torch.stack(latent_kls).to(log_probs)
-                count(sums, "kl_latent", latent_kl.mean()[None])
-                kl = kl + latent_kl.mean()
+                latents = (torch.stack(values).to(log_probs) for values in (latent_ratios, latent_kls))
+                kinds.append(("latent", *latents))
+        number = sum(len(ratios) for _, ratios, _ in kinds)
         advantage = torch.tensor(trajectory.advantage, device=log_probs.device, dtype=log_probs.dtype)
-        objective, names = 0.0, ("text", "latent")
-        for name, ratio in zip(names, ratios):
-            surrogate, is_clipped = clipped_objective(ratio, advantage, arguments.clip, arguments.dual_clip or None)
-            objective = objective + surrogate.sum()
+        losses = []
+        for name, ratios, divergences in kinds:
+            surrogate, is_clipped = clipped_objective(ratios, advantage, arguments.clip, arguments.dual_clip or None)
+            kl = divergences.mean() if arguments.kl_average == "kind" else divergences.sum() / number
+            losses.append(arguments.kl_weight * kl - surrogate.sum() / number)
+            count(sums, f"kl_{name}", divergences.mean()[None])
             count(sums, f"clip_{name}", is_clipped.float())
-            count(sums, f"ratio_{name}", ratio)
-        return -objective / sum(len(ratio) for ratio in ratios) + arguments.kl_weight * kl
+            count(sums, f"ratio_{name}", ratios)
+        return losses[0], losses[1] if len(losses) > 1 else None
 
     def compare_latents(self, row: int, trajectory: Trajectory, scores: Scores) -> tuple[list[Tensor], list[Tensor]]:
         """Ratio and KL of every modulation of a trajectory, in float64."""

@@ -1,6 +1,7 @@
 """Rewards: what a trajectory is worth.
 
-A reward is any callable that takes trajectories and returns one finite number for each. `--rewards` names them:
+A reward is any callable that takes trajectories and returns one finite number for each. One with the attribute
+`may_be_missing = True` may return None instead: the trajectory is then left out of its group. `--rewards` names them:
 
     accuracy         1 where the answer is right: the same choice, the same text, or the same mathematics
     format           1 where the answer ends in a box, `\\boxed{...}`
@@ -13,18 +14,17 @@ The reward of a trajectory is their weighted sum (DeepLatent, eq. 12).
 
 import importlib
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from train.answers import find_box, normalize
+from evaluation.final_answer import CHOICE, as_number, find_box, is_right, is_same_mathematics, read_final_answer
 from train.deeplatent_rl.judge import Judge, JudgeArguments
 from train.deeplatent_rl.rollouts import Trajectory
 
 
-Reward = Callable[[Sequence[Trajectory]], Sequence[float]]
+Reward = Callable[[Sequence[Trajectory]], Sequence[float | None]]
 
-CHOICE = re.compile(r"\(?([A-Z])(?:[).:,].*)?", re.DOTALL)  # A, (A), A. red, (A) red
+__all__ = ["CHOICE", "as_number", "is_same_mathematics"]  # where they were before `evaluation.final_answer`
 
 
 @dataclass
@@ -43,44 +43,13 @@ class RewardArguments:
     )
 
 
-def is_right(answer: str, truth: str, may_calculate: bool = True) -> bool:
-    """Whether an answer says what the truth says: as a text, as a choice, or as mathematics."""
-    truth = truth.strip()
-    if normalize(answer) == normalize(truth):
-        return True
-    if re.fullmatch(r"\(?[A-Z]\)?", truth):
-        choice = CHOICE.fullmatch(answer.strip())
-        return choice is not None and choice[1] == truth.strip("()")
-    return may_calculate and any(map(str.isdigit, truth)) and is_same_mathematics(answer, truth)
-
-
-def is_same_mathematics(answer: str, truth: str) -> bool:
-    """As `math-verify` sees it; where it is not installed, as numbers."""
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        return as_number(answer) is not None and as_number(answer) == as_number(truth)
-    # Without its time limits, which need the main thread.
-    told, known = (parse(f"${text}$", parsing_timeout=None) for text in (answer, truth))
-    return bool(verify(known, told, timeout_seconds=None))
-
-
-def as_number(text: str) -> float | None:
-    try:
-        value = float(text.strip(" $.%").replace(",", ""))
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
 def accuracy(trajectories: Sequence[Trajectory]) -> list[float]:
-    """1 where the box, or without one the whole text, holds the answer."""
+    """1 where the final answer is the known one; without a box or a label, where the whole text is."""
     values = []
     for trajectory in trajectories:
-        box, truth = find_box(trajectory.text), trajectory.sample.answer
-        # A text without a box is not searched for numbers: some right one is likely to stand in it.
-        right = is_right(trajectory.text, truth, may_calculate=False) if box is None else is_right(box, truth)
-        values.append(float(right))
+        found = read_final_answer(trajectory.text)
+        # An unmarked text is not searched for numbers: some right one is likely to stand in it.
+        values.append(float(is_right(found.text, trajectory.sample.answer, may_calculate=found.is_marked)))
     return values
 
 
@@ -138,20 +107,26 @@ class WeightedRewards:
         self.rewards = {name: find_reward(name, judge or JudgeArguments()) for name in names}
 
     def __call__(self, trajectories: Sequence[Trajectory]) -> None:
-        """Write `rewards` and `reward` into the trajectories.
+        """Write `rewards` and `reward` into the trajectories; None where one of the rewards is missing.
 
         Raises:
             ValueError: a reward returned the wrong number of values, or one that is no finite number.
         """
         for name, reward in self.rewards.items():
-            for trajectory, value in zip(trajectories, checked_values(name, reward(trajectories), trajectories)):
+            may_miss = getattr(reward, "may_be_missing", False)
+            values = checked_values(name, reward(trajectories), trajectories, may_miss)
+            for trajectory, value in zip(trajectories, values):
                 trajectory.rewards[name] = value
         for trajectory in trajectories:
-            trajectory.reward = sum(weight * trajectory.rewards[name] for name, weight in self.weights.items())
+            is_missing = None in trajectory.rewards.values()
+            total = 0.0 if is_missing else sum(w * trajectory.rewards[name] for name, w in self.weights.items())
+            trajectory.reward = None if is_missing else total
 
 
-def checked_values(name: str, values, trajectories: Sequence[Trajectory]) -> list[float]:
-    """The values of a reward as floats, one for each trajectory."""
+def checked_values(
+    name: str, values, trajectories: Sequence[Trajectory], may_be_missing: bool = False
+) -> list[float | None]:
+    """The values of a reward as floats, one for each trajectory, or None where it is missing and may be."""
     first = trajectories[0].sample.origin
     if not hasattr(values, "__len__") or isinstance(values, str | dict):
         raise ValueError(
@@ -163,6 +138,9 @@ def checked_values(name: str, values, trajectories: Sequence[Trajectory]) -> lis
         )
     floats = []
     for trajectory, value in zip(trajectories, values):
+        if value is None and may_be_missing:
+            floats.append(None)
+            continue
         try:
             number = float(value)
         except (TypeError, ValueError):

@@ -42,8 +42,8 @@ class Trajectory:
     statistics: BlockStatistics  # what the latents were drawn from
     num_latent_tokens: int  # `<latent>` written; the last may not have been built
     is_truncated: bool = False  # `max_new_tokens` came before its end
-    rewards: dict[str, float] = field(default_factory=dict)
-    reward: float = 0.0
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    reward: float | None = 0.0  # None: missing, the trajectory is left out of its group
     advantage: float = 0.0
     old_log_probs: Tensor | None = None  # (T,) of `tokens` before the first update; None: there is one update only
     old_statistics: BlockStatistics | None = None

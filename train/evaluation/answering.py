@@ -8,6 +8,9 @@
                               anyway (DeepLatent: those of min_latent_blocks), and ends where the box does
 
 A model that was trained to answer directly needs no `direct`: asked the same question, it answers as it was taught.
+
+Answers are greedy unless `generate` gives a setting of sampling: `temperature=0.5 top_p=0.5 top_k=5` is the papers' decoding.
+Then `repeats` asks every question several times. What is drawn follows from the seed, the repeat and the batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,8 +24,9 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 from transformers.utils import logging
 
 from conversion.backbone import parse_overrides
+from evaluation.final_answer import find_box
 from modeling_latentvlm.interventions import INTERVENTIONS
-from train.answers import encode_conversations, find_box
+from train.answers import encode_conversations
 from train.config_overrides import fields_of
 from train.evaluation.swapping import Swap, find_donors
 
@@ -30,8 +34,10 @@ from train.evaluation.swapping import Swap, find_donors
 ANSWER_PREFIX = "The answer is \\boxed{"
 LATENT_STEPS = {"deeplatent": None, "lare": "num_refocus_steps", "vedas": "num_latent_steps"}  # 0: no latents
 logger = logging.get_logger(__name__)
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+RANDOM_INTERVENTIONS = ("noise", "shuffle")
 OURS = (
-    "do_sample",
+    "do_sample",  # follows from the settings of sampling
     "max_new_tokens",
     "num_return_sequences",  # one answer a question
     "latent_intervention",
@@ -59,7 +65,8 @@ class AnswerSettings:
     set: list[str] = field(
         default_factory=list, metadata={"help": "Config fields: name=value, such as num_refocus_steps=8."}
     )
-    seed: int = field(default=0, metadata={"help": "Of the noise, batch by batch."})
+    seed: int = field(default=0, metadata={"help": "Of what is drawn, sampled words and noise, batch by batch."})
+    repeats: int = field(default=1, metadata={"help": "How often every question is asked, where answers are drawn."})
 
     def __post_init__(self):
         if self.latents not in ("on", "off"):
@@ -72,17 +79,51 @@ class AnswerSettings:
             raise ValueError(
                 f"`latents=off` leaves none to change, but `latent_intervention` is {self.latent_intervention!r}."
             )
-        for name in ("batch_size", "max_new_tokens"):
+        for name in ("batch_size", "max_new_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}.")
         if self.latent_intervention == "swap" and self.batch_size < 2:
             raise ValueError("`latent_intervention=swap` needs a `batch_size` of 2 or more, got 1.")
         taken = [name for name in parse_overrides(self.generate) if name in OURS]
         if taken:
-            raise ValueError(f"`generate` cannot give {taken}: the evaluation sets them, or has options for them.")
+            raise ValueError(
+                f"`generate` cannot give {taken}: the evaluation sets them, or has options for them (a `temperature` samples)."
+            )
+        is_drawn = is_sampled(parse_overrides(self.generate)) or self.latent_intervention in RANDOM_INTERVENTIONS
+        if self.repeats > 1 and not is_drawn:
+            raise ValueError(
+                f"`repeats` is {self.repeats}, but greedy answers are all the same: `generate` must give a `temperature`."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return {one.name: getattr(self, one.name) for one in fields(self)}
+
+
+def is_sampled(generate: dict[str, Any]) -> bool:
+    """Whether arguments of `generate` ask for sampling: they give one of its settings, and no temperature of 0.
+
+    Raises:
+        ValueError: a setting is no number, or has no meaning because of a temperature of 0.
+    """
+    given = {name: generate[name] for name in SAMPLING if generate.get(name) is not None}
+    wrong = {n: v for n, v in given.items() if isinstance(v, bool) or not isinstance(v, int | float) or not v >= 0}
+    if wrong:
+        raise ValueError(f"`generate` must give numbers >= 0 for sampling, got {wrong}.")
+    if given.get("temperature") == 0:
+        others = sorted(given.keys() - {"temperature"})
+        if others:
+            raise ValueError(f"`generate` gives {others}, which mean nothing at temperature=0: that is greedy.")
+        return False
+    return bool(given)
+
+
+def decoding_of(settings: AnswerSettings, generate: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `generate` that say how words are chosen; `generate` is stronger than the settings."""
+    wanted = parse_overrides(settings.generate) | generate
+    wanted = {"do_sample": is_sampled(wanted), "max_new_tokens": settings.max_new_tokens} | wanted
+    if wanted.get("temperature") == 0:
+        del wanted["temperature"]  # transformers takes none below 0; greedy needs none
+    return wanted
 
 
 @dataclass
@@ -177,7 +218,7 @@ def answer_batch(
     names: Sequence[str] | None = None,
     **generate,
 ) -> list[Answer]:
-    """Answer conversations greedily, each as it would be alone up to rounding.
+    """Answer conversations; greedily, and each as it would be alone up to rounding, unless the settings sample.
 
     Args:
         seed: of what the batch draws.
@@ -193,9 +234,7 @@ def answer_batch(
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     length, kind = inputs["input_ids"].shape[1], model.config.model_type
-    wanted = (
-        {"do_sample": False, "max_new_tokens": settings.max_new_tokens} | parse_overrides(settings.generate) | generate
-    )
+    wanted = decoding_of(settings, generate)
     if settings.latents == "off" and kind == "deeplatent":
         wanted["max_latent_blocks"] = 0
     if settings.direct:

@@ -10,9 +10,10 @@ import torch
 from tqdm import tqdm
 
 from train.answers import conversation_of
+from train.deeplatent_rl.actions import mix
 from train.evaluation.answering import AnswerSettings, answer_batch, check_settings
 from train.evaluation.processes import Processes
-from train.evaluation.rows import EvaluationRow
+from train.evaluation.rows import EvaluationRow, answer_key
 from train.evaluation.scoring import extract, is_correct
 
 
@@ -24,6 +25,11 @@ def split_batches(rows: Sequence[EvaluationRow], settings: AnswerSettings) -> li
         alone = batches.pop()
         batches[-1] += alone
     return batches
+
+
+def batch_seed(settings: AnswerSettings, number: int, repeat: int) -> int:
+    """What a batch draws from: another stream in every repeat, whatever the seed."""
+    return settings.seed + number if repeat == 0 else mix(settings.seed, number, repeat)
 
 
 def evaluate_rows(
@@ -38,8 +44,10 @@ def evaluate_rows(
 ) -> list[dict]:
     """Ask the questions and return a record of each: `correct`, `answer`, `text`, counts, `stop_reason` and `seconds`.
 
+    With `repeats` every question has several, one after the other for all questions; `repeat` counts them from 0.
+
     Args:
-        finished: records of rows that need not be asked again, by `EvaluationRow.key`.
+        finished: records of rows that need not be asked again, by `EvaluationRow.key`, with the repeat behind it from 1 on.
         on_batch: gets the new records of every batch as soon as they are there.
         processes: this process takes every `count`-th batch and returns the records of those alone.
 
@@ -49,20 +57,24 @@ def evaluate_rows(
     settings, finished, processes = settings or AnswerSettings(), finished or {}, processes or Processes()
     check_settings(model, settings)
     batches = split_batches(rows, settings)
-    mine = range(processes.rank, len(batches), processes.count)
+    work = [(repeat, number) for repeat in range(settings.repeats) for number in range(len(batches))]
+    mine = work[processes.rank :: processes.count]
     records = []
-    with tqdm(total=sum(len(batches[number]) for number in mine), desc="answering", disable=not progress) as bar:
-        for number in mine:
+    with tqdm(total=sum(len(batches[number]) for _, number in mine), desc="answering", disable=not progress) as bar:
+        for repeat, number in mine:
             batch = batches[number]
-            known = {row.key: finished[row.key] for row in batch if row.key in finished}
+            keys = [answer_key(row.key, repeat) for row in batch]
+            known = {key: finished[key] for key in keys if key in finished}
             if len(known) < len(batch):
                 # Also where only a part is missing: the answers of another batch could differ by rounding.
-                asked = ask(model, processor, batch, settings, settings.seed + number)
-                new = [record for row, record in zip(batch, asked) if row.key not in known]
+                asked = ask(model, processor, batch, settings, batch_seed(settings, number, repeat))
+                if settings.repeats > 1:
+                    asked = [record | {"repeat": repeat} for record in asked]
+                new = {key: record for key, record in zip(keys, asked) if key not in known}
                 if on_batch is not None:
-                    on_batch(new)
-                known |= {(record["data"], record["id"]): record for record in new}
-            records += [known[row.key] for row in batch]
+                    on_batch(list(new.values()))
+                known |= new
+            records += [known[key] for key in keys]
             bar.update(len(batch))
     return records
 

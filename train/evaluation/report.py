@@ -3,13 +3,13 @@
 import math
 from collections import Counter
 from collections.abc import Iterable
-from statistics import mean, median
+from statistics import mean, median, stdev
 
 
 Z95 = 1.959963984540054  # of the normal distribution
 
 
-def wilson_interval(right: int, total: int, z: float = Z95) -> tuple[float, float]:
+def wilson_interval(right: float, total: int, z: float = Z95) -> tuple[float, float]:
     """Wilson's score interval of a share; within 0 and 1, and of width above 0 at both ends.
 
     Raises:
@@ -26,11 +26,21 @@ def wilson_interval(right: int, total: int, z: float = Z95) -> tuple[float, floa
 
 
 def describe(records: list[dict]) -> dict:
-    """The numbers of one group of answers."""
+    """The numbers of one group of answers.
+
+    Where questions were asked several times, the interval is that of their number, since repeats of a question are alike;
+    `accuracy_std` says how much the accuracy differs from repeat to repeat.
+    """
     right = sum(record["correct"] for record in records)
-    low, high = wilson_interval(right, len(records))
+    repeats = 1 + max(record.get("repeat", 0) for record in records)
+    repeated = {}
+    if repeats > 1:
+        shares = [[record["correct"] for record in records if record["repeat"] == one] for one in range(repeats)]
+        repeated = {"repeats": repeats, "accuracy_std": stdev(mean(share) for share in shares)}
+    low, high = wilson_interval(right / repeats, len(records) // repeats)
     return {
-        "rows": len(records),
+        "rows": len(records) // repeats,
+        **repeated,
         "correct": right,
         "accuracy": right / len(records),
         "accuracy_low": low,
@@ -78,6 +88,11 @@ def draw_table(summary: dict) -> str:
             f"{name:{width}s} {numbers['rows']:6d}  {100 * numbers['accuracy']:6.1f} %  {low:5.1f} - {high:5.1f} %  "
             f"{numbers['answer_tokens']:7.1f}  {numbers['latent_blocks']:6.2f}  {numbers['latents']:7.1f}  "
             f"{numbers['seconds']:5.2f}  {reasons}"
+        )
+    if "repeats" in summary["all"]:
+        lines.append(
+            f"Every question was asked {summary['all']['repeats']} times; the accuracy differs from time to time by "
+            f"{100 * summary['all']['accuracy_std']:.1f} % (standard deviation)."
         )
     if kept := summary["all"].get("not_swapped", 0):
         lines.append(

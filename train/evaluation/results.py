@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.writing import append_lines, write_file
-from train.evaluation.rows import EvaluationRow
+from train.evaluation.rows import EvaluationRow, answer_key
 
 
 RESULTS, RUN = "results.jsonl", "run.json"
@@ -20,8 +20,8 @@ def lines_of(records: Iterable[dict]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def key_of(record: dict) -> tuple[str, str]:
-    return record["data"], record["id"]
+def key_of(record: dict) -> tuple:
+    return answer_key((record["data"], record["id"]), record.get("repeat", 0))
 
 
 def bind(folder: Path, fingerprint: dict[str, Any]) -> None:
@@ -75,18 +75,19 @@ def read_results(path: Path) -> list[dict]:
     return records
 
 
-def gather(folder: Path, rows: list[EvaluationRow]) -> dict[tuple[str, str], dict]:
-    """Bring what all processes finished into `results.jsonl`, in the order of the rows; return it by row.
+def gather(folder: Path, rows: list[EvaluationRow], repeats: int = 1) -> dict[tuple, dict]:
+    """Bring what all processes finished into `results.jsonl`, in the order of the rows, by repeat; return it by row.
 
     Raises:
         ValueError: a result belongs to no row.
     """
     parts = sorted(folder.glob("results*.jsonl"))
     found = {key_of(record): record for part in parts for record in read_results(part)}
-    strange = found.keys() - {row.key for row in rows}
+    keys = [answer_key(row.key, repeat) for repeat in range(repeats) for row in rows]
+    strange = found.keys() - set(keys)
     if strange:
         raise ValueError(f"{folder} has results of rows that the data has not: {sorted(strange)[:3]}.")
-    finished = {row.key: found[row.key] for row in rows if row.key in found}
+    finished = {key: found[key] for key in keys if key in found}
     write_file(folder / RESULTS, lines_of(finished.values()))
     for part in parts:
         if part.name != RESULTS:
@@ -94,7 +95,7 @@ def gather(folder: Path, rows: list[EvaluationRow]) -> dict[tuple[str, str], dic
     return finished
 
 
-def read_finished(folder: Path) -> dict[tuple[str, str], dict]:
+def read_finished(folder: Path) -> dict[tuple, dict]:
     """What `gather` left, by row."""
     return {key_of(record): record for record in read_results(folder / RESULTS)}
 

@@ -29,8 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from conversion.reading import is_file
-from train.answers import normalize
-from train.deeplatent_rl.rewards import as_number
+from evaluation.final_answer import as_number, normalize
 from train.evaluation.scoring import ANSWER_FORMATS
 from train.reasoning_data import UNREADABLE, ReasoningSample, join_texts, list_choices, read_rows
 
@@ -76,6 +75,11 @@ class EvaluationRow(ReasoningSample):
             content = pixels.tobytes() if isinstance(image, Image.Image) else image
             digest.update(content if isinstance(content, bytes) else Path(content).read_bytes())
         return digest.digest()
+
+
+def answer_key(key: tuple[str, str], repeat: int) -> tuple:
+    """Names an answer: its row and, from the second time that it is asked on, which time that is."""
+    return (*key, repeat) if repeat else key
 
 
 def read_evaluation(

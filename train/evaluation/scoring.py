@@ -1,9 +1,9 @@
 """Whether what a model wrote is right.
 
-The answer is what stands in the last `\\boxed{...}`; without one, what follows the last "answer is" or "Answer:" on its
-line; without that, the whole text. By format:
+`evaluation/final_answer.py` finds the answer in it. By format:
 
-    choice   the text of the right choice, alone or before punctuation; where choices are listed also its letter: B, (B), B. red
+    choice   the text of the right choice, alone or before punctuation; where choices are listed also its letter: B, (B), B. red.
+             An answer that names several choices is wrong
     text     the same text, letter case, blanks and a full stop at the end aside
     number   the same number; where the answer is marked as such, also as mathematics
     math     the same text or, where the answer is marked as such, the same mathematics (`math-verify` where it is installed)
@@ -12,32 +12,48 @@ line; without that, the whole text. By format:
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from train.answers import find_box, normalize
-from train.deeplatent_rl.rewards import CHOICE, as_number, is_right, is_same_mathematics
+from evaluation.final_answer import (
+    MARKED,
+    as_number,
+    is_right,
+    is_same_mathematics,
+    normalize,
+    plain_text,
+    read_choice,
+    read_final_answer,
+)
 
 
-MARKED = re.compile(r".*\banswer(?:\s+is\s*:?|\s*:)\s*(\S.*)", re.IGNORECASE)  # `.*` first: the last of a line
+__all__ = ["MARKED"]  # where it was before `evaluation.final_answer`
 
 
 def extract(text: str) -> tuple[str, bool]:
     """The answer in a text, and whether it was marked as the answer."""
-    box = find_box(text)
-    if box is not None:
-        return box, True
-    marked = MARKED.findall(text)
-    return (marked[-1].strip(), True) if marked else (text.strip(), False)
+    found = read_final_answer(text)
+    return found.text, found.is_marked
 
 
 def is_choice(told: str, is_marked: bool, row) -> bool:
+    told = plain_text(told)
     said, right = normalize(told), normalize(row.answer)
     if len(said) > 1 and said in map(normalize, row.choices):  # "C. elegans" is a text, and not choice C
         return said == right
-    letter = CHOICE.fullmatch(told) if row.is_lettered else None
-    if letter is not None and ord(letter[1]) - ord("A") < len(row.choices):
-        return row.choices[ord(letter[1]) - ord("A")] == row.answer
-    return said == right or re.match(re.escape(right) + r"[.,;:)](\s|$)", said) is not None
+    letter = read_choice(told, row.choices) if row.is_lettered else None
+    if letter is not None:
+        return row.choices[ord(letter) - ord("A")] == row.answer
+    return said == right or begins_with(said, right, row.choices)
+
+
+def begins_with(said: str, right: str, choices: Sequence[str]) -> bool:
+    """Whether an answer is the right choice and an explanation: "yes, it is", but not "yes, no"."""
+    found = re.match(re.escape(right) + r"[.,;:)](?=\s|$)", said)
+    if found is None:
+        return False
+    parts = re.split(r"[,;:)/&|]|\.(?=\s|$)|\b(?:and|or)\b", said[found.end() :])
+    others = set(map(normalize, choices)) - {right}
+    return not others & set(map(normalize, parts))
 
 
 def is_text(told: str, is_marked: bool, row) -> bool:
@@ -52,7 +68,8 @@ def is_number(told: str, is_marked: bool, row) -> bool:
 
 
 def is_mathematics(told: str, is_marked: bool, row) -> bool:
-    return normalize(told) == normalize(row.answer) or (is_marked and is_same_mathematics(told, row.answer))
+    is_same_text = normalize(plain_text(told)) == normalize(plain_text(row.answer))
+    return is_same_text or (is_marked and is_same_mathematics(told, row.answer))
 
 
 def is_exact(told: str, is_marked: bool, row) -> bool:

@@ -13,7 +13,7 @@ For an arm with replacements z^ of the latents z, over N items with answers a (c
 import math
 from collections import Counter
 
-from train.answers import normalize
+from evaluation.final_answer import normalize
 from train.faithfulness.arms import ARMS, build_arms, calibrate, choose_donors
 from train.faithfulness.result import Curve, Result
 from train.faithfulness.statistics import mean_interval, paired

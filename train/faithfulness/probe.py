@@ -33,7 +33,7 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, cross
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from train.answers import normalize
+from evaluation.final_answer import normalize
 from train.faithfulness.items import NotApplicable
 from train.faithfulness.observation import Observed
 from train.faithfulness.result import Curve, Result

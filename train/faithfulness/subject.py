@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from evaluation.final_answer import is_right, normalize
 from modeling_latentvlm.trace import LatentStep
-from train.answers import encode_questions, extract_answer, normalize
+from train.answers import encode_questions, extract_answer
 from train.faithfulness.architectures import Architecture, architecture_of
 from train.faithfulness.items import Item, NotApplicable
 from train.reasoning_data import ReasoningSample
@@ -130,7 +131,10 @@ class Subject:
 
     def is_right(self, answers: list[Answer], numbers: list[int] | None = None) -> list[bool]:
         numbers = range(len(answers)) if numbers is None else numbers
-        return [answer.text == normalize(self.items[number].answer) for answer, number in zip(answers, numbers)]
+        return [
+            is_right(extract_answer(answer.written), self.items[number].answer, may_calculate=False)
+            for answer, number in zip(answers, numbers)
+        ]
 
     def ask(self, arm: Arm) -> list[Answer]:
         """The answers to all questions under an arm, once; the clean one where the arm has nothing to say about an item."""

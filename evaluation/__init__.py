@@ -1,0 +1,1 @@
+"""What models are worth: how answers are read and compared."""
