@@ -62,7 +62,7 @@ class LatentProcessorMixin:
         content = message.get("content")
         if isinstance(content, str):
             self.check_reserved(content, message)
-            return message
+            return message if content else message | {"content": [{"type": "text", "text": ""}]}
         items = []
         for item in content or []:
             if item.get("type") == "latent":
@@ -70,7 +70,8 @@ class LatentProcessorMixin:
             else:
                 self.check_reserved(item.get("text"), message)
                 items.append(item)
-        return message | {"content": items or ""}  # many templates concatenate it, and know no empty list
+        # Language models' templates concatenate contents, and know no empty list.
+        return message | {"content": items or [{"type": "text", "text": ""}]}
 
     def render_latent(self, item: dict) -> str:
         """The text of a `{"type": "latent", ...}` item."""

@@ -183,7 +183,7 @@ def fuzz_processor(rng: Random, material: Material, folder: Path) -> Case:
         images = rng.choice([None, open_all(messages)[0]["content"][0].get("image"), []])
         return Case(
             lambda: dict(processor(images=images, text=text)),
-            lambda: dict(processor(images=images, text=text if isinstance(text, list | tuple) else [text])),
+            lambda: dict(processor(images=images, text=[text] if isinstance(text, str) else text)),
             False,
         )
     given = dress(rng, messages)
