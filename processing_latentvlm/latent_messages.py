@@ -85,7 +85,7 @@ class LatentProcessorMixin:
         content = message.get("content")
         if isinstance(content, str):
             self.check_reserved(content, message)
-            return message
+            return message if content else message | {"content": [{"type": "text", "text": ""}]}
         items = []
         for item in content or []:
             if item["type"] == "latent":
@@ -93,7 +93,8 @@ class LatentProcessorMixin:
             else:
                 self.check_reserved(item.get("text"), message)
                 items.append(item)
-        return message | {"content": items or ""}  # many templates concatenate it, and know no empty list
+        # Language models' templates concatenate contents, and know no empty list.
+        return message | {"content": items or [{"type": "text", "text": ""}]}
 
     def check_num_latents(self, count: int, what: str) -> None:
         """Refuse more latents than any model has, before their placeholders take the machine's memory.
