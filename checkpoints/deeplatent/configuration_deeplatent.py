@@ -151,8 +151,9 @@ class DeepLatentConfig(HubCodeMixin, Qwen2_5_VLConfig):
             "scale_loss_weight": 0.0,
         }
         for name, least in at_least.items():
-            if not getattr(self, name) >= least:  # so that NaN fails too
-                raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not least <= value < float("inf"):  # so that NaN fails too
+                raise ValueError(f"`{name}` must be >= {least}{' and finite' * (value == float('inf'))}, got {value}.")
         for name in ("latent_query_rms", "latentformer_rope_theta"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be > 0 and finite, got {getattr(self, name)}.")

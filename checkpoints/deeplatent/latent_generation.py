@@ -27,6 +27,7 @@ from .trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, 
 
 
 logger = logging.get_logger(__name__)
+VISION_GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
 
 class LatentGenerationMixin(LatentDecodingMixin):
@@ -88,6 +89,10 @@ class LatentGenerationMixin(LatentDecodingMixin):
             kwargs |= self._prepare_prompt(prompt_ids, latent_grid_hw, context, settings, kwargs)
         else:
             context.images = [None] * len(self._check_blind_prompt(kwargs, low, latent_grid, latent_grid_hw))
+            if inputs_embeds is not None and kwargs.get("position_ids") is None:
+                # transformers up to 5.17 cannot expand a None to beams.
+                mask, no_images = kwargs.get("attention_mask"), dict.fromkeys(VISION_GRIDS)
+                kwargs["position_ids"] = self._rope_positions(self._find_ids(None, inputs_embeds), mask, no_images)
         can_open = torch.tensor([images is not None for images in context.images])
         limits = LatentBlockLimits(prompt_length, self.config, can_open, low, high)
         watch = []
