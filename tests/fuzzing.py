@@ -246,7 +246,7 @@ def fuzz_generate(rng: Random, material: Material, folder: Path) -> Case:
             {"input_ids": ids[:, :0], "attention_mask": None},
             {"attention_mask": torch.zeros_like(ids)},
             {"input_ids": ids.float()},
-            {"max_new_tokens": torch.tensor(2.5)},
+            {"latent_grid": 5},
         ]
         if "pixel_values" in inputs:
             broken += [{"pixel_values": torch.full_like(inputs["pixel_values"], math.nan)}]

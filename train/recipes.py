@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoProcessor
 
 import train.own_models  # noqa: F401
 from conversion.commands import exit_on_error
-from conversion.writing import append_lines, locked, write_file
+from conversion.writing import append_lines, lock_of, locked, write_file
 from train.answers import accuracy, conversation_of, extract_answer
 from train.deeplatent_rl.progress import describe_progress
 from train.evaluation.answering import AnswerSettings, answer_batch
@@ -276,9 +276,9 @@ def run(commands: list[tuple[str, str]], times: Path | None = None) -> None:
         subprocess.CalledProcessError: a command failed; what it wrote is left for the next try.
     """
     for made, command in commands:
-        if Path(made).is_file():
-            continue
         step = Path(made).parent.with_name(f"{Path(made).parent.name}.step")
+        if Path(made).is_file() and not lock_of(step).exists():  # one that a killed recipe left is deleted below
+            continue
         with locked(step, wait=-1, waiting=f"Another recipe makes {made}: waiting for it."):
             if not Path(made).is_file():
                 run_command(made, command, times)
