@@ -162,7 +162,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
 
     def _check_modulation(self, noise: bool, modulator: Callable | None) -> None:
         """Raise for what would change the modulation of a model that has none."""
-        if not isinstance(noise, bool):
+        if not isinstance(noise, bool | None):
             raise ValueError(f"`latent_noise` must be True or False, got {noise!r}.")
         given = ["latent_noise"] * noise + ["latent_modulator"] * (modulator is not None)
         is_autoregressive = self.config.latent_mode == "autoregressive"

@@ -27,7 +27,13 @@ from train.own_models import TRUST_HELP
 from train.reasoning_data import ADAPTERS
 
 
-CALLED = ("answers.py", "data.py", "reasoning_data.py", "analyses/collection.py")  # of `train`, that diagnostics call
+CALLED = (
+    "answers.py",
+    "data.py",
+    "own_models.py",
+    "reasoning_data.py",
+    "analyses/collection.py",
+)  # of `train`, that diagnostics call
 
 
 def build_parser() -> argparse.ArgumentParser:
