@@ -164,7 +164,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
         """Raise for what would change the modulation of a model that has none."""
         if not isinstance(noise, bool | None):
             raise ValueError(f"`latent_noise` must be True or False, got {noise!r}.")
-        given = ["latent_noise"] * noise + ["latent_modulator"] * (modulator is not None)
+        given = ["latent_noise"] * bool(noise) + ["latent_modulator"] * (modulator is not None)
         is_autoregressive = self.config.latent_mode == "autoregressive"
         if given and (is_autoregressive or not (self.config.modulate_queries or self.config.modulate_images)):
             reason = "autoregressive latents are hidden states" if is_autoregressive else "both kinds are switched off"
