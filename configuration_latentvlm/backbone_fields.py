@@ -18,7 +18,8 @@ def check_backbone_fields(config: Any) -> None:
         activation = getattr(part, "hidden_act", None)
         if isinstance(activation, str) and activation not in ACT2FN:
             raise ValueError(f"`{name}.hidden_act` must be one of {sorted(ACT2FN)}, got {activation!r}.")
-        kind = (getattr(part, "rope_parameters", None) or {}).get("rope_type", "default")
-        if kind not in ("default", *ROPE_INIT_FUNCTIONS):
-            known = sorted({"default", *ROPE_INIT_FUNCTIONS})
-            raise ValueError(f"`rope_type` of `{name}.rope_parameters` must be one of {known}, got {kind!r}.")
+    # Not those of vision towers, which know other types.
+    parameters = getattr(config.text_config, "rope_parameters", None) or {}
+    kind, known = parameters.get("rope_type", "default"), sorted({"default", *ROPE_INIT_FUNCTIONS})
+    if kind not in known:
+        raise ValueError(f"`rope_type` of `text_config.rope_parameters` must be one of {known}, got {kind!r}.")
