@@ -204,7 +204,7 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
 
-    def validate_latent_token(self):
+    def validate_vedas_token(self):
         """Part of `@strict`-powered validation."""
         vocab_size = self.get_text_config().vocab_size
         if not 0 <= self.latent_token_id < vocab_size:
