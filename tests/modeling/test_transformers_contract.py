@@ -49,7 +49,10 @@ def test_every_override_is_declared():
     """For a class of the library that defines it, or for one that inherits it from there."""
     found = set()
     for cls, name, _, bases in overrides():
-        if not any(name in BY_CLASS[base.__name__] for base in bases) and name not in {*CACHE_NAMES, *LOOKED_FOR - METHODS}:
+        if not any(name in BY_CLASS[base.__name__] for base in bases) and name not in {
+            *CACHE_NAMES,
+            *LOOKED_FOR - METHODS,
+        }:
             found.add(f"{cls.__module__}.{cls.__qualname__}.{name} of {bases[0].__name__}")
     assert found == set()
     assert len(list(overrides())) > 60  # the search finds something
