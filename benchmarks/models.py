@@ -107,9 +107,14 @@ def create(model_class, config, setting: Setting, is_empty: bool = False) -> nn.
 
 
 def share(model: nn.Module, weights_of: nn.Module) -> nn.Module:
-    """Give a model of another class or mode the very modules of the first."""
+    """Give a model of another class or mode the very modules of the first.
+
+    The backbone itself is its own, with the first's parts: that of ours answers to nobody but our `forward`.
+    """
     for name, child in weights_of.named_children():
-        if name in dict(model.named_children()):
+        if name == "model":
+            share(model.model, child)
+        elif name in dict(model.named_children()):
             setattr(model, name, child)
     return model
 

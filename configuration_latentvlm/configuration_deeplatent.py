@@ -15,9 +15,9 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLConfig
 
+from configuration_latentvlm.backbone_fields import check_backbone_fields
 from configuration_latentvlm.hub_code import HubCodeMixin, __version__
 from configuration_latentvlm.model_card import write_model_card
-from configuration_latentvlm.text_config_checks import check_rope_type
 from configuration_latentvlm.transformers_api import CACHE_NAMES
 
 
@@ -151,8 +151,9 @@ class DeepLatentConfig(HubCodeMixin, Qwen2_5_VLConfig):
             "scale_loss_weight": 0.0,
         }
         for name, least in at_least.items():
-            if not getattr(self, name) >= least:  # so that NaN fails too
-                raise ValueError(f"`{name}` must be >= {least}, got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not least <= value < float("inf"):  # so that NaN fails too
+                raise ValueError(f"`{name}` must be >= {least}{' and finite' * (value == float('inf'))}, got {value}.")
         for name in ("latent_query_rms", "latentformer_rope_theta"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be > 0 and finite, got {getattr(self, name)}.")
@@ -175,7 +176,7 @@ class DeepLatentConfig(HubCodeMixin, Qwen2_5_VLConfig):
 
     def validate_latentformer_heads(self):
         """Part of `@strict`-powered validation."""
-        check_rope_type(self.get_text_config())
+        check_backbone_fields(self)
         hidden_size = self.get_text_config().hidden_size
         if self.latentformer_heads < 1 or hidden_size % (4 * self.latentformer_heads):
             raise ValueError(

@@ -21,9 +21,9 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
 )
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig, Qwen2VLVisionConfig
 
+from configuration_latentvlm.backbone_fields import check_backbone_fields
 from configuration_latentvlm.hub_code import HubCodeMixin, __version__
 from configuration_latentvlm.model_card import write_model_card
-from configuration_latentvlm.text_config_checks import check_rope_type
 
 
 _MODEL = "modeling_latentvlm.modeling_vedas.VedasForConditionalGeneration"
@@ -204,7 +204,7 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
 
-    def validate_latent_token(self):
+    def validate_vedas_token(self):
         """Part of `@strict`-powered validation."""
         vocab_size = self.get_text_config().vocab_size
         if not 0 <= self.latent_token_id < vocab_size:
@@ -217,7 +217,7 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
 
     def validate_routed_layers(self):
         """Part of `@strict`-powered validation."""
-        check_rope_type(self.get_text_config())
+        check_backbone_fields(self)
         layers = self.get_text_config().num_hidden_layers
         wrong = [layer for layer in self.routed_layers if not 0 <= layer < layers]
         if wrong or len(set(self.routed_layers)) != len(self.routed_layers):

@@ -23,6 +23,7 @@ from conversion.checkpoint_io import SourceWeights, write_json
 from conversion.commands import exit_on_error as exit_on_error  # older code finds it here
 from conversion.fetch_assets import make_reference_image
 from conversion.reading import read_json_object
+from processing_latentvlm.pictures import open_picture
 
 
 CAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -121,7 +122,14 @@ def read_config(folder: Path, config_class: type[PreTrainedConfig]) -> PreTraine
 
 def carried_fields(config: PreTrainedConfig) -> dict[str, Any]:
     """The fields that a config built around `config` takes over."""
-    return {name: value for name, value in config.to_dict().items() if name not in IDENTITY_FIELDS}
+    return without_code({name: value for name, value in config.to_dict().items() if name not in IDENTITY_FIELDS})
+
+
+def without_code(fields: Any) -> Any:
+    """Fields without `auto_map`, wherever it stands: a backbone's code is not ours to pass on, nor to run."""
+    if isinstance(fields, dict):
+        return {name: without_code(value) for name, value in fields.items() if name != "auto_map"}
+    return [without_code(value) for value in fields] if isinstance(fields, list) else fields
 
 
 @dataclasses.dataclass
@@ -158,17 +166,22 @@ def load_backbone(folder: Path, config_class: type[PreTrainedConfig]) -> Backbon
 
 def load_tokenizer(folder: Path):
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    for circumstance in ("is_local", "local_files_only"):  # of this loading; they would be saved
-        tokenizer.init_kwargs.pop(circumstance, None)
+    # The first two are of this loading, and would be saved. The last names the code of somebody else, which our checkpoint
+    # would run for everybody who trusts ours.
+    for name in ("is_local", "local_files_only", "auto_map"):
+        tokenizer.init_kwargs.pop(name, None)
     return tokenizer
 
 
 def load_image_processor(folder: Path, fallback: type = Qwen2VLImageProcessorPil, **fields):
     """The backbone's image processor; older transformers find theirs without torchvision by its class alone."""
     try:
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, **fields)
+        image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, **fields)
     except ImportError:
-        return fallback.from_pretrained(folder, **fields)
+        image_processor = fallback.from_pretrained(folder, **fields)
+    if hasattr(image_processor, "auto_map"):
+        del image_processor.auto_map  # the code of somebody else
+    return image_processor
 
 
 def add_tokens(tokenizer, tokens: tuple[str, ...]) -> dict[str, int]:
@@ -300,8 +313,8 @@ def reference_picture() -> Image.Image:
     """A photo to measure image features on, small enough for the largest tower on a CPU; drawn where it is missing."""
     if not REFERENCE_PHOTO.is_file():
         return make_reference_image()
-    with Image.open(REFERENCE_PHOTO) as photo:
-        return photo.convert("RGB").resize((REFERENCE_SIZE, REFERENCE_SIZE), Image.Resampling.BICUBIC)
+    photo = open_picture(REFERENCE_PHOTO, str(REFERENCE_PHOTO))
+    return photo.resize((REFERENCE_SIZE, REFERENCE_SIZE), Image.Resampling.BICUBIC)
 
 
 def root_mean_square(features: Tensor) -> float:

@@ -25,8 +25,8 @@ from transformers.models.llava.configuration_llava import LlavaConfig
 from configuration_latentvlm.configuration_lare import LANGUAGE_MODELS, NUM_CLASS_TOKENS, LaReConfig
 from conversion.backbone import (
     CAST_DTYPES,
-    IDENTITY_FIELDS,
     add_tokens,
+    carried_fields,
     check_overrides,
     choose_dtype,
     copy_legal_files,
@@ -141,7 +141,7 @@ def build_config(
     ids = {name: vocabulary[token] for name, token in TOKENS.items()}
     parts = {}
     for name, config in (("text_config", text), ("vision_config", vision)):
-        kept = {key: value for key, value in config.to_dict().items() if key not in IDENTITY_FIELDS}
+        kept = carried_fields(config)
         parts[name] = kept | {"model_type": config.model_type}
     parts["text_config"]["vocab_size"] = grown_vocabulary(text.vocab_size, ids.values())
     strategy = "default" if NUM_CLASS_TOKENS[vision.model_type] else "full"

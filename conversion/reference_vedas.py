@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig
+from transformers import GenerationConfig, PreTrainedConfig, Qwen2_5_VLConfig, Qwen2VLConfig
 
 from configuration_latentvlm import VedasConfig
 from conversion.backbone import (
@@ -21,6 +21,7 @@ from conversion.backbone import (
     carried_fields,
     find_license,
     load_image_processor,
+    load_tokenizer,
     locate_backbone,
     name_backbone,
     read_config,
@@ -145,7 +146,7 @@ def save_processor(folder: Path, backbone: Path, rows: int) -> None:
     if not (backbone / "tokenizer_config.json").is_file():
         report(f"{backbone} has no tokenizer: the checkpoint gets none.")
         return
-    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    tokenizer = load_tokenizer(backbone)
     added = add_tokens(tokenizer, REFERENCE_TOKENS)
     if added and list(added.values()) != list(range(rows - len(added), rows)):
         raise ValueError(

@@ -40,7 +40,7 @@ def locked(target: str | Path, wait: float = 0.0, waiting: str | None = None) ->
     """
     target = Path(target).absolute()
     target.parent.mkdir(parents=True, exist_ok=True)
-    path = target.with_name(f".{target.name}.lock")
+    path = lock_of(target)
     lock = _acquire(path, target, wait, waiting)
     try:
         yield
@@ -49,6 +49,12 @@ def locked(target: str | Path, wait: float = 0.0, waiting: str | None = None) ->
             if os.name == "posix":  # elsewhere an open file cannot be deleted
                 path.unlink(missing_ok=True)
             lock.release()
+
+
+def lock_of(target: str | Path) -> Path:
+    """The file that is locked while `target` is written. A process that was killed leaves it, unlocked."""
+    target = Path(target).absolute()
+    return target.with_name(f".{target.name}.lock")
 
 
 def _acquire(path: Path, target: Path, wait: float, waiting: str | None) -> FileLock | None:

@@ -1,18 +1,28 @@
-"""Ask a model about a picture, count its latent blocks and draw them.
+"""Ask a model of any architecture about a picture, count what its latents were, and draw where they looked.
 
-python -m examples.ask MODEL PICTURE "What is in the picture?" --min-blocks 1 --draw trace.png
+python -m examples.ask checkpoints/lare picture.png "What is in the picture?" --draw trace.png
 """
 
 import argparse
+import sys
 
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from processing_latentvlm import draw_trace
+from processing_latentvlm.pictures import open_picture
 
 
-def ask(model, processor, image: Image.Image, question: str, min_blocks: int = 0, max_new_tokens: int = 64):
-    """Return the answer's text and everything that `generate` returned with it."""
+def ask(model, processor, image: Image.Image, question: str, min_blocks: int = 0, max_new_tokens: int = 256):
+    """Return the answer's text and everything that `generate` returned with it.
+
+    Args:
+        min_blocks: latent blocks that the answer opens at least; of DeepLatent alone, the others always take their steps.
+
+    Raises:
+        ValueError: `min_blocks` for a model without blocks.
+    """
     content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -21,12 +31,19 @@ def ask(model, processor, image: Image.Image, question: str, min_blocks: int = 0
         return_dict=True,
         return_tensors="pt",
     ).to(model.device)
+    blocks = {}
+    if min_blocks:
+        if not hasattr(model.config, "max_latent_blocks"):
+            raise ValueError(f"`min_blocks` is for models that open blocks, not for {model.config.model_type}.")
+        blocks = {
+            "min_latent_blocks": min_blocks,
+            "max_latent_blocks": max(min_blocks, model.config.max_latent_blocks),
+        }
     output = model.generate(
         **inputs,
+        **blocks,
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        min_latent_blocks=min_blocks,
-        max_latent_blocks=max(min_blocks, model.config.max_latent_blocks),
         return_dict_in_generate=True,
         output_latents=True,
     )
@@ -34,20 +51,31 @@ def ask(model, processor, image: Image.Image, question: str, min_blocks: int = 0
     return answer.strip(), output
 
 
+def count_latents(model, output) -> str:
+    """In words what a single answer took."""
+    what = "blocks" if hasattr(model.config, "max_latent_blocks") else "steps"
+    return f"{what}: {int(output.num_latent_blocks.sum())}, latents: {int(output.num_latents.sum())}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("picture")
     parser.add_argument("question")
-    parser.add_argument("--min-blocks", type=int, default=0)
+    parser.add_argument("--min-blocks", type=int, default=0, help="of DeepLatent")
+    parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--draw", help="PNG to draw the trace to")
     args = parser.parse_args()
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-    model = AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype="auto")
-    image = Image.open(args.picture)
-    answer, output = ask(model, processor, image, args.question, args.min_blocks)
+    try:
+        image = open_picture(args.picture, args.picture)
+        processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+        model = AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype="auto")
+        answer, output = ask(model, processor, image, args.question, args.min_blocks, args.max_new_tokens)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     print(f"Answer: {answer}")
-    print(f"blocks: {output.num_latent_blocks.item()}")
+    print(count_latents(model, output))
     if args.draw and output.latent_trace.steps:
         draw_trace(output.latent_trace, [image], args.draw)
         print(f"trace: {args.draw}")

@@ -1,26 +1,35 @@
-"""Fine-tune a converted model with `transformers.Trainer`; pictures in the assistant's turns become latent blocks.
+"""Fine-tune a model of any architecture with `transformers.Trainer`; pictures in the assistant's turns become latent blocks.
 
 python -m train.tasks --task all --n 256 --seed 0 --output data/tasks
 python -m examples.finetune MODEL data/tasks/data.jsonl out/finetuned
+
+Models that open no blocks (LaRe, Vedas) take their steps before the answer, and those pictures are left out.
 """
 
 import argparse
+import sys
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
-from train.data import TrajectoryCollator, read_trajectories
+from train.data import collator_for, question_image_sizes, read_trajectories
+from train.trained_sizes import record_image_sizes
 
 
 def finetune(model_path: str, data_path: str, output: str, **arguments) -> Trainer:
     processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True)
     model = AutoModel.from_pretrained(model_path, trust_remote_code=True)
-    model.model.visual.requires_grad_(False)
+    data = read_trajectories(data_path)
+    record_image_sizes(processor, data, question_image_sizes)
+    for name, parameter in model.named_parameters():
+        if ".visual." in name or ".vision_tower." in name:  # the vision tower; `refocus.visual_proj` is none
+            parameter.requires_grad_(False)
     defaults = {"learning_rate": 1e-4, "num_train_epochs": 1, "per_device_train_batch_size": 4, "logging_steps": 1}
     trainer = Trainer(
         model=model,
         args=TrainingArguments(output, remove_unused_columns=False, report_to=[], **(defaults | arguments)),
-        train_dataset=read_trajectories(data_path),
-        data_collator=TrajectoryCollator(processor, "latent", model.config.latent_grid_size),
+        train_dataset=data,
+        data_collator=collator_for(processor, model.config),
         processing_class=processor,
     )
     trainer.train()
@@ -28,8 +37,16 @@ def finetune(model_path: str, data_path: str, output: str, **arguments) -> Train
     return trainer
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("model_path", "data_path", "output"):
         parser.add_argument(name)
-    finetune(**vars(parser.parse_args()))
+    try:
+        finetune(**vars(parser.parse_args()))
+    except (OSError, ValueError, StrictDataclassError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps
 from evaluation import final_answer
 from modeling_latentvlm.trace import LatentTrace
 from processing_latentvlm import draw_trace
+from processing_latentvlm.pictures import open_picture
 from train.answers import encode_conversations, extract_answer
 from train.checkpoints import CHECKPOINTS, read_sums, shipped
 from train.evaluation.answering import Answer, AnswerSettings, account, answer_batch
@@ -86,7 +87,7 @@ def prepare_picture(picture: Image.Image | None) -> Image.Image:
     """
     if picture is None:
         raise ValueError("A picture is needed: draw or upload one.")
-    picture = picture.convert("RGB")
+    picture = open_picture(picture, "The picture")
     side = (IMAGE_SIZE, IMAGE_SIZE)
     return picture if picture.size == side else ImageOps.fit(picture, side)
 

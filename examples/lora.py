@@ -8,24 +8,30 @@ import argparse
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
-from train.data import TrajectoryCollator, read_trajectories
+from train.data import collator_for, question_image_sizes, read_trajectories
+from train.trained_sizes import record_image_sizes
 
 
-# The language model's projections alone: `latent_blocks` is new and trains in full.
+# The language model's projections alone. What an architecture adds is new, and trains in full.
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+NEW_MODULES = ("latent_control", "latent_blocks", "refocus", "router")
 
 
 def train_adapter(model_path: str, data_path: str, adapter: str, **arguments) -> Trainer:
     processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True)
     model = AutoModel.from_pretrained(model_path, trust_remote_code=True)
-    lora = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, modules_to_save=["latent_control", "latent_blocks"])
-    collator = TrajectoryCollator(processor, "latent", model.config.latent_grid_size)
+    found = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    new = [name for name in NEW_MODULES if name in found]
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, modules_to_save=new or None)
+    data = read_trajectories(data_path)
+    record_image_sizes(processor, data, question_image_sizes)
     defaults = {"learning_rate": 1e-4, "num_train_epochs": 1, "per_device_train_batch_size": 4, "logging_steps": 1}
     trainer = Trainer(
         model=get_peft_model(model, lora),
         args=TrainingArguments(adapter, remove_unused_columns=False, report_to=[], **(defaults | arguments)),
-        train_dataset=read_trajectories(data_path),
-        data_collator=collator,
+        train_dataset=data,
+        data_collator=collator_for(processor, model.config),
     )
     trainer.train()
     trainer.save_model()

@@ -11,6 +11,7 @@ import os
 import secrets
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from examples.looking import (
     LONGEST,
@@ -37,6 +38,8 @@ BUTTONS = {"search": "New picture to search", "jigsaw": "New puzzle"}
 # Pictures have few pixels, and are shown larger than they are.
 STYLE = "#picture img { width: 100% !important; height: 100% !important; object-fit: contain !important; }"
 NOTHING = "(no latents to swap)"
+LARGEST_UPLOAD = 10 * 2**20  # bytes
+HOSTS = ("127.0.0.1", "localhost")  # a page of another site may send requests here, under its own name or origin
 
 
 def new_picture(kind: str, seed: int | None = None):
@@ -122,9 +125,48 @@ def build_page(folder: Path = CHECKPOINTS):
     return page
 
 
+def host_of(address: str) -> str | None:
+    try:
+        return urlsplit(address).hostname
+    except ValueError:  # such as a bracket that is not closed
+        return None
+
+
+class LocalOnly:
+    """Middleware that answers requests of this machine's own pages alone, and bodies of a limited size.
+
+    A site that somebody visits can make their browser send requests here: under a name that it lets point to this machine (the
+    `Host` tells), or from a page of its own (the `Origin` tells).
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] not in ("http", "websocket"):
+            return await self.app(scope, receive, send)
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        origin = headers.get("origin")
+        hosts = [host_of(f"//{headers.get('host', '')}"), HOSTS[0] if origin is None else host_of(origin)]
+        length = headers.get("content-length", "0")
+        if any(host not in HOSTS for host in hosts):
+            refusal = 403, b"Only pages of this machine are answered."
+        elif not length.isdecimal() or int(length) > LARGEST_UPLOAD or "transfer-encoding" in headers:
+            refusal = 413, b"At most %d bytes are taken, and their number must be said." % LARGEST_UPLOAD
+        else:
+            return await self.app(scope, receive, send)
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.close", "code": 1008})
+        await send(
+            {"type": "http.response.start", "status": refusal[0], "headers": [(b"content-type", b"text/plain")]}
+        )
+        await send({"type": "http.response.body", "body": refusal[1]})
+
+
 def launch(page, port: int | None = None, **settings):
     """Serve the page to this machine alone, in fonts that it has."""
     import gradio as gr
+    from starlette.middleware import Middleware
 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
     return page.launch(
@@ -135,6 +177,8 @@ def launch(page, port: int | None = None, **settings):
         css=STYLE,
         footer_links=[],
         quiet=True,
+        max_file_size=LARGEST_UPLOAD,
+        app_kwargs={"middleware": [Middleware(LocalOnly)]},
         **settings,
     )
 

@@ -74,7 +74,6 @@ class LatentGenerationMixin(LatentDecodingMixin):
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         check_settings(settings, kwargs, output_latents, self.device)
         low, high = self._block_limits(settings, min_latent_blocks, max_latent_blocks)
-        latent_noise = False if latent_noise is None else latent_noise
         context = self._new_generation_context(latent_grid, latent_intervention, latent_noise, output_latents, high)
         context.modulator = latent_modulator
         self._check_modulation(latent_noise, latent_modulator)
@@ -163,9 +162,9 @@ class LatentGenerationMixin(LatentDecodingMixin):
 
     def _check_modulation(self, noise: bool, modulator: Callable | None) -> None:
         """Raise for what would change the modulation of a model that has none."""
-        if not isinstance(noise, bool):
+        if not isinstance(noise, bool | None):
             raise ValueError(f"`latent_noise` must be True or False, got {noise!r}.")
-        given = ["latent_noise"] * noise + ["latent_modulator"] * (modulator is not None)
+        given = ["latent_noise"] * bool(noise) + ["latent_modulator"] * (modulator is not None)
         is_autoregressive = self.config.latent_mode == "autoregressive"
         if given and (is_autoregressive or not (self.config.modulate_queries or self.config.modulate_images)):
             reason = "autoregressive latents are hidden states" if is_autoregressive else "both kinds are switched off"

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from processing_latentvlm.pictures import open_picture
+
 
 PANEL = 336  # pixels, longer side of an image panel
 MARGIN, TITLE = 12, 30
@@ -30,7 +32,7 @@ def draw_trace(trace, images: Sequence, output: str | Path | None = None, row: i
     steps = trace.row(row)
     if not steps:
         raise ValueError(f"Row {row} has no latent step to draw: its answer opened no block.")
-    images = [image if isinstance(image, Image.Image) else Image.open(image) for image in images]
+    images = [open_picture(image, f"`images[{index}]`") for index, image in enumerate(images)]
     for step in steps:
         if len(step.image_grids) != len(images):
             raise ValueError(
@@ -53,7 +55,7 @@ def draw_trace(trace, images: Sequence, output: str | Path | None = None, row: i
 
 def fit(image: Image.Image) -> Image.Image:
     scale = PANEL / max(image.size)
-    return image.convert("RGB").resize([max(1, round(side * scale)) for side in image.size])
+    return image.resize([max(1, round(side * scale)) for side in image.size])
 
 
 def draw_step(step, images: list[Image.Image]) -> Image.Image:

@@ -2,9 +2,14 @@
 
 from typing import Any
 
-from PIL import Image
+import numpy as np
+import torch
 
+from processing_latentvlm.pictures import describe_picture, open_picture
 from processing_latentvlm.text_checks import check_conversation, template_errors
+
+
+MAX_LATENTS = 4096  # of one block, or steps of one turn: 64 x 64 merged patches
 
 
 class LatentProcessorMixin:
@@ -32,20 +37,38 @@ class LatentProcessorMixin:
             )
 
     def load_images(self, images: Any, where: str = "") -> Any:
-        """Read paths and URLs, keeping the nesting, and refuse what cannot be seen."""
+        """Open all images as 8-bit RGB, keeping the nesting (`pictures.py`), and refuse what cannot be seen."""
+        if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:  # a batch
+            images = list(images)
         if isinstance(images, list | tuple):
             return [self.load_images(image, f"{where}[{index}]") for index, image in enumerate(images)]
-        try:
-            image = self.image_processor.fetch_images(images)
-            if isinstance(image, Image.Image):
-                image.load()
-        except (OSError, ValueError) as error:
-            raise ValueError(f"`images{where}` ({str(images)[:200]!r}) cannot be read: {error}") from error
-        size = getattr(image, "size", None)
-        shape = size if isinstance(size, tuple) else tuple(getattr(image, "shape", (1,)))
-        if 0 in shape:
-            raise ValueError(f"`images{where}` must have at least one pixel, its size is {shape}.")
-        return image
+        return open_picture(images, f"`images{where}` ({describe_picture(images)})", allow_addresses=True)
+
+    def prepare_images(self, images: Any, kwargs: dict) -> Any:
+        """Open images, unless the caller says how arrays are to be read; no image at all is None.
+
+        Raises:
+            ValueError: an image cannot be read or is empty; the message names its index.
+        """
+        if isinstance(images, list | tuple) and all(isinstance(row, list | tuple) and not row for row in images):
+            return None
+        given = kwargs | (kwargs.get("images_kwargs") or {})
+        if (
+            given.get("do_rescale", self.image_processor.do_rescale) is not False
+            and given.get("input_data_format") is None
+        ):
+            return self.load_images(images)
+        return self.load_unscaled(images)
+
+    def load_unscaled(self, images: Any, where: str = "") -> Any:
+        """As `load_images`, but arrays stay as they are: `do_rescale=False` and `input_data_format` are about those."""
+        if isinstance(images, list | tuple):
+            return [self.load_unscaled(image, f"{where}[{index}]") for index, image in enumerate(images)]
+        if not isinstance(images, np.ndarray | torch.Tensor):
+            return self.load_images(images, where)
+        if 0 in images.shape:
+            raise ValueError(f"`images{where}` must have at least one pixel, its shape is {tuple(images.shape)}.")
+        return images
 
     def apply_chat_template(self, conversation, *args, **kwargs):
         """As in transformers, with the items of `render_latent` in assistant messages."""
@@ -62,15 +85,25 @@ class LatentProcessorMixin:
         content = message.get("content")
         if isinstance(content, str):
             self.check_reserved(content, message)
-            return message
+            return message if content else message | {"content": [{"type": "text", "text": ""}]}
         items = []
         for item in content or []:
-            if item.get("type") == "latent":
+            if item["type"] == "latent":
                 items.append({"type": "text", "text": self.render_latent(item)})
             else:
                 self.check_reserved(item.get("text"), message)
                 items.append(item)
-        return message | {"content": items or ""}  # many templates concatenate it, and know no empty list
+        # Language models' templates concatenate contents, and know no empty list.
+        return message | {"content": items or [{"type": "text", "text": ""}]}
+
+    def check_num_latents(self, count: int, what: str) -> None:
+        """Refuse more latents than any model has, before their placeholders take the machine's memory.
+
+        Raises:
+            ValueError: `count` is above the limit.
+        """
+        if count > MAX_LATENTS:
+            raise ValueError(f"{what} has {count} latents; {MAX_LATENTS} are the most.")
 
     def render_latent(self, item: dict) -> str:
         """The text of a `{"type": "latent", ...}` item."""

@@ -31,6 +31,7 @@ class DeepLatentProcessor(QwenLatentProcessor):
 
     Args:
         num_control_tokens: placeholders of a block besides its latents: 3, or 0 for autoregressive latents.
+        image_size, trained_image_sizes: see `QwenLatentProcessor`.
     """
 
     hub_classes: ClassVar[dict[str, str]] = {
@@ -39,9 +40,17 @@ class DeepLatentProcessor(QwenLatentProcessor):
     latent_tokens = LATENT_TOKENS
     converter = "conversion.convert_deeplatent"
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, num_control_tokens: int = 3):
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        num_control_tokens: int = 3,
+        image_size=None,
+        trained_image_sizes=None,
+    ):
         self.num_control_tokens = num_control_tokens
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(image_processor, tokenizer, chat_template, image_size, trained_image_sizes)
 
     def __call__(self, images=None, text=None, videos=None, **kwargs) -> BatchFeature:
         """As Qwen2.5-VL's, plus `latent_grid_hw` (blocks, 2) where the text holds blocks.
@@ -72,6 +81,7 @@ class DeepLatentProcessor(QwenLatentProcessor):
                 raise ValueError(
                     f"Row {row} of `text` holds a latent block of {height} x {width}; both must be at least 1."
                 )
+            self.check_num_latents(height * width, f"A latent block of {height} x {width} in row {row} of `text`")
             grids.append((height, width))
             return LATENT_START + LATENT_PAD * (self.num_control_tokens + height * width) + LATENT_END
 

@@ -39,7 +39,10 @@ def save_checkpoint(kind: str, folder: Path, **fields) -> Path:
             model = stock_twin(model)
             tokenizer.chat_template = CHAT_TEMPLATE
             tokenizer.save_pretrained(folder)
-        processor = images if kind == "plain" else DeepLatentProcessor(images, tokenizer, chat_template=CHAT_TEMPLATE)
+        processor = images
+        if kind != "plain":
+            controls = model.config.num_control_tokens
+            processor = DeepLatentProcessor(images, tokenizer, CHAT_TEMPLATE, num_control_tokens=controls)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder

@@ -106,6 +106,8 @@ def overrides() -> Iterator[tuple[type, str, object, list[type]]]:
             for name, value in vars(base).items():
                 if (name.startswith("__") and name not in SPECIAL) or name in WRITTEN_BY_PYTHON:
                     continue
+                if name.endswith("_cached_value"):  # transformers keeps on a class what it found out about it
+                    continue
                 libraries = [later for later in mro[at + 1 :] if top(later) in LIBRARIES]
                 if any(name in vars(later) for later in libraries) and (base, name) not in seen:
                     seen.add((base, name))

@@ -105,7 +105,7 @@ def test_shipped_weights_are_those_of_the_recipe_in_bfloat16(tmp_path, monkeypat
         {"made": "vedas-trained/config.json", "seconds": 900.0, "hardware": "another GPU"},
     ]
     recorded = []  # the processor above is not this model's
-    monkeypatch.setattr(checkpoints, "record_answers", recorded.append)
+    monkeypatch.setattr(checkpoints, "record_answers", lambda folder, output: recorded.append(output))
     write_times(tmp_path / "run", steps)
     (tmp_path / "run" / "lare.md").write_text("| scores |\n")
     recipes.remember(tmp_path / "run", task="search_color", scale=1.0, language="small")

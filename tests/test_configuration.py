@@ -105,6 +105,16 @@ def test_lares_round_trip_through_json(tmp_path):
         ("deeplatent", {"latentformer_heads": 0}, "`latentformer_heads`"),
         ("lare", {"extractor_num_heads": 0}, "`extractor_num_heads` .* divide|`extractor_num_heads` must be >= 1"),
         ("lare", {"extractor_num_heads": -2}, "`extractor_num_heads`"),
+        (
+            "lare",
+            {"vision_config": {"model_type": "clip_vision_model", "hidden_act": "quick_gely"}},
+            "`vision_config.hidden_act` must be one of",
+        ),
+        (
+            "deeplatent",
+            {"text_config": {"hidden_act": "sily"}},
+            "`text_config.hidden_act` must be one of .* got 'sily'",
+        ),
         ("vedas", {"latent_token_id": -1}, "`latent_token_id` must lie within"),
         (
             "vedas",

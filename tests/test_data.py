@@ -79,3 +79,55 @@ def test_a_line_ends_where_the_file_says(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": text}]}, ensure_ascii=False) + "\n\n")
     assert [sample["messages"][0]["content"] for sample in read_trajectories(path)] == [text]
+
+
+def test_rows_that_would_fetch_or_open_something_else_are_refused(tmp_path):
+    """transformers reads a picture from `image`, `url`, `path` or `base64`, from an `image_url`, and videos: whatever a row says."""
+    picture().save(tmp_path / "p.png")
+    answer = {"role": "assistant", "content": "red"}
+    secret = str(tmp_path / "secret.png")
+    items = [
+        {"type": "image", "url": "http://127.0.0.1:9/x.png"},
+        {"type": "image", "path": secret},
+        {"type": "image", "base64": "aaaa"},
+        {"type": "image", "image": "p.png", "url": "http://127.0.0.1:9/x.png"},
+        {"type": "image"},
+        {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/x.png"}},
+        {"type": "video", "video": secret},
+        {"type": "audio", "path": secret},
+        {"type": ["image"], "image": "p.png"},
+        {"image": "p.png"},
+        {"type": "text", "text": "a", "path": secret},
+        {"type": "latent", "grid": [1, 1], "path": secret},
+        "red",
+        None,
+    ]
+    for item in items:
+        path = tmp_path / "data.jsonl"
+        good = {"messages": [*user_turn("q"), answer]}
+        path.write_text(
+            "\n".join(json.dumps(row) for row in (good, {"messages": [{"role": "user", "content": [item]}, answer]}))
+        )
+        with pytest.raises(ValueError, match=r"Line 2 of .*message 0: an item of `content` must be \{type: text"):
+            read_trajectories(path)
+    for wrong in (
+        "hi",
+        {"content": "a"},
+        {"role": "user"},
+        {"role": "user", "content": 5},
+        {"role": 5, "content": "a"},
+    ):
+        path.write_text(json.dumps({"messages": [wrong]}))
+        with pytest.raises(ValueError, match="Line 1 of .*message 0 must have a `role` and a `content`"):
+            read_trajectories(path)
+    path.write_text(
+        json.dumps(
+            {"messages": user_turn("q") + [{"role": "user", "content": [{"type": "image", "image": "http://h/x"}]}]}
+        )
+    )
+    with pytest.raises(ValueError, match="Line 1 of .*names an address, but nothing is fetched"):
+        read_trajectories(path)
+    path.write_text(
+        json.dumps({"messages": [{"role": "user", "content": [{"type": "image", "image": "p.png"}]}, answer]})
+    )
+    assert read_trajectories(path)[0]["messages"][0]["content"][0]["image"] == str(tmp_path / "p.png")

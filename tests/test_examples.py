@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-from conftest import build_model, encode, picture, user_turn
-from evaluation_material import ship_random
-from helpers import step_logits, vision
+from conftest import encode, picture, user_turn
+from evaluation_material import save_checkpoint, ship_random
+from helpers import step_logits
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from examples import demo, looking, page
 from modeling_latentvlm.trace import LatentTrace
@@ -23,12 +23,23 @@ from train.tasks import write_dataset
 TRAINING = {"max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 3e-3, "use_cpu": True, "seed": 0}
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tokenizer, processor, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    build_model(tokenizer).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
+# Every architecture and mode: (kind, fields of its config).
+MODELS = {
+    "parallel": ("deeplatent", {}),
+    "fixed": ("deeplatent", {"latent_scale": "fixed", "fixed_latent_grid": [2, 2]}),
+    "autoregressive": ("deeplatent", {"latent_mode": "autoregressive"}),
+    "lare": ("lare", {}),
+    "blind": ("lare", {"answer_sees_image": False}),
+    "vedas": ("vedas", {"num_latent_steps": 2}),
+    "unrouted": ("vedas", {"num_latent_steps": 2, "routed_layers": []}),
+}
+NEW_WEIGHTS = ("latent_control", "latent_blocks", "refocus.")
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def checkpoint(request, tmp_path_factory) -> str:
+    kind, fields = MODELS[request.param]
+    return str(save_checkpoint(kind, tmp_path_factory.mktemp("checkpoint") / request.param, **fields))
 
 
 @pytest.fixture(scope="module")
@@ -42,46 +53,79 @@ def test_asking_prints_the_answer_and_draws(checkpoint, tmp_path, monkeypatch, c
 
     picture(112, 112).save(tmp_path / "photo.png")
     trace = tmp_path / "trace.png"
-    arguments = [checkpoint, str(tmp_path / "photo.png"), "what?", "--min-blocks", "2", "--draw", str(trace)]
+    opens_blocks = AutoConfig.from_pretrained(checkpoint, trust_remote_code=True).model_type == "deeplatent"
+    given = ["--min-blocks", "2"] if opens_blocks else []
+    arguments = [
+        checkpoint,
+        str(tmp_path / "photo.png"),
+        "what?",
+        "--max-new-tokens",
+        "64",
+        "--draw",
+        str(trace),
+        *given,
+    ]
     monkeypatch.setattr(sys, "argv", ["ask", *arguments])
     ask.main()
     printed = capsys.readouterr().out
-    assert "Answer: " in printed and "blocks: " in printed and trace.stat().st_size > 1000
+    counted = re.search(
+        r"^Answer: .*\n(blocks|steps): (\d+), latents: (\d+)\ntrace: ", printed, re.MULTILINE | re.DOTALL
+    )
+    assert counted[1] == ("blocks" if opens_blocks else "steps") and int(counted[2]) > 1 and int(counted[3]) > 1
+    assert trace.stat().st_size > 1000
+    wrong = [[checkpoint, str(tmp_path / "none.png"), "what?"]]
+    wrong += [] if opens_blocks else [[checkpoint, str(tmp_path / "photo.png"), "what?", "--min-blocks", "1"]]
+    for arguments in wrong:
+        monkeypatch.setattr(sys, "argv", ["ask", *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            ask.main()
+        assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
 def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def test_finetuning_learns_and_the_checkpoint_loads_again(checkpoint, data, processor, tmp_path):
+def test_finetuning_learns_and_the_checkpoint_loads_again(checkpoint, data, tmp_path):
     from examples.finetune import finetune
 
+    before = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).state_dict()
     trainer = finetune(checkpoint, data, str(tmp_path / "tuned"), **TRAINING)
     found = losses(trainer)
     assert sum(found[-2:]) < 0.8 * sum(found[:2])
     again = AutoModel.from_pretrained(tmp_path / "tuned", trust_remote_code=True)
     for name, weight in trainer.model.state_dict().items():
         assert torch.equal(again.state_dict()[name], weight)
+        # Autoregressive blocks use no new weight, and a fixed size is not chosen.
+        is_sequential = getattr(again.config, "latent_mode", None) == "autoregressive"
+        is_fixed = getattr(again.config, "latent_scale", None) == "fixed"
+        is_used = not is_sequential and not ("scale_head" in name and is_fixed)
+        if is_used and (name.startswith(NEW_WEIGHTS) or ".router." in name):  # its latents took part
+            assert not torch.equal(before[name], weight), name
+    processor = AutoProcessor.from_pretrained(tmp_path / "tuned", trust_remote_code=True)
+    assert processor.image_size == 56 or processor.trained_image_sizes == [[112, 112], [112, 112]]
     assert (tmp_path / "tuned" / "chat_template.jinja").is_file()
 
 
-def test_lora_trains_loads_and_merges(checkpoint, data, processor, tmp_path):
+def test_lora_trains_loads_and_merges(checkpoint, data, tmp_path):
     from examples.lora import merge_adapter, train_adapter
+
+    processor = AutoProcessor.from_pretrained(checkpoint, trust_remote_code=True)
 
     trainer = train_adapter(checkpoint, data, str(tmp_path / "adapter"), **TRAINING)
     found = losses(trainer)
     assert sum(found[-2:]) < sum(found[:2])
     merged = merge_adapter(checkpoint, str(tmp_path / "adapter"), str(tmp_path / "merged"))
     inputs = encode(processor, [user_turn("what?", picture(112, 112))])
-    settings = {"max_new_tokens": 4, "min_latent_blocks": 1, "return_dict_in_generate": True, "output_logits": True}
+    settings = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
+    if hasattr(merged.config, "max_latent_blocks"):
+        settings["min_latent_blocks"] = 1
     adapted = step_logits(trainer.model.eval().generate(**inputs, do_sample=False, **settings))
     assert_close(step_logits(merged.generate(**inputs, do_sample=False, **settings)), adapted, atol=1e-4, rtol=1e-4)
     again = AutoModel.from_pretrained(tmp_path / "merged", trust_remote_code=True)
     assert_close(step_logits(again.generate(**inputs, do_sample=False, **settings)), adapted, atol=1e-4, rtol=1e-4)
     base = AutoModel.from_pretrained(checkpoint, trust_remote_code=True)
-    assert (
-        base(inputs["input_ids"], **vision(inputs)).logits - again(inputs["input_ids"], **vision(inputs)).logits
-    ).abs().max() > 1e-3
+    assert (step_logits(base.generate(**inputs, do_sample=False, **settings)) - adapted)[:, 0].abs().max() > 1e-3
 
 
 def run_demo(folder, output, *arguments) -> None:

@@ -14,7 +14,7 @@ from conversion.convert_lare import VICUNA_TEMPLATE
 from processing_latentvlm import LaReProcessor
 from processing_latentvlm.processing_lare import REFOCUS_TOKENS
 from train.curriculum import answer_text
-from train.lare.data import IGNORED, Conversation, LaReCollator, from_reasoning, read_llava
+from train.lare.data import IGNORED, Conversation, LaReCollator, check_rows, from_reasoning, read_llava
 from train.reasoning_data import ReasoningSample
 
 
@@ -122,6 +122,14 @@ BAD = {
     "no path": (ROW | {"image": 7}, "the image 7 does not exist"),
     "unreadable": (ROW | {"image": "broken.png"}, "broken.png cannot be read"),
     "nobody answers": ({"conversations": turns("a")}, "nobody answers"),
+    "begins with an answer": (
+        {"conversations": [{"from": "gpt", "value": "a"}, *turns("b", "c")]},
+        "begins with an answer .*to no question",
+    ),
+    "begins with an answer behind a system prompt": (
+        {"conversations": [{"from": "system", "value": "s"}, {"from": "gpt", "value": "a"}]},
+        "begins with an answer",
+    ),
     "no turns": ({"conversations": []}, "list of `conversations`"),
     "no conversations": ({"image": "one.png"}, "list of `conversations`"),
     "no object": ("3", "must be an object"),
@@ -158,8 +166,9 @@ def test_files_that_are_no_data(folder):
 
 def test_an_image_that_breaks_later_is_named(folder, qwen):
     data = (folder / "one.png").read_bytes()
-    (folder / "cut.png").write_bytes(data[: len(data) // 2])  # its header can be read
+    (folder / "cut.png").write_bytes(data)
     (conversation,) = read_llava(write(folder, [ROW | {"image": "cut.png"}]))
+    (folder / "cut.png").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="Entry 0 of .*cut.png cannot be read"):
         LaReCollator(qwen)([conversation])
 
@@ -304,3 +313,58 @@ def test_a_batch_without_any_reasoning(qwen):
     batch = LaReCollator(qwen)([Conversation(messages, [], "", "one"), Conversation(messages, [], "", "two")])
     assert batch["reasoning_ids"].shape[1] >= 1 and batch["reasoning_ids"].dtype == torch.long
     assert not batch["reasoning_mask"].any()
+
+
+def test_long_rows_are_errors_dropped_or_cut_before_anything_is_trained(folder, qwen, capsys):
+    rows = [ROW, ROW | {"conversations": turns("<image>\nwhat is it?", "a thing " * 40)}, PLAIN]
+    conversations = read_llava(write(folder, rows))
+    lengths = [len(LaReCollator(qwen).encode(one)[0]) for one in conversations]
+    most = max(lengths[0], lengths[2]) + 8
+    assert lengths[1] > most
+    with pytest.raises(ValueError, match=f"Entry 1 of .* has {lengths[1]} tokens, but `max_length` is {most}"):
+        check_rows(conversations, LaReCollator(qwen, most))
+    assert check_rows(conversations, LaReCollator(qwen, lengths[1])) == conversations
+    assert capsys.readouterr().out == ""
+    assert check_rows(conversations, LaReCollator(qwen, most, "drop")) == [conversations[0], conversations[2]]
+    assert (
+        "1 of 3 rows have more than" in (printed := capsys.readouterr().out)
+        and "dropped, the first: Entry 1" in printed
+    )
+
+    collator = LaReCollator(qwen, most, "truncate")
+    assert check_rows(conversations, collator) == conversations
+    assert "1 of 3 rows" in (printed := capsys.readouterr().out) and "cut at their end" in printed
+    ids, labels = collator.encode(conversations[1])
+    whole, targets = LaReCollator(qwen).encode(conversations[1])
+    assert torch.equal(ids, whole[:most]) and torch.equal(labels, targets[:most])
+    assert collator(conversations)["input_ids"].shape == (3, most)
+    for least in (5, lengths[0] - lengths[0] // 2):  # inside the image, or before every answer
+        with pytest.raises(ValueError, match="has .* and cut there it would lose an image or every answer"):
+            check_rows(conversations[:1], LaReCollator(qwen, least, "truncate"))
+    late = {"image": "one.png", "conversations": turns("which?", "a thing", "<image>\nand this?", "left")}
+    (late,) = read_llava(write(folder, [late]))
+    first = int((LaReCollator(qwen).encode(late)[0] == qwen.image_token_id).nonzero()[0])
+    for least in (first, first + 3):  # an answer stays, but not the whole image
+        with pytest.raises(ValueError, match="it would lose an image"):
+            check_rows([late], LaReCollator(qwen, least, "truncate"))
+    with pytest.raises(ValueError, match="All 1 rows have more tokens"):
+        check_rows(conversations[:1], LaReCollator(qwen, 5, "drop"))
+
+
+def test_settings_of_long_rows(qwen):
+    for given, message in (
+        ((None, "drop"), "'drop' needs a `max_length`"),
+        ((5, "cut"), "must be one of"),
+        ((0, "error"), "`max_length` must be >= 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LaReCollator(qwen, *given)
+
+
+def test_what_a_template_refuses_is_named_before_the_first_step(folder):
+    refuses = "{% for message in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}"
+    conversations = read_llava(write(folder, [ROW]))
+    with pytest.raises(
+        ValueError, match="Entry 0 of .*template cannot render this conversation: roles must alternate"
+    ):
+        check_rows(conversations, LaReCollator(build_processor(refuses)))

@@ -4,6 +4,7 @@ The last two are skipped where gradio, Playwright and Chromium are missing: `pip
 `chromium` of the system or `playwright install chromium`.
 """
 
+import http.client
 import re
 import shutil
 from urllib.parse import urlsplit
@@ -88,6 +89,40 @@ def test_the_page_builds_and_asks_nobody(checkpoints):
     labels = {block.label for block in built.blocks.values() if getattr(block, "label", None)}
     assert {"Architecture", "Picture", "Question", "Answer", "Without latents"} <= labels
     assert not built.analytics_enabled
+
+
+def test_only_pages_of_this_machine_are_answered_and_uploads_are_limited(checkpoints):
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    built = page.build_page(checkpoints)
+    _, url, _ = page.launch(built, prevent_thread_lock=True)
+    port = urlsplit(url).port
+
+    def ask(method: str = "GET", path: str = "/config", body: bytes | None = None, **headers: str) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        try:
+            connection.putrequest(method, path, skip_host=True)
+            sent = {"Host": f"127.0.0.1:{port}"} | {name.replace("_", "-"): value for name, value in headers.items()}
+            for name, value in sent.items():
+                connection.putheader(name, value)
+            connection.endheaders(body)
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+    try:
+        assert ask() == ask(Host=f"localhost:{port}") == ask(Origin=url.rstrip("/")) == 200
+        for wrong in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "", "[", "169.254.169.254"):
+            assert ask(Host=wrong) in (400, 403)
+        for wrong in ("http://evil.example", "null", "https://127.0.0.1.evil.example", "file://", "http://["):
+            assert ask(Origin=wrong) == 403
+        most = page.LARGEST_UPLOAD
+        upload = {"method": "POST", "path": "/gradio_api/upload", "Content_Type": "multipart/form-data; boundary=x"}
+        assert ask(**upload, Content_Length=str(most + 1)) == 413
+        assert ask(**upload, Transfer_Encoding="chunked") == 413
+        body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nabc\r\n--x--\r\n'
+        assert ask(**upload, Content_Length=str(len(body)), body=body) == 200
+    finally:
+        built.close()
 
 
 @pytest.mark.slow

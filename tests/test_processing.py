@@ -124,6 +124,18 @@ def test_the_model_takes_all_that_the_processor_gives(processor, batch, shared_m
     assert shared_model(**batch).logits.shape[:2] == batch["input_ids"].shape
 
 
+@pytest.mark.parametrize("grid", [(65, 64), (3000, 3000), (1, 10**10)])
+def test_blocks_that_would_fill_the_memory_are_refused(processor, grid):
+    """A row of a data file holds 40 characters, and its placeholders would take gigabytes."""
+    height, width = grid
+    with pytest.raises(ValueError, match=rf"A latent block of {height} x {width} in row 0 .* 4096 are the most"):
+        processor(text=f"{LATENT_START}{height}x{width}{LATENT_END}")
+    turn = {"role": "assistant", "content": [{"type": "latent", "grid": list(grid)}, {"type": "text", "text": "a"}]}
+    with pytest.raises(ValueError, match="4096 are the most"):
+        encode(processor, [[*user_turn("q"), turn]], add_generation_prompt=False)
+    assert len(processor(text=f"{LATENT_START}64x64{LATENT_END}")["input_ids"][0]) == 4096 + 3 + 2
+
+
 BROKEN_CHATS = [
     (5, "A conversation must be a list"),
     ([], "A conversation must be a list"),

@@ -161,7 +161,7 @@ processor.push_to_hub("me/again")
 seen["pushed"] = hub.files
 
 os.chdir(Path(job["image"]).parent)
-exec(re.search("```python\\n(.*?)```", Path(job["load"][0], "README.md").read_text(), re.DOTALL)[1].replace("256", "3"),
+exec(re.search("```python\\n(.*?)```", Path(job["load"][0], "README.md").read_text(), re.DOTALL)[1].replace("256", "3").replace("path/to/this/checkpoint", job["load"][0]),
      {"path": job["load"][0]})
 seen["ours"] = [name for name, module in sys.modules.items() if module and name.partition(".")[0] in job["ours"]]
 torch.save(seen, job["out"])

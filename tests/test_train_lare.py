@@ -470,3 +470,12 @@ def test_an_unreadable_picture_stops_the_run_by_name_unless_the_user_lets_it_go(
     trainer = run(1, bases["tied"], tmp_path / "out", drop_incomplete=True, **options)
     assert len(trainer.train_dataset) == 2
     assert "1 rows of" in capsys.readouterr().out
+
+
+def test_all_rows_are_checked_before_the_first_step(bases, run, data, tmp_path, capsys):
+    """A row over `max_length` was an error of the data loader, whenever it came to it."""
+    with pytest.raises(ValueError, match="tokens, but `max_length` is 20"):
+        run(1, bases["tied"], tmp_path / "out", max_length=20)
+    assert not (tmp_path / "out" / "config.json").exists()
+    with pytest.raises(ValueError, match="All .* rows have more tokens"):
+        run(1, bases["tied"], tmp_path / "out", max_length=5, long_rows="drop")

@@ -9,10 +9,11 @@ import torch
 from conftest import picture, user_turn
 from PIL import Image
 
+from processing_latentvlm.pictures import open_picture
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
 from train.data import fit_grid
 from train.deeplatent.collator import DeepLatentCollator, PictureSizes
-from train.deeplatent.trajectories import Trajectories, open_picture, picture_items, shorten
+from train.deeplatent.trajectories import Trajectories, picture_items, shorten
 
 
 RESERVED = (*LATENT_TOKENS, "<|image_pad|>")
@@ -308,7 +309,7 @@ def test_a_picture_that_the_image_processor_resizes_again_is_named(processor, sh
 
 def test_a_picture_that_vanished_is_named(processor, shared_model, sample, tmp_path):
     gone = {"messages": [*user_turn("what?", str(tmp_path / "p.png")), answer(words("red"))], "origin": "Line 8"}
-    with pytest.raises(ValueError, match="Line 8: an image cannot be read: .*p.png"):
+    with pytest.raises(ValueError, match="Line 8: the image .*p.png cannot be read"):
         DeepLatentCollator(processor, shared_model.config, "image")([sample, gone])
 
 

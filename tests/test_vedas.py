@@ -358,7 +358,7 @@ def test_wrong_configs_raise(tokenizer, fields, message):
     from huggingface_hub.errors import StrictDataclassError
 
     with pytest.raises(StrictDataclassError, match=message):
-        VedasConfig(**(fields_of(tokenizer, "qwen2_5_vl") | fields))
+        VedasConfig(**(fields_of(tokenizer, "qwen2_5_vl") | {"latent_token_id": 4} | fields))
 
 
 def test_wrong_slots_raise(model, batch, rows):

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from conversion.commands import exit_on_error
+from processing_latentvlm.pictures import read_size
 from train.config_overrides import load_config
 from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.sft import DataArguments, load_model, load_processor, local_folder
@@ -26,7 +27,8 @@ from train.deeplatent.teacher_states import (
     make_fingerprint,
     read_hidden_states,
 )
-from train.deeplatent.trajectories import Trajectories, picture_items, picture_size
+from train.deeplatent.trajectories import Trajectories, picture_items
+from train.own_models import TRUST_HELP
 
 
 @dataclass
@@ -38,6 +40,7 @@ class CacheArguments:
     states_dtype: str = field(default="bfloat16", metadata={"help": f"Of the states, one of {sorted(DTYPES)}."})
     model_dtype: str = field(default="auto", metadata={"help": "Of the weights and of what is computed."})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, ..."})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
     device: str | None = field(default=None, metadata={"help": "By default the GPU of this process, or the CPU."})
     batch_size: int = field(default=1, metadata={"help": "Samples in one forward."})
     samples_per_shard: int = field(default=64, metadata={"help": "Samples in one file."})
@@ -61,7 +64,7 @@ def this_process(args: CacheArguments) -> tuple[int, int]:
 def count_tokens(data: Trajectories, collator: DeepLatentCollator) -> int:
     """Image tokens of all assistant's pictures, from their sizes alone."""
     grids = (
-        collator.sizes.grid_of(picture_size(item["image"]))
+        collator.sizes.grid_of(read_size(item["image"]))
         for number in range(len(data))
         for item in picture_items(data[number]["messages"], "assistant")
     )
@@ -83,8 +86,8 @@ def states_of(model, collator: DeepLatentCollator, samples: list[dict], layers) 
 def main(args: CacheArguments, data_args: DataArguments) -> None:
     number, count = this_process(args)
     folder = local_folder(args.model)
-    config = load_config(folder, args.config_overrides)
-    processor = load_processor(folder, config)
+    config = load_config(folder, args.config_overrides, args.trust_remote_code)
+    processor = load_processor(folder, config, args.trust_remote_code)
     data = data_args.read(config, processor)
     collator = DeepLatentCollator(processor, config, "image", data_args.max_question_pixels)
     text_config = config.get_text_config()
@@ -102,7 +105,14 @@ def main(args: CacheArguments, data_args: DataArguments) -> None:
     )
     if missing:
         default = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-        model = load_model(folder, config, args.model_dtype, args.attn_implementation, bool(args.config_overrides))
+        model = load_model(
+            folder,
+            config,
+            args.model_dtype,
+            args.attn_implementation,
+            bool(args.config_overrides),
+            args.trust_remote_code,
+        )
         model = model.eval().to(args.device or default)
     for shard in tqdm(missing, desc="teacher states", disable=number > 0):
         samples, states = writer.samples_of(shard), []

@@ -92,6 +92,13 @@ def shipped(name: str, folder: Path = CHECKPOINTS) -> Path:
     return path
 
 
+def settle_image_size(processor) -> None:
+    """Resize every picture as in training, where training knew one square size: of others such a model knows nothing."""
+    least, most = getattr(processor, "trained_image_sizes", None) or (None, None)
+    if least is not None and least == most and least[0] == least[1]:
+        processor.image_size = least[0]
+
+
 def ship(name: str, run: Path, folder: Path = CHECKPOINTS) -> Path:
     """Write what a recipe trained as a checkpoint that ships.
 
@@ -132,7 +139,9 @@ def ship(name: str, run: Path, folder: Path = CHECKPOINTS) -> Path:
     )
     with replaced_folder(target, keeps_others=True) as partial:
         model.save_pretrained(partial)
-        AutoProcessor.from_pretrained(source, trust_remote_code=True).save_pretrained(partial)
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+        settle_image_size(processor)
+        processor.save_pretrained(partial)
         (partial / "README.md").write_text(render_model_card(model.config) + training, encoding="utf-8")
         record_answers(partial, target)
     write_sums(name, folder)

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+import train.own_models  # noqa: F401
 from conversion.backbone import parse_overrides
 from conversion.reading import check_config_file
 
@@ -29,12 +30,12 @@ def fields_of(config: PreTrainedConfig, assignments: Sequence[str], option: str)
     }
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()):
+def load_config(path: str | Path, overrides: Sequence[str] = (), trust_remote_code: bool = False):
     """The config of a checkpoint with some fields changed.
 
     Raises:
         ValueError: there is no such field.
     """
     check_config_file(path)
-    config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     return type(config).from_dict(config.to_dict() | fields_of(config, overrides, "config_overrides"))

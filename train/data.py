@@ -11,13 +11,14 @@ relative to the file. What becomes of an assistant's pictures is the collator's 
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from conversion.reading import is_file, read_json_lines
+from processing_latentvlm.pictures import ADDRESSES, read_size
 
 
 PATCH = 28  # pixels of a merged patch
+ITEM_KEYS = {"text": ("text",), "image": ("image",), "latent": ("grid", "steps")}  # beside `type`
 ASSISTANT_IMAGES = ("latent", "image", "drop")
 
 
@@ -43,10 +44,13 @@ def read_trajectories(path: str | Path) -> list[dict]:
 
 
 def check_chat(messages: list, origin: str) -> None:
-    """Refuse messages that no chat template could render.
+    """Refuse messages that no chat template could render, and what would fetch an address or open another file.
+
+    transformers reads pictures and videos from several keys of an item; data name a picture by `image` alone.
 
     Raises:
-        ValueError: it is no message with a `role` and texts or items, or an item lacks what its `type` needs.
+        ValueError: it is no message with a `role` and texts or items; an item lacks what its `type` needs, is of another type
+            or has another key; or a picture is named by an address.
     """
     for number, message in enumerate(messages):
         where = f"{origin}: message {number}"
@@ -55,12 +59,15 @@ def check_chat(messages: list, origin: str) -> None:
             raise ValueError(f"{where} must have a `role` and a `content`, got {str(message)[:200]!a}.")
         for item in content if isinstance(content, list) else []:
             kind = item.get("type") if isinstance(item, dict) else None
-            needed = {"text": str, "image": str, "latent": object}.get(kind) if isinstance(kind, str) else None
-            if needed is None or (needed is str and not isinstance(item.get(kind), str)):
+            known = ITEM_KEYS.get(kind) if isinstance(kind, str) else None
+            is_complete = kind == "latent" or (known is not None and isinstance(item.get(kind), str))
+            if not is_complete or not item.keys() <= {"type", *known}:
                 raise ValueError(
-                    f"{where}: an item of `content` must be {{type: text, text: ..}} or {{type: image, image: PATH}}, got "
-                    f"{str(item)[:200]!a}."
+                    f"{where}: an item of `content` must be {{type: text, text: ..}} or {{type: image, image: PATH}}, with no other "
+                    f"key, got {str(item)[:200]!a}."
                 )
+            if kind == "image" and item["image"].startswith(ADDRESSES):
+                raise ValueError(f"{where} names an address, but nothing is fetched: {item['image'][:200]!a}.")
     if not messages:
         raise ValueError(f"{origin} holds no message.")
 
@@ -100,18 +107,30 @@ class TrajectoryCollator:
         processor: of the model that is trained.
         assistant_images: "latent", "image" or "drop", see the module.
         latent_grid_size: the model's largest grid side, for "latent".
+        block: the grid of every block, where a model has but one; by default a block has the aspect of its picture.
+        num_steps: latent steps that stand before an assistant's turn, of Vedas. A row then has one such turn.
     """
 
-    def __init__(self, processor, assistant_images: str = "latent", latent_grid_size: int = 16):
+    def __init__(
+        self,
+        processor,
+        assistant_images: str = "latent",
+        latent_grid_size: int = 16,
+        block: tuple[int, int] | None = None,
+        num_steps: int = 0,
+    ):
         if assistant_images not in ASSISTANT_IMAGES:
             raise ValueError(f"`assistant_images` must be one of {ASSISTANT_IMAGES}, got {assistant_images!r}.")
         self.processor, self.assistant_images, self.latent_grid_size = processor, assistant_images, latent_grid_size
+        self.block, self.num_steps = block, num_steps
         tokenizer = processor.tokenizer
         self.header = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
 
     def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
         conversations = [[self.render(message) for message in sample["messages"]] for sample in samples]
+        if self.num_steps:
+            conversations = [self.add_steps(row, messages) for row, messages in enumerate(conversations)]
         inputs = self.processor.apply_chat_template(
             conversations,
             tokenize=True,
@@ -134,11 +153,25 @@ class TrajectoryCollator:
                 content.append({"type": "latent", "grid": self.grid_of(item["image"])})
         return message | {"content": content}
 
+    def add_steps(self, row: int, messages: list[dict]) -> list[dict]:
+        """Put the latent steps in front of the assistant's turn, as `generate` takes them behind the prompt.
+
+        Raises:
+            ValueError: there is more than one such turn.
+        """
+        turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if len(turns) > 1:
+            raise ValueError(
+                f"Row {row} of the batch has {len(turns)} assistant turns; latent steps are taken before one."
+            )
+        for number in turns:
+            content = messages[number]["content"]
+            items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            messages[number] = messages[number] | {"content": [{"type": "latent", "steps": self.num_steps}, *items]}
+        return messages
+
     def grid_of(self, image) -> tuple[int, int]:
-        if isinstance(image, Image.Image):
-            return fit_grid(*image.size, self.latent_grid_size)
-        with Image.open(image) as opened:
-            return fit_grid(*opened.size, self.latent_grid_size)
+        return self.block or fit_grid(*read_size(image), self.latent_grid_size)
 
     def labels(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Keep what follows an assistant header, to the end of its turn; -100 elsewhere.
@@ -159,3 +192,28 @@ class TrajectoryCollator:
         if empty:
             raise ValueError(f"Rows {empty} of the batch hold no assistant turn to learn from.")
         return labels
+
+
+def collator_for(processor, config):
+    """What makes batches of chats for a model of any architecture, as its `generate` will meet them.
+
+    An assistant's pictures become the blocks of a model that opens some. The others take their steps wherever they answer;
+    the pictures are left out.
+    """
+    if hasattr(config, "latent_grid_size"):
+        fixed = tuple(config.fixed_latent_grid) if config.latent_scale == "fixed" else None
+        block = (1, config.num_autoregressive_latents) if config.latent_mode == "autoregressive" else fixed
+        return TrajectoryCollator(processor, "latent", config.latent_grid_size, block)
+    if hasattr(config, "num_latent_steps"):
+        return TrajectoryCollator(processor, "drop", num_steps=config.num_latent_steps)
+    from train.lare.data import RefocusingChatCollator  # not above: it imports this module
+
+    return RefocusingChatCollator(processor)
+
+
+def question_image_sizes(sample: dict) -> list[tuple[int, int]]:
+    """(width, height) in pixels of the pictures that are not the assistant's."""
+    return [
+        read_size(item["image"])
+        for item in picture_items([one for one in sample["messages"] if one["role"] != "assistant"])
+    ]

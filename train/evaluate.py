@@ -36,6 +36,7 @@ from train.evaluation.report import draw_table, summarize
 from train.evaluation.results import ResultsFile, bind, gather, read_finished
 from train.evaluation.rows import check_images, read_evaluation
 from train.evaluation.scoring import ANSWER_FORMATS
+from train.own_models import TRUST_HELP
 
 
 @dataclass
@@ -53,6 +54,7 @@ class EvaluationArguments:
     dtype: str = field(default="auto", metadata={"help": f"One of {DTYPES}."})
     device: str | None = field(default=None, metadata={"help": "By default a GPU where there is one."})
     attn_implementation: str | None = field(default=None, metadata={"help": "Of the language model."})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
 
 
 def fingerprint_of(arguments: EvaluationArguments, settings: AnswerSettings, data: dict, model, device: str) -> dict:
@@ -84,8 +86,9 @@ def evaluate(arguments: EvaluationArguments, settings: AnswerSettings) -> dict |
     output = Path(arguments.output)
     rows = read_evaluation(arguments.data, arguments.answer_format, arguments.instruction, arguments.limit)
     device = processes.device(arguments.device)
-    model = load_model(arguments.model, arguments.dtype, device, arguments.attn_implementation)
-    processor = load_processor(arguments.model)
+    trust = arguments.trust_remote_code
+    model = load_model(arguments.model, arguments.dtype, device, arguments.attn_implementation, trust)
+    processor = load_processor(arguments.model, trust)
     check_settings(model, settings)
     with locked(output) if processes.is_main else nullcontext():
         if processes.is_main:

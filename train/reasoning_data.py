@@ -24,10 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from conversion.reading import is_file, read_json_lines
-
-
-# What Pillow raises over broken files, by format and place.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+from processing_latentvlm.pictures import UNREADABLE, open_picture, read_size
 
 
 @dataclass
@@ -48,14 +45,19 @@ class ReasoningSample:
         """
         return [self.load_image(image) for image in self.images]
 
-    def load_image(self, image: str | Image.Image) -> Image.Image:
-        try:
-            if isinstance(image, Image.Image):
-                return image.convert("RGB")
-            with Image.open(image) as opened:
-                return opened.convert("RGB")
-        except UNREADABLE as error:
-            raise ValueError(f"{self.origin}: the image {image} cannot be read: {error}") from error
+    def load_image(self, image: str | bytes | Image.Image) -> Image.Image:
+        return open_picture(image, self.name_of(image))
+
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of the images in pixels, without decoding them.
+
+        Raises:
+            ValueError: one cannot be read.
+        """
+        return [read_size(image, self.name_of(image)) for image in self.images]
+
+    def name_of(self, image: str | bytes | Image.Image) -> str:
+        return f"{self.origin}: the image {image if isinstance(image, str) else 'in it'}"
 
 
 def split_steps(text: str) -> list[str]:

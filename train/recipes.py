@@ -23,8 +23,9 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
+import train.own_models  # noqa: F401
 from conversion.commands import exit_on_error
-from conversion.writing import append_lines, locked, write_file
+from conversion.writing import append_lines, lock_of, locked, write_file
 from train.answers import accuracy, conversation_of, extract_answer
 from train.deeplatent_rl.progress import describe_progress
 from train.evaluation.answering import AnswerSettings, answer_batch
@@ -275,9 +276,9 @@ def run(commands: list[tuple[str, str]], times: Path | None = None) -> None:
         subprocess.CalledProcessError: a command failed; what it wrote is left for the next try.
     """
     for made, command in commands:
-        if Path(made).is_file():
-            continue
         step = Path(made).parent.with_name(f"{Path(made).parent.name}.step")
+        if Path(made).is_file() and not lock_of(step).exists():  # one that a killed recipe left is deleted below
+            continue
         with locked(step, wait=-1, waiting=f"Another recipe makes {made}: waiting for it."):
             if not Path(made).is_file():
                 run_command(made, command, times)
@@ -320,8 +321,8 @@ def score(folder: Path, data: Path, names: tuple[str, ...] = tuple(ARMS)) -> dic
     Args:
         names: of the arms, which are asked in this order.
     """
-    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     samples = read_reasoning(data)
     scores = {}
     for name in names:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from modeling_latentvlm.visual_replay import Replay, densest_window
+from processing_latentvlm.pictures import open_picture
 
 
 PREDICTORS = ("mlp", "linear", "pointwise_conv", "conv")
@@ -83,7 +84,7 @@ def crop_window(
     first, last = (edge * image.width // grid[1] for edge in (left, left + width))
     box = [first, upper, max(last, first + 1), max(lower, upper + 1)]  # grids may be finer than tiny images
     target = (size, size) if size else image.size
-    pixels = torch.from_numpy(np.array(image.convert("RGB").crop(box))).permute(2, 0, 1)[None]
+    pixels = torch.from_numpy(np.array(open_picture(image).crop(box))).permute(2, 0, 1)[None]
     # In [0, 1] and cut off to 8 bits, as the published code does by way of torchvision.
     enlarged = nn.functional.interpolate(pixels / 255, target[::-1], mode="bilinear", align_corners=False)
     return Image.fromarray((enlarged[0] * 255).permute(1, 2, 0).to(torch.uint8).numpy())

@@ -24,7 +24,9 @@ from train.deeplatent_rl.objective import GRPOObjective, ObjectiveArguments
 from train.deeplatent_rl.policy import AdapterArguments, check_policy, prepare_policy
 from train.deeplatent_rl.rewards import RewardArguments, WeightedRewards
 from train.deeplatent_rl.rollouts import QuestionCollator, RolloutArguments
-from train.reasoning_data import read_reasoning
+from train.own_models import TRUST_HELP
+from train.reasoning_data import ReasoningSample, read_reasoning
+from train.trained_sizes import record_image_sizes
 from train.training_model import TrainingModel, run_training
 
 
@@ -40,6 +42,7 @@ class ScriptArguments:
         default="float32", metadata={"help": "Of the weights; `--bf16` computes in bfloat16 either way."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, ..."})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
     dump_rollouts: str | None = field(default=None, metadata={"help": "Folder for what was sampled, as JSONL."})
     dump_every: int = field(default=1, metadata={"help": "Steps from one dump to the next."})
     dump_pictures: bool = field(default=False, metadata={"help": "Also draw where the latents looked."})
@@ -57,13 +60,16 @@ def main(
     set_seed(training_args.seed)
     rewards = WeightedRewards(reward_args, judge)
     check_config_file(script.model_path)
-    processor = AutoProcessor.from_pretrained(script.model_path, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(script.model_path, trust_remote_code=script.trust_remote_code)
     given = {"attn_implementation": script.attn_implementation} if script.attn_implementation else {}
-    model = AutoModel.from_pretrained(script.model_path, trust_remote_code=True, dtype=script.dtype, **given)
+    model = AutoModel.from_pretrained(
+        script.model_path, trust_remote_code=script.trust_remote_code, dtype=script.dtype, **given
+    )
     data = read_reasoning(
         script.data_path, script.data_format, script.split, script.drop_incomplete, needs_steps=False
     )
     check_policy(model, objective_args, data)
+    record_image_sizes(processor, data, ReasoningSample.image_sizes)
     in_16_bits = training_args.bf16 or training_args.fp16
     model, reference = prepare_policy(model, objective_args, adapters, in_16_bits)
     dump = None

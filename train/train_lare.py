@@ -29,8 +29,9 @@ from conversion.backbone import parse_overrides
 from conversion.commands import exit_on_error
 from conversion.reading import check_config_file
 from train.config_overrides import load_config
-from train.lare.data import LaReCollator, from_reasoning, read_llava
+from train.lare.data import LaReCollator, check_rows, from_reasoning, read_llava
 from train.lare.objective import LaReObjective, LatentLossArguments
+from train.own_models import TRUST_HELP
 from train.reasoning_data import read_reasoning
 from train.training_model import LatentTrainer, TrainingModel, load_objective, run_training
 
@@ -69,7 +70,11 @@ class ScriptArguments:
     drop_incomplete: bool = field(default=False, metadata={"help": "Leave out rows without steps or answer."})
     eval_data_path: str | None = field(default=None, metadata={"help": "For `--eval_strategy`."})
     global_batch_size: int | None = field(default=None, metadata={"help": "By the stage; sets the accumulation."})
-    max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; longer ones are errors."})
+    max_length: int | None = field(default=None, metadata={"help": "Longest row in tokens; see `--long_rows`."})
+    long_rows: str = field(
+        default="error",
+        metadata={"help": "What becomes of longer rows: error, drop (counted) or truncate (at the end)."},
+    )
     fresh_objective: bool = field(
         default=False, metadata={"help": "Start stage 3 or 4 with new heads and a new U-Net."}
     )
@@ -77,6 +82,7 @@ class ScriptArguments:
         default="float32", metadata={"help": "Of the weights; `--bf16` computes in bfloat16 either way."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, ..."})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
     config_overrides: list[str] = field(
         default_factory=list,
         metadata={
@@ -151,10 +157,10 @@ def load_model(args: ScriptArguments) -> nn.Module:
         tokens = [name for name in parse_overrides(args.config_overrides) if name.endswith(TOKEN_IDS)]
         if tokens:
             raise ValueError(f"`config_overrides` cannot change {tokens}: the ids of tokens are the processor's.")
-        options["config"] = load_config(args.model_path, args.config_overrides)
+        options["config"] = load_config(args.model_path, args.config_overrides, args.trust_remote_code)
     model, info = AutoModel.from_pretrained(
         args.model_path,
-        trust_remote_code=True,
+        trust_remote_code=args.trust_remote_code,
         dtype=args.dtype,
         ignore_mismatched_sizes=True,  # they are named below
         output_loading_info=True,
@@ -222,20 +228,22 @@ def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: T
     stage = STAGES[args.stage]
     complete_arguments(args, training_args)
     check_config_file(args.model_path)
-    processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=args.trust_remote_code)
     model = load_model(args)
     check_stage(model, args)
     freeze(model, stage)
     objective = LaReObjective(model, processor.image_processor, loss_args, stage.has_latents, args.stage == 2)
     find_objective(objective, args)
-    data = read_data(args.data_path, args, args.drop_incomplete)
+    collator = LaReCollator(processor, args.max_length, args.long_rows)
+    data = check_rows(read_data(args.data_path, args, args.drop_incomplete), collator)
+    eval_data = check_rows(read_data(args.eval_data_path, args), collator) if args.eval_data_path else None
     check_negatives(objective, data, training_args)
     trainer = LatentTrainer(
         model=TrainingModel(model, objective),
         args=training_args,
         train_dataset=data,
-        eval_dataset=read_data(args.eval_data_path, args) if args.eval_data_path else None,
-        data_collator=LaReCollator(processor, args.max_length),
+        eval_dataset=eval_data,
+        data_collator=collator,
         processing_class=processor,
     )
     run_training(trainer)

@@ -19,8 +19,10 @@ from conversion.commands import exit_on_error
 from conversion.reading import check_config_file
 from train.curriculum import Curriculum, CurriculumCollator
 from train.gradient_dynamics import GradientDynamics
-from train.reasoning_data import read_reasoning
+from train.own_models import TRUST_HELP
+from train.reasoning_data import ReasoningSample, read_reasoning
 from train.replay import ReplayArguments, ReplayObjective
+from train.trained_sizes import record_image_sizes
 from train.training_model import (
     LatentTrainer,
     TrainingModel,
@@ -56,6 +58,7 @@ class ScriptArguments:
         default="float32", metadata={"help": "Of the weights; `--bf16` computes in bfloat16 either way."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, ..."})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
     gradient_dynamics_steps: int = field(default=0, metadata={"help": "Record gradient norms every so many steps."})
 
 
@@ -72,7 +75,7 @@ class VedasTrainingArguments(TrainingArguments):
 def load_model(args: ScriptArguments):
     model = AutoModel.from_pretrained(
         args.model_path,
-        trust_remote_code=True,
+        trust_remote_code=args.trust_remote_code,
         dtype=args.dtype,
         **({"attn_implementation": args.attn_implementation} if args.attn_implementation else {}),
     )
@@ -137,13 +140,14 @@ def prepare_weights(model, args: ScriptArguments, training_args: TrainingArgumen
 def main(args: ScriptArguments, replay_args: ReplayArguments, training_args: TrainingArguments) -> LatentTrainer:
     set_seed(training_args.seed)
     check_config_file(args.model_path)
-    processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=args.trust_remote_code)
     model = load_model(args)
     stages = plan_stages(args, training_args, model.config.num_latent_steps)
     data = read_reasoning(args.data_path, args.data_format, args.split, args.drop_incomplete)
     eval_data = read_reasoning(args.eval_data_path, args.data_format, args.split) if args.eval_data_path else None
     objective = ReplayObjective(model.config, processor.image_processor, replay_args)
     load_objective(objective, args.model_path)
+    record_image_sizes(processor, data, ReasoningSample.image_sizes)
     rationale_steps = args.rationale_steps or max(1, model.config.num_latent_steps)
     collator = CurriculumCollator(processor, rationale_steps, keep_images=objective.weight > 0)
     callbacks = [Curriculum(collator, stages, args.epochs_per_stage)]

@@ -30,6 +30,7 @@ from conversion.commands import exit_on_error
 from conversion.reading import read_json_lines
 from conversion.writing import replaced_folder
 from modeling_latentvlm.complete_weights import load_complete
+from processing_latentvlm.pictures import open_picture, read_size
 from train.tasks.chart import VALUES
 from train.tasks.maze import OPEN, WALLS
 from train.tasks.shapes import COLORS, DIGITS, GRID, QUADRANTS, SHAPES
@@ -108,9 +109,9 @@ def read_scenes(data: str | Path | list[str | Path]) -> tuple[list[Path], Tensor
                 f"{row['id']} of {path} cannot teach about cells: its things stand freely (a hard level)."
             )
         images.append(path.parent / row["image"])
-        with Image.open(images[-1]) as image:
-            sizes.add((image.size, grid))
-        labels.append(cell_labels(row["objects"], image.width, grid))
+        size = read_size(images[-1], f"the image {images[-1]}")
+        sizes.add((size, grid))
+        labels.append(cell_labels(row["objects"], size[0], grid))
     if len(sizes) != 1:
         found = ", ".join(f"{size[0]} x {size[1]} pixels with {grid} x {grid} cells" for size, grid in sorted(sizes))
         raise ValueError(f"Pictures and their grids must all be of one size, got {found or 'no picture'}.")
@@ -130,11 +131,7 @@ def place_labels(grid: int) -> Tensor:
 
 
 def load_images(paths: list[Path]) -> list[Image.Image]:
-    images = []
-    for path in paths:
-        with Image.open(path) as image:
-            images.append(image.convert("RGB"))
-    return images
+    return [open_picture(path, f"the image {path}") for path in paths]
 
 
 def pretrain(

@@ -27,6 +27,7 @@ from .trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, 
 
 
 logger = logging.get_logger(__name__)
+VISION_GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
 
 class LatentGenerationMixin(LatentDecodingMixin):
@@ -88,6 +89,10 @@ class LatentGenerationMixin(LatentDecodingMixin):
             kwargs |= self._prepare_prompt(prompt_ids, latent_grid_hw, context, settings, kwargs)
         else:
             context.images = [None] * len(self._check_blind_prompt(kwargs, low, latent_grid, latent_grid_hw))
+            if inputs_embeds is not None and kwargs.get("position_ids") is None:
+                # transformers up to 5.17 cannot expand a None to beams.
+                mask, no_images = kwargs.get("attention_mask"), dict.fromkeys(VISION_GRIDS)
+                kwargs["position_ids"] = self._rope_positions(self._find_ids(None, inputs_embeds), mask, no_images)
         can_open = torch.tensor([images is not None for images in context.images])
         limits = LatentBlockLimits(prompt_length, self.config, can_open, low, high)
         watch = []
@@ -157,9 +162,9 @@ class LatentGenerationMixin(LatentDecodingMixin):
 
     def _check_modulation(self, noise: bool, modulator: Callable | None) -> None:
         """Raise for what would change the modulation of a model that has none."""
-        if not isinstance(noise, bool):
+        if not isinstance(noise, bool | None):
             raise ValueError(f"`latent_noise` must be True or False, got {noise!r}.")
-        given = ["latent_noise"] * noise + ["latent_modulator"] * (modulator is not None)
+        given = ["latent_noise"] * bool(noise) + ["latent_modulator"] * (modulator is not None)
         is_autoregressive = self.config.latent_mode == "autoregressive"
         if given and (is_autoregressive or not (self.config.modulate_queries or self.config.modulate_images)):
             reason = "autoregressive latents are hidden states" if is_autoregressive else "both kinds are switched off"

@@ -37,6 +37,11 @@ _CONFIGURATION = (
 )
 
 _PROCESSING = (
+    Use("transformers.image_utils:httpx", attributes=("stream", "HTTPError", "InvalidURL")),  # httpx or httpx2
+    Use(
+        "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl:smart_resize",
+        parameters=("height", "width", "factor", "min_pixels", "max_pixels"),
+    ),
     Use(
         "transformers.processing_utils:ProcessorMixin",
         hooks={

@@ -15,9 +15,9 @@ from typing import ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.models.llava.configuration_llava import LlavaConfig
 
+from .backbone_fields import check_backbone_fields
 from .hub_code import HubCodeMixin, __version__
 from .model_card import write_model_card
-from .text_config_checks import check_rope_type
 
 
 _MODEL = "modeling_latentvlm.modeling_lare.LaReForCausalLM"
@@ -211,7 +211,7 @@ class LaReConfig(HubCodeMixin, LlavaConfig):
 
     def validate_language_model(self):
         """Part of `@strict`-powered validation."""
-        check_rope_type(self.text_config)
+        check_backbone_fields(self)
         kind = self.text_config.model_type
         if kind not in LANGUAGE_MODELS:
             raise ValueError(f"`text_config.model_type` must be one of {LANGUAGE_MODELS}, got {kind!r}.")

@@ -102,7 +102,7 @@ class LaReProcessor(HubCodeMixin, LatentProcessorMixin, LlavaProcessor):
         if videos is not None:
             raise ValueError("LaRe takes images, no videos.")
         if images is not None:
-            images = self.load_images(images)
+            images = self.prepare_images(images, kwargs)
         if text is not None:
             self.check_image_count(as_rows(text), images)
         return super().__call__(images=images, text=text, **kwargs)

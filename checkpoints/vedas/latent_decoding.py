@@ -166,7 +166,24 @@ class LatentDecodingMixin(BackboneCallsMixin, KnownAnswersMixin):
             if inputs_embeds is not None:
                 return model_inputs | {"inputs_embeds": inputs_embeds}
             return model_inputs | {"input_ids": input_ids[:, seen:].to(self._input_device(input_ids))}
+        self._warn_past_context(input_ids.shape[1], cache)
         return model_inputs | {"input_ids": input_ids[:, -1:].to(self._input_device(input_ids))}
+
+    def _warn_past_context(self, num_tokens: int, cache) -> None:
+        """Say once that an answer has left the context: positions stay right there, but no training has seen them.
+
+        transformers says so for models whose config holds the length at its top; ours is the language model's.
+        """
+        longest, layers = self.config.get_text_config().max_position_embeddings, getattr(cache, "layers", [])
+        if layers and not hasattr(
+            layers[0], "max_cache_len"
+        ):  # a static cache counts on the device: not read per token
+            num_tokens = max(num_tokens, cache.get_seq_length() + 1)  # latents too
+        if num_tokens > longest:
+            logger.warning_once(
+                f"An answer has left the context of {longest} positions (`max_position_embeddings`): expect it to get worse. Give "
+                "fewer `max_new_tokens`."
+            )
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         # `generate` gives the prompt's positions; later ones belong to the cache's `latent_state`.

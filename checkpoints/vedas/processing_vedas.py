@@ -20,19 +20,23 @@ LATENT_TOKEN = "<|latent|>"
 
 
 class VedasProcessor(QwenLatentProcessor):
-    """Qwen-VL's processor with latent steps."""
+    """Qwen-VL's processor with latent steps. The arguments are those of `QwenLatentProcessor`."""
 
     hub_classes: ClassVar[dict[str, str]] = {"AutoProcessor": "processing_latentvlm.processing_vedas.VedasProcessor"}
     latent_tokens = (LATENT_TOKEN,)
     converter = "conversion.convert_vedas"
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+    # Written out, because what a processor saves are the arguments that its own `__init__` names.
+    def __init__(
+        self, image_processor=None, tokenizer=None, chat_template=None, image_size=None, trained_image_sizes=None
+    ):
+        super().__init__(image_processor, tokenizer, chat_template, image_size, trained_image_sizes)
 
     def render_latent(self, item: dict) -> str:
         steps = item.get("steps")
         if not is_whole_number(steps, 0):
             raise ValueError(f"`steps` of a latent item must be a whole number >= 0, got {steps!r}.")
+        self.check_num_latents(steps, f"A latent item with `steps` {steps}")
         return LATENT_TOKEN * steps
 
 

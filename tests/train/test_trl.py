@@ -327,3 +327,43 @@ def test_dpo_compares_answers_with_latents(name, tmp_path):
     chosen, rejected = trainer.compute_ref_log_probs(reference, {**inputs, "completion_mask": mask})
     assert_near(torch.cat([chosen, rejected]), expected, 1e-4)
     assert trainer.train().training_loss == pytest.approx(0.6931, abs=1e-3)  # model and reference are equal yet
+
+
+@ALL
+def test_kto_scores_answers_as_forward_does(name, tmp_path):
+    model, processor = load_shaken(name)
+    data = datasets.Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": text}],
+                "completion": [{"role": "assistant", "content": answer}],
+                "label": label,
+            }
+            for text, answer, label in (("what?", "red", True), ("and?", "it is blue", False))
+        ]
+    )
+    reference = copy.deepcopy(model)
+    arguments = trl.KTOConfig(str(tmp_path), **SETTINGS, max_length=None)
+    trainer = trl.KTOTrainer(model, reference, arguments, train_dataset=data, processing_class=processor)
+    seen = []
+    model.register_forward_hook(lambda _, args, kwargs, output: seen.append((kwargs, output)), with_kwargs=True)
+    assert trainer.train().training_loss == pytest.approx(0.5, abs=1e-3)  # model and reference are equal yet
+    kwargs, output = next((kwargs, output) for kwargs, output in seen if kwargs.get("fused_lm_head"))
+    own = load_shaken(name)[0]
+    labels = kwargs["labels"]
+    with torch.no_grad():
+        logits = own(kwargs["input_ids"], attention_mask=kwargs["attention_mask"], labels=labels).logits
+    expected = logits[:, :-1].log_softmax(-1).gather(2, labels[:, 1:, None].clamp(min=0))[..., 0]
+    assert_near(output.log_probs.detach(), expected * (labels[:, 1:] != -100), 1e-4)
+
+
+@ALL
+def test_a_reward_model_is_refused(name, tmp_path):
+    """None of the architectures has a head for rewards, and TRL's trainer says so before the first step."""
+    model, processor = load_shaken(name)
+    data = datasets.Dataset.from_list(
+        [{"prompt": "what?", "chosen": "red", "rejected": "blue"}, {"prompt": "?", "chosen": "a", "rejected": "b"}]
+    )
+    arguments = trl.RewardConfig(str(tmp_path), **SETTINGS)
+    with pytest.raises(ValueError, match="num_labels"):
+        trl.RewardTrainer(model, arguments, train_dataset=data, processing_class=processor.tokenizer).train()

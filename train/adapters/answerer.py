@@ -22,6 +22,7 @@ class Answerer:
     Args:
         keep_reasoning: return all that was written; by default the final answer, where one is marked, since harnesses look for the
             answer in what they get.
+        trust_remote_code: run what the checkpoint of another model type brings.
         settings: of `AnswerSettings`.
     """
 
@@ -32,14 +33,15 @@ class Answerer:
         device: str | None = None,
         attn_implementation: str | None = None,
         keep_reasoning: bool = False,
+        trust_remote_code: bool = False,
         **settings: Any,
     ):
         self.settings = AnswerSettings(**settings)
         if self.settings.repeats > 1:
             raise ValueError(f"A harness asks as often as it likes: `repeats` must be 1, got {self.settings.repeats}.")
         self.keep_reasoning = keep_reasoning
-        self.model = load_model(model, dtype, device, attn_implementation)
-        self.processor = load_processor(model)
+        self.model = load_model(model, dtype, device, attn_implementation, trust_remote_code)
+        self.processor = load_processor(model, trust_remote_code)
         check_settings(self.model, self.settings)
 
     def answer(self, conversations: Sequence[list[dict]], seed: int = 0, **generate: Any) -> list[str]:

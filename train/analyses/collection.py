@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoProcessor, set_seed
 
 from conversion.reading import check_config_file
 from train.answers import encode_questions
+from train.own_models import TRUST_HELP
 from train.reasoning_data import ADAPTERS, ReasoningSample, read_reasoning
 
 
@@ -48,6 +49,7 @@ def analysis_parser(command: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", help="of the weights (default: the checkpoint's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trust-remote-code", "--trust_remote_code", action="store_true", help=TRUST_HELP)
     return parser
 
 
@@ -69,9 +71,9 @@ def open_study(options: argparse.Namespace) -> Study:
     if len(with_image) < len(samples):
         print(f"{len(samples) - len(with_image)} of {len(samples)} questions have no image and are left out.")
     set_seed(options.seed)
-    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     check_config_file(options.model)
-    model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=options.dtype)
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+    model = AutoModel.from_pretrained(options.model, trust_remote_code=options.trust_remote_code, dtype=options.dtype)
     model = model.to(options.device).eval()
     return Study(model, processor, with_image[: options.limit], output, options.batch_size)
 

@@ -3,7 +3,6 @@
 Shapes: B images, D embedding size.
 """
 
-import struct
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -24,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from processing_latentvlm.pictures import open_picture
 from train.decontamination.samples import batched
 
 
@@ -31,10 +30,6 @@ from train.decontamination.samples import batched
 VISION_HALVES = {"clip": CLIPVisionModelWithProjection, "siglip": SiglipVisionModel}
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
 PROJECTED = CLIPVisionModelWithProjection.__name__
-# Formats that Pillow decodes by itself. For EPS it would start Ghostscript, which runs what stands in the file.
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-# What Pillow raises on files that are cut short, damaged, no images, or decompression bombs.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class ImageEmbedder:
@@ -67,10 +62,9 @@ class ImageEmbedder:
     def preprocess(self, path: Path) -> Tensor | str:
         """The pixel values of an image, or the reason that there are none."""
         try:
-            with Image.open(path, formats=FORMATS) as opened:
-                image = opened.convert("RGB")
-        except UNREADABLE as error:
-            return f"{type(error).__name__}: {error}"
+            image = open_picture(path, "it")
+        except ValueError as error:
+            return str(error)
         return self.processor(images=image, return_tensors="pt")["pixel_values"]
 
     def embed_pixels(self, pixels: Tensor, paths: list[Path]) -> Tensor:  # (B, D)

@@ -5,16 +5,15 @@ the teacher has one image token where the student has one latent, in the same ra
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from processing_latentvlm.pictures import open_picture
 from train.data import TrajectoryCollator, fit_grid
 from train.deeplatent.teacher_states import TeacherCache, pool_states
-from train.deeplatent.trajectories import open_picture
-from train.reasoning_data import UNREADABLE
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class PictureSizes:
         least: merged patches that the image processor leaves as they are; it enlarges smaller pictures.
         fixed: (height, width) of every assistant's picture, or None to keep its aspect.
         max_question_pixels: larger pictures of the question are shrunk; None leaves that to the image processor.
+        question_size: pixels along a side of every picture of the question (`image_size` of the processor), or None.
     """
 
     patch: int
@@ -34,6 +34,8 @@ class PictureSizes:
     least: int = 1
     fixed: tuple[int, int] | None = None
     max_question_pixels: int | None = None
+    # Not in `repr`, from which fingerprints of teacher's states are made: those of earlier versions stay valid.
+    question_size: int | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, config, processor, max_question_pixels: int | None = None) -> "PictureSizes":
@@ -41,7 +43,9 @@ class PictureSizes:
         patch = images.patch_size * images.merge_size
         fixed = tuple(config.fixed_latent_grid) if config.latent_scale == "fixed" else None
         least = math.ceil(images.size["shortest_edge"] / patch**2)  # in spite of its name an area
-        return cls(patch, config.latent_grid_size, least, fixed, max_question_pixels)
+        return cls(
+            patch, config.latent_grid_size, least, fixed, max_question_pixels, getattr(processor, "image_size", None)
+        )
 
     def grid_of(self, size: tuple[int, int]) -> tuple[int, int]:
         """(height, width) in merged patches of an assistant's picture of (width, height) pixels."""
@@ -52,13 +56,19 @@ class PictureSizes:
         target = (width * self.patch, height * self.patch)
         return picture if picture.size == target else picture.resize(target, Image.Resampling.BICUBIC)
 
+    def question_size_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) in pixels of what a picture of the question is resized to."""
+        if self.question_size is not None:
+            return self.question_size, self.question_size
+        width, height = size
+        if self.max_question_pixels is None or width * height <= self.max_question_pixels:
+            return size
+        scale = math.sqrt(self.max_question_pixels / (width * height))
+        return max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
+
     def resize_question(self, picture: Image.Image) -> Image.Image:
-        most = self.max_question_pixels
-        if most is None or picture.width * picture.height <= most:
-            return picture
-        scale = math.sqrt(most / (picture.width * picture.height))
-        target = [max(1, math.floor(side * scale)) for side in picture.size]
-        return picture.resize(target, Image.Resampling.BICUBIC)
+        target = self.question_size_of(picture.size)
+        return picture if picture.size == target else picture.resize(target, Image.Resampling.BICUBIC)
 
 
 class DeepLatentCollator(TrajectoryCollator):
@@ -83,6 +93,8 @@ class DeepLatentCollator(TrajectoryCollator):
         self.sizes = PictureSizes.of(config, processor, max_question_pixels)
         self.latents_of_block = config.num_autoregressive_latents if config.latent_mode == "autoregressive" else None
         self.cache, self.has_live_teacher = teacher_states, has_live_teacher
+        # `open` has resized the pictures. A processor of an older checkpoint does not resize them, and knows no such argument.
+        self.as_they_are = {"resize_images": False} if hasattr(processor, "trained_image_sizes") else {}
         # Never targets (eq. 5): the inside of a picture or block, and what closes it.
         names = (*processor.latent_tokens[1:], processor.image_token, "<|vision_end|>")
         self.not_text = torch.tensor(processor.tokenizer.convert_tokens_to_ids(list(names)))
@@ -122,10 +134,8 @@ class DeepLatentCollator(TrajectoryCollator):
         """
 
         def read(image) -> Image.Image:
-            try:
-                return open_picture(image)
-            except UNREADABLE as error:
-                raise ValueError(f"{sample['origin']}: an image cannot be read: {error}") from error
+            name = image if isinstance(image, str) else "in it"
+            return open_picture(image, f"{sample['origin']}: the image {name}")
 
         messages = []
         for message in sample["messages"]:
@@ -162,7 +172,7 @@ class DeepLatentCollator(TrajectoryCollator):
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
-                processor_kwargs={"padding": True},
+                processor_kwargs={"padding": True} | self.as_they_are,
             )
         )
         if assistant_images == "image":

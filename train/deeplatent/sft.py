@@ -14,6 +14,8 @@ from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.distillation import SftObjective
 from train.deeplatent.teacher_states import TeacherCache, choose_layers, make_fingerprint
 from train.deeplatent.trajectories import CHAINS_OF_THOUGHT, WITHOUT_PICTURES, Trajectories
+from train.own_models import TRUST_HELP
+from train.trained_sizes import record_image_sizes
 from train.training_model import LatentTrainer, TrainingModel, run_training
 
 
@@ -86,6 +88,7 @@ class SftArguments:
         default="float32", metadata={"help": "Of the weights; `--bf16` computes in bfloat16 either way."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, flash_attention_2, ..."})
+    trust_remote_code: bool = field(default=False, metadata={"help": TRUST_HELP})
 
 
 @dataclass
@@ -105,13 +108,20 @@ def local_folder(path: str) -> Path:
     return Path(path) if Path(path).is_dir() else Path(snapshot_download(path))
 
 
-def load_processor(path: str | Path, config):
-    processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+def load_processor(path: str | Path, config, trust_remote_code: bool = False):
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=trust_remote_code)
     processor.num_control_tokens = config.num_control_tokens  # the config's mode may have been overridden
     return processor
 
 
-def load_model(path: str | Path, config, dtype: str, attn_implementation: str | None, may_renew: bool = False):
+def load_model(
+    path: str | Path,
+    config,
+    dtype: str,
+    attn_implementation: str | None,
+    may_renew: bool = False,
+    trust_remote_code: bool = False,
+):
     """Load a DeepLatent model.
 
     Args:
@@ -123,7 +133,7 @@ def load_model(path: str | Path, config, dtype: str, attn_implementation: str | 
     model, info = AutoModel.from_pretrained(
         path,
         config=config,
-        trust_remote_code=True,
+        trust_remote_code=trust_remote_code,
         dtype=dtype,
         ignore_mismatched_sizes=may_renew,
         output_loading_info=True,
@@ -186,8 +196,9 @@ def prepare_teacher(args: SftArguments, data: Trajectories, sizes, processor, la
 def train_sft(args: SftArguments, data_args: DataArguments, training_args: TrainingArguments) -> LatentTrainer:
     set_seed(training_args.seed)
     folder = local_folder(args.model_path)
-    config = load_config(folder, args.config_overrides)
-    processor = load_processor(folder, config)
+    trust = args.trust_remote_code
+    config = load_config(folder, args.config_overrides, trust)
+    processor = load_processor(folder, config, trust)
     data = data_args.read(config, processor)
     eval_data = data_args.read(config, processor, args.eval_data_path) if args.eval_data_path else None
     is_aligned = (
@@ -198,6 +209,11 @@ def train_sft(args: SftArguments, data_args: DataArguments, training_args: Train
     layers = choose_layers(config.get_text_config().num_hidden_layers, args.align_layers)
     assistant_images = "image" if args.stage == "sft1" else "latent"
     collator = DeepLatentCollator(processor, config, assistant_images, data_args.max_question_pixels)
+    record_image_sizes(
+        processor,
+        range(len(data)),
+        lambda number: [collator.sizes.question_size_of(size) for size in data.question_image_sizes(number)],
+    )
     teacher = None
     if is_aligned:
         collator.cache = prepare_teacher(args, data, collator.sizes, processor, layers)
@@ -205,8 +221,11 @@ def train_sft(args: SftArguments, data_args: DataArguments, training_args: Train
         if collator.has_live_teacher:
             teacher_folder = local_folder(args.teacher_path)
             dtype = "bfloat16" if training_args.bf16 else args.dtype  # it takes no updates that could get lost
-            teacher = load_model(teacher_folder, load_config(teacher_folder), dtype, args.attn_implementation)
-    model = load_model(folder, config, args.dtype, args.attn_implementation, may_renew=bool(args.config_overrides))
+            teacher_config = load_config(teacher_folder, trust_remote_code=trust)
+            teacher = load_model(
+                teacher_folder, teacher_config, dtype, args.attn_implementation, trust_remote_code=trust
+            )
+    model = load_model(folder, config, args.dtype, args.attn_implementation, bool(args.config_overrides), trust)
     objective = SftObjective(model.config, args.align_loss_weight if is_aligned else 0.0, layers, teacher)
     trainer = LatentTrainer(
         model=TrainingModel(prepare_weights(model, args, training_args), objective),

@@ -88,6 +88,8 @@ def make_fingerprint(trajectories, folder: str | Path, processor, sizes, layers:
         "template": processor.chat_template,
         "vocabulary": sorted(tokenizer.get_vocab().items()),
     }
+    if (image_size := getattr(processor, "image_size", None)) is not None:
+        settings["image_size"] = image_size
     written = json.dumps(settings, sort_keys=True).encode()
     return {
         "data": trajectories.digest,

@@ -19,7 +19,6 @@ An image is a path relative to `--image_folder` (by default the folder of the fi
 
 import base64
 import hashlib
-import io
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -32,7 +31,8 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from conversion.reading import read_json
-from train.reasoning_data import UNREADABLE, DatasetRows, read_rows
+from processing_latentvlm.pictures import open_picture, read_size
+from train.reasoning_data import DatasetRows, read_rows
 
 
 ROLES = ("system", "user", "assistant")
@@ -138,23 +138,6 @@ def picture_items(messages: list[dict], role: str | None = None) -> list[dict]:
     return [item for content in chosen if isinstance(content, list) for item in content if item["type"] == "image"]
 
 
-def open_picture(image: str | bytes | Image.Image) -> Image.Image:
-    opened = (
-        image
-        if isinstance(image, Image.Image)
-        else Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-    )
-    return opened.convert("RGB")
-
-
-def picture_size(image: str | bytes | Image.Image) -> tuple[int, int]:
-    """(width, height) in pixels, without decoding."""
-    if isinstance(image, Image.Image):
-        return image.size
-    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-        return opened.size
-
-
 def normalize_image(image: Any, folder: Path) -> str | bytes | Image.Image:
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image.get("path")
@@ -257,12 +240,9 @@ def digest_messages(messages: list[dict]) -> str:
                 add(item["text"].encode())
                 continue
             image = item["image"]
-            try:
-                content = Path(image).read_bytes() if isinstance(image, str) else image
-                pixels = open_picture(content)
-            except UNREADABLE as error:
-                name = image if isinstance(image, str) else "given as bytes or pixels"
-                raise ValueError(f"the image {name} cannot be read: {error}") from error
+            name = image if isinstance(image, str) else "given as bytes or pixels"
+            pixels = open_picture(image, f"the image {name}")
+            content = Path(image).read_bytes() if isinstance(image, str) else image
             add(content if isinstance(content, bytes) else repr(pixels.size).encode() + pixels.tobytes())
     return digest.hexdigest()
 
@@ -344,6 +324,11 @@ class Trajectories(Dataset):
             return digest_messages(messages), len(picture_items(messages, "assistant")), ""
         except ValueError as error:
             return "", 0, f"{origin}: {error}."
+
+    def question_image_sizes(self, number: int) -> list[tuple[int, int]]:
+        """(width, height) in pixels of the pictures of a sample that are not the assistant's."""
+        messages = [message for message in self[number]["messages"] if message["role"] != "assistant"]
+        return [read_size(item["image"]) for item in picture_items(messages)]
 
     @property
     def digest(self) -> str:

@@ -13,6 +13,7 @@ from transformers import (
 )
 from transformers.utils import cached_file, is_torchvision_available
 
+import train.own_models  # noqa: F401
 from conversion.reading import check_config_file
 from modeling_latentvlm.complete_weights import load_complete
 from processing_latentvlm.processing_qwen import QwenLatentProcessor
@@ -28,16 +29,22 @@ class PlainQwenProcessor(QwenLatentProcessor):
     """Qwen-VL's own processor, which cannot be built without torchvision; no tokens of ours."""
 
 
-def load_processor(model: str):
-    """The checkpoint's processor, which pads on the left: `generate` goes on from the last column."""
-    config = AutoConfig.from_pretrained(model, trust_remote_code=True)
+def load_processor(model: str, trust_remote_code: bool = False):
+    """The checkpoint's processor, which pads on the left: `generate` goes on from the last column.
+
+    Args:
+        trust_remote_code: run what the checkpoint of another model type brings (`train/own_models.py`).
+    """
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
     if config.model_type in QWEN and not is_torchvision_available():
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
         processor = PlainQwenProcessor(
-            AutoImageProcessor.from_pretrained(model), tokenizer, chat_template=tokenizer.chat_template
+            AutoImageProcessor.from_pretrained(model, trust_remote_code=trust_remote_code),
+            tokenizer,
+            chat_template=tokenizer.chat_template,
         )
     else:
-        processor = AutoProcessor.from_pretrained(model, trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained(model, trust_remote_code=trust_remote_code)
     if processor.chat_template is None:
         raise ValueError(f"{model} has no chat template, without which no question can be asked.")
     processor.tokenizer.padding_side = "left"
@@ -45,7 +52,11 @@ def load_processor(model: str):
 
 
 def load_model(
-    model: str, dtype: str = "auto", device: str | None = None, attn_implementation: str | None = None
+    model: str,
+    dtype: str = "auto",
+    device: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model in evaluation mode, on `device` or, by default, on a GPU where there is one.
 
@@ -58,7 +69,7 @@ def load_model(
     loaded = load_complete(
         AutoModelForImageTextToText,
         model,
-        trust_remote_code=True,
+        trust_remote_code=trust_remote_code,
         dtype=dtype,
         attn_implementation=attn_implementation,
         use_safetensors=True,

@@ -16,7 +16,6 @@ Rows with `messages` are our tasks': the model is asked as it was trained, and `
 """
 
 import hashlib
-import io
 import string
 from collections import Counter
 from collections.abc import Iterable
@@ -31,7 +30,7 @@ from tqdm import tqdm
 from conversion.reading import is_file
 from evaluation.final_answer import as_number, normalize
 from train.evaluation.scoring import ANSWER_FORMATS
-from train.reasoning_data import UNREADABLE, ReasoningSample, join_texts, list_choices, read_rows
+from train.reasoning_data import ReasoningSample, join_texts, list_choices, read_rows
 
 
 LETTERS = string.ascii_uppercase
@@ -53,15 +52,6 @@ class EvaluationRow(ReasoningSample):
     @property
     def key(self) -> tuple[str, str]:
         return self.data, self.id
-
-    def load_image(self, image: str | bytes | Image.Image) -> Image.Image:
-        if not isinstance(image, bytes):
-            return super().load_image(image)
-        try:
-            with Image.open(io.BytesIO(image)) as opened:
-                return opened.convert("RGB")
-        except UNREADABLE as error:
-            raise ValueError(f"{self.origin}: the image in it cannot be read: {error}") from error
 
     def digest(self) -> bytes:
         """What the row asks and expects, its images included.

@@ -23,10 +23,17 @@ from train.faithfulness.items import Item, read_items
 from train.faithfulness.report import write_report
 from train.faithfulness.run import digest, file_digest, take_all
 from train.faithfulness.subject import Subject
+from train.own_models import TRUST_HELP
 from train.reasoning_data import ADAPTERS
 
 
-CALLED = ("answers.py", "data.py", "reasoning_data.py", "analyses/collection.py")  # of `train`, that diagnostics call
+CALLED = (
+    "answers.py",
+    "data.py",
+    "own_models.py",
+    "reasoning_data.py",
+    "analyses/collection.py",
+)  # of `train`, that diagnostics call
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -47,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="auto", help="of the weights (default: the checkpoint's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trust-remote-code", "--trust_remote_code", action="store_true", help=TRUST_HELP)
     return parser
 
 
@@ -85,8 +93,10 @@ def main(arguments: list[str] | None = None) -> None:
     items = read_items(options.data, options.data_format, options.split, options.limit)
     set_seed(options.seed)
     check_config_file(options.model)
-    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
-    model = AutoModel.from_pretrained(options.model, trust_remote_code=True, dtype=options.dtype).to(options.device)
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+    model = AutoModel.from_pretrained(
+        options.model, trust_remote_code=options.trust_remote_code, dtype=options.dtype
+    ).to(options.device)
     subject = Subject(
         model,
         processor,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from modeling_latentvlm.interventions import resize_latents
 from modeling_latentvlm.trace import LatentStep
+from processing_latentvlm.pictures import open_picture
 from train.data import PATCH, fit_grid
 from train.faithfulness.items import NotApplicable
 from train.faithfulness.subject import Arm, Change, Subject, without_latents
@@ -169,8 +170,7 @@ def oracle_table(subject: Subject) -> Table:
 
 def load_fitted(path: str, largest: int) -> Image.Image:
     """A picture as SFT shows it to the teacher: resized so that its grid fits the largest block."""
-    with Image.open(path) as opened:
-        picture = opened.convert("RGB")
+    picture = open_picture(path, f"the image {path}")
     height, width = fit_grid(*picture.size, largest)
     return picture.resize((width * PATCH, height * PATCH), Image.Resampling.BICUBIC)
 

@@ -15,15 +15,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 from conversion.reading import is_file, read_file, read_json, read_json_lines
 from train.curriculum import answer_text
-from train.reasoning_data import UNREADABLE, ReasoningSample
+from train.reasoning_data import ReasoningSample
 
 
 IGNORED = -100
+LONG_ROWS = ("error", "drop", "truncate")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 IMAGE_WORD = "<image>"
+MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "pixel_values")
 
 
 @dataclass
@@ -42,6 +45,14 @@ class Conversation:
             ValueError: one cannot be read.
         """
         return ReasoningSample(self.images, "", [], "", self.origin).load_images()
+
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of the images in pixels, without decoding them.
+
+        Raises:
+            ValueError: one cannot be read.
+        """
+        return ReasoningSample(self.images, "", [], "", self.origin).image_sizes()
 
 
 def from_reasoning(sample: ReasoningSample, is_direct: bool = False) -> Conversation:
@@ -82,6 +93,9 @@ def from_llava(row: Any, folder: Path, origin: str) -> Conversation:
             content = split_image_words(text)
             count += sum(item["type"] == "image" for item in content)
         messages.append({"role": ROLES[role], "content": content})
+    first = next((message["role"] for message in messages if message["role"] != "system"), None)
+    if first == "assistant":
+        raise ValueError(f"{origin}: the conversation begins with an answer ({turns[0]!r:.200}), to no question.")
     answers = [message["content"] for message in messages if message["role"] == "assistant"]
     if not answers:
         raise ValueError(f"{origin}: nobody answers, so nothing can be learned.")
@@ -112,7 +126,7 @@ def read_llava(path: str | Path, drop_incomplete: bool = False) -> list[Conversa
     for origin, row in rows_of(path):
         try:
             conversation = from_llava(row, path.parent, origin)
-            open_headers(conversation)
+            conversation.image_sizes()  # opens their headers
             conversations.append(conversation)
         except ValueError as error:
             if not drop_incomplete:
@@ -123,14 +137,6 @@ def read_llava(path: str | Path, drop_incomplete: bool = False) -> list[Conversa
     if not conversations:
         raise ValueError(f"{path} holds no sample.")
     return conversations
-
-
-def open_headers(conversation: Conversation) -> None:
-    for image in conversation.images:
-        try:
-            Image.open(image).close()
-        except UNREADABLE as error:
-            raise ValueError(f"{conversation.origin}: the image {image} cannot be read: {error}") from error
 
 
 def rows_of(path: Path) -> Iterable[tuple[str, Any]]:
@@ -146,6 +152,10 @@ def key_of(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
 
 
+class RowTooLong(ValueError):
+    """A row has more tokens than `max_length`."""
+
+
 class LaReCollator:
     """Conversations to batches.
 
@@ -154,11 +164,19 @@ class LaReCollator:
 
     Args:
         processor: a `LaReProcessor`.
-        max_length: longest row in tokens; a longer one is an error, and never cut.
+        max_length: longest row in tokens.
+        long_rows: "truncate" cuts what is longer at its end; otherwise it is an error ("drop" is `check_rows`').
     """
 
-    def __init__(self, processor, max_length: int | None = None):
+    def __init__(self, processor, max_length: int | None = None, long_rows: str = "error"):
+        if long_rows not in LONG_ROWS:
+            raise ValueError(f"`long_rows` must be one of {LONG_ROWS}, got {long_rows!r}.")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"`max_length` must be >= 1, got {max_length}.")
+        if max_length is None and long_rows != "error":
+            raise ValueError(f"`long_rows` {long_rows!r} needs a `max_length`: without one, no row is too long.")
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
+        self.long_rows = long_rows
 
     def __call__(self, conversations: list[Conversation]) -> dict[str, Tensor]:
         images = [conversation.load_images() for conversation in conversations]
@@ -183,7 +201,25 @@ class LaReCollator:
         return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def encode(self, conversation: Conversation) -> tuple[Tensor, Tensor]:
-        """Tokens and labels of one row, images expanded."""
+        """Tokens and labels of one row, images expanded, cut where it is too long and may be cut.
+
+        Raises:
+            RowTooLong: it is longer than `max_length`, and may not be cut, or would lose an image or every answer.
+            ValueError: its messages cannot be rendered.
+        """
+        ids, labels = self.encode_whole(conversation)
+        if self.max_length is not None and len(ids) > self.max_length:
+            is_too_long = f"{conversation.origin} has {len(ids)} tokens, but `max_length` is {self.max_length}"
+            if self.long_rows != "truncate":
+                raise RowTooLong(f"{is_too_long}.")
+            loses_image = self.processor.image_token_id in ids[self.max_length :]
+            ids, labels = ids[: self.max_length], labels[: self.max_length]
+            if loses_image or all(label == IGNORED for label in labels):
+                raise RowTooLong(f"{is_too_long}, and cut there it would lose an image or every answer.")
+        return torch.tensor(ids), torch.tensor(labels)
+
+    def encode_whole(self, conversation: Conversation) -> tuple[list[int], list[int]]:
+        """Tokens and labels of a row, however long."""
         ids, labels, bos = [], [], self.tokenizer.bos_token
         for text, is_answer in self.pieces(conversation):
             # As the processor does for `generate`: a template either writes the first token itself or leaves it out.
@@ -191,9 +227,14 @@ class LaReCollator:
             piece = self.expand(self.tokens(text, add_special_tokens=not has_first))
             ids += piece
             labels += piece if is_answer else [IGNORED] * len(piece)
-        if self.max_length is not None and len(ids) > self.max_length:
-            raise ValueError(f"{conversation.origin} has {len(ids)} tokens, but `max_length` is {self.max_length}.")
-        return torch.tensor(ids), torch.tensor(labels)
+        return ids, labels
+
+    def is_too_long(self, conversation: Conversation) -> bool:
+        """Raises:
+        ValueError: its messages cannot be rendered.
+        """
+        length = len(self.encode_whole(conversation)[0])
+        return self.max_length is not None and length > self.max_length
 
     def expand(self, ids: list[int]) -> list[int]:
         image, count = self.processor.image_token_id, (self.processor.image_size // self.processor.patch_size) ** 2
@@ -211,7 +252,10 @@ class LaReCollator:
             if message["role"] != "assistant":
                 continue
             for upto, is_answer in ((messages[:number], False), (messages[: number + 1], True)):
-                text = render(upto, tokenize=False, add_generation_prompt=not is_answer)
+                try:
+                    text = render(upto, tokenize=False, add_generation_prompt=not is_answer)
+                except ValueError as error:  # such as roles that do not alternate, which some templates refuse
+                    raise ValueError(f"{conversation.origin}: {error}") from error
                 if not text.startswith(done):
                     raise ValueError(
                         f"{conversation.origin}: the chat template changes what it rendered before when a turn is added."
@@ -219,3 +263,60 @@ class LaReCollator:
                 pieces.append((text[len(done) :], is_answer))
                 done = text
         return pieces
+
+
+def check_rows(conversations: list[Conversation], collator: LaReCollator) -> list[Conversation]:
+    """Encode every row once, before the first step, and return those to train on; say how many were dropped or are cut.
+
+    Raises:
+        ValueError: a row cannot be rendered, is too long (unless it is dropped or cut), or none is left.
+    """
+    long, kept = [], []
+    for conversation in tqdm(conversations, desc="checking rows", leave=False):
+        if collator.is_too_long(conversation):
+            long.append(conversation.origin)
+            if collator.long_rows == "drop":
+                continue
+            collator.encode(conversation)  # which raises where it may not be cut
+        kept.append(conversation)
+    if long:
+        done = "dropped" if collator.long_rows == "drop" else "cut at their end"
+        print(
+            f"{len(long)} of {len(conversations)} rows have more than {collator.max_length} tokens (`max_length`) and are "
+            f"{done}, the first: {long[0]}."
+        )
+    if not kept:
+        raise ValueError(f"All {len(conversations)} rows have more tokens than `max_length` {collator.max_length}.")
+    return kept
+
+
+class RefocusingChatCollator:
+    """Chats with pictures, as `train.data` reads them, to batches of the model's own inputs; an assistant's pictures are left out.
+
+    Any language model's chat template works: turns are found as in `LaReCollator`.
+    """
+
+    def __init__(self, processor):
+        self.collate = LaReCollator(processor)
+
+    def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
+        batch = self.collate([self.conversation(sample) for sample in samples])
+        return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
+    def conversation(self, sample: dict) -> Conversation:
+        """Raises:
+        ValueError: there is no assistant turn to learn from.
+        """
+        messages, images, answers = [], [], 0
+        for message in sample["messages"]:
+            is_answer, content = message["role"] == "assistant", message["content"]
+            answers += is_answer
+            if not isinstance(content, str):
+                shown = [item for item in content if not (is_answer and item["type"] == "image")]
+                images += [item["image"] for item in shown if item["type"] == "image"]
+                content = [{"type": "image"} if item["type"] == "image" else item for item in shown]
+            messages.append({"role": message["role"], "content": content})
+        origin = sample.get("origin", "A row of the data")
+        if not answers:
+            raise ValueError(f"{origin} holds no assistant turn to learn from.")
+        return Conversation(messages, images, "", origin)

@@ -85,5 +85,9 @@ def _article(row: dict, folder: Path) -> str:
 def _item(part: dict, folder: Path) -> str:
     if part["type"] == "text":
         return f"<p>{escape(part['text'])}</p>"
-    picture = base64.b64encode((folder / part["image"]).read_bytes()).decode()
+    from processing_latentvlm.pictures import open_picture  # here, since it imports torch
+
+    path = folder / part["image"]
+    open_picture(path, f"The image {path}")  # refuses what is no picture, such as a pipe that would never end
+    picture = base64.b64encode(path.read_bytes()).decode()
     return f'<img alt="{escape(Path(part["image"]).name)}" src="data:image/png;base64,{picture}">'

@@ -21,8 +21,9 @@ TEXTURES = ("brick", "gravel", "grass", "hubble")
 
 @cache
 def load_photo(name: str) -> Image.Image:
-    with Image.open(PHOTO_FOLDER / f"{name}.jpg") as photo:
-        return photo.convert("RGB")
+    from processing_latentvlm.pictures import open_picture  # here, since it imports torch
+
+    return open_picture(PHOTO_FOLDER / f"{name}.jpg", f"the photo {name}")
 
 
 def draw_background(request: Request) -> Image.Image:
