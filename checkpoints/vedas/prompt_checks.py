@@ -98,5 +98,6 @@ def check_image_labels(labels: Tensor, is_image: Tensor, steps: str) -> None:
     if rows:
         raise ValueError(
             f"Image tokens cannot be labels, but in rows {rows} they are: {steps} are taken before the first label and would not "
-            "see those images. Set the labels of the prompt to -100."
+            "see those images. Set the labels of the prompt to -100 (with TRL: rows of `prompt` and `completion`, or "
+            "`assistant_only_loss=True`)."
         )

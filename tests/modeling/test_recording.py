@@ -100,6 +100,7 @@ def test_nothing_is_left_on_the_model(used):
     }
 
 
+# Not `weights_only=True`: that a whole model can be pickled and opened elsewhere is what is tested, on a file of this test.
 OPEN = """
 import sys, torch
 kind, stored, inputs, settings, expected = torch.load(sys.argv[1], weights_only=False)
