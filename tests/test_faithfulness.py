@@ -116,8 +116,8 @@ def test_ranks_by_hand():
     found = ranks(np.array([8.0, 1.0, 1.0]))
     assert (found["Rank90"], found["Rank95"]) == (2, 3) and found["participation ratio"] == pytest.approx(100 / 66)
     values = torch.tensor([[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]]) + 5
-    assert spectrum(values) == pytest.approx([18 / 3, 2 / 3])
-    assert ranks(spectrum(torch.ones(5, 3)))["participation ratio"] == 0
+    assert spectrum(values[:, None]) == pytest.approx([18 / 3, 2 / 3])
+    assert ranks(spectrum(torch.ones(5, 1, 3)))["participation ratio"] == 0
 
 
 def test_cosines_are_those_of_all_pairs():

@@ -8,7 +8,7 @@ Each file here is one diagnostic or one thing that several need:
     arms.py, interventions_report.py         D1   replace the latents, ask again
     replacement.py                           D2   what each latent does for the answer that was given
     slots.py                                 D3   latents, markers alone, format alone, nothing
-    collapse.py, edits.py                    D4   do latents differ between pictures, and follow them
+    collapse.py, sensitivity.py, edits.py    D4   do latents differ between pictures, and follow them
     probe.py                                 D5   can the answer be read off them
     norms.py, attention.py                   D8, D9   how large they are, who looks at them
     audit.py, compute.py                     D12, D13   are they made at all; what the same compute does without them

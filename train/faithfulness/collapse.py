@@ -1,15 +1,21 @@
-"""D4: do latents differ between pictures, and do they follow them? (X -> Z)
+"""D4: do latents differ between pictures of one task, and do they follow them? (X -> Z)
+
+Everything is measured task by task: latents of two tasks differ because the tasks do, so pooled over tasks even latents that are
+the same for all pictures look rich.
 
     inter-instance cosine   place t fixed: mean over t of the mean cosine of all pairs of items
     intra-instance cosine   item fixed: mean over items of the mean cosine of all pairs of places
 
-of raw vectors, of vectors less the mean over all items and places, and whitened by principal components that hold 99 % of the
-variance; beside them text embeddings and image tokens of the same prompts, as many an item, and the dummy (all equal: 1). Of the
-spectrum l_1 >= l_2 >= .. of the centred vectors, Rank90/95/99: how many components hold that share of the variance, and the
-participation ratio (sum l)^2 / sum l^2 (LVR: 2.6 against 54.3 of visual tokens).
+of raw vectors, of vectors less the mean of their place over the items of the task, and whitened by the principal components of
+those that hold 99 % of the variance; beside them text embeddings and image tokens of the same prompts, as many an item, and the
+dummy (all equal: 1).
 
-Sensitivity: 1 - cos of the mean latent of a picture and of its edited self, with the share of answers that change; augmentation
-consistency is the mean cosine where the edit means nothing.
+    share between pictures  sum |z_nt - m_t|^2 / sum |z_nt - m|^2    m_t the mean of place t, m that of all places
+
+What remains is the same for every picture. Of the spectrum l_1 >= l_2 >= .. of z_nt - m_t, Rank90/95/99: how many components
+hold that share of the variance, and the participation ratio (sum l)^2 / sum l^2 (LVR: 2.6 against 54.3 of visual tokens).
+
+`sensitivity.py` asks what edits of the picture do to them.
 
 Shapes: N items, K places, D size of a latent.
 """
@@ -22,12 +28,12 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from modeling_latentvlm.interventions import resize_latents
-from train.faithfulness.edits import AUGMENTATIONS, EDITS, UNAVAILABLE, check_edit, edit_sample
+from train.faithfulness.edits import UNAVAILABLE
 from train.faithfulness.items import NotApplicable
 from train.faithfulness.observation import IMAGE, TEXT, Observed
 from train.faithfulness.result import Curve, Result
-from train.faithfulness.statistics import mean_interval
-from train.faithfulness.subject import CLEAN, Answer, Subject
+from train.faithfulness.sensitivity import OTHER_PICTURE, add_sensitivity
+from train.faithfulness.subject import Answer, Subject
 
 
 MOST_PLACES = 64
@@ -66,13 +72,29 @@ def mean_cosine(values: Tensor) -> Tensor:
     return total / (count * (count - 1))
 
 
+def less_place_means(values: Tensor) -> Tensor:
+    """(N, K, D) float64, less the mean of each place over the items: what differs between items."""
+    values = values.double()
+    return values - values.mean(dim=0)
+
+
+def share_between(values: Tensor) -> float:
+    """Of the variance of (N, K, D) around the mean of all vectors, the share that lies between items at one place.
+
+    NaN where nothing varies at all.
+    """
+    values = values.double()
+    total = float((values - values.mean(dim=(0, 1))).square().sum())
+    return float(less_place_means(values).square().sum()) / total if total > 1e-20 else float("nan")
+
+
 def cosines(values: Tensor) -> dict[str, float]:
     """Inter- and intra-instance cosines of (N, K, D), raw, centred and whitened."""
     values = values.double()
-    flat = values.flatten(0, 1)
-    centred = values - flat.mean(dim=0)
+    centred = less_place_means(values)
     forms = {"raw": values, "centred": centred}
     if float(centred.square().mean()) > 1e-12 * max(1e-12, float(values.square().mean())):
+        flat = centred.flatten(0, 1)
         components = min(flat.shape) if len(flat) < 3 else None
         fitted = PCA(components or WHITENED_SHARE, whiten=True, svd_solver="full").fit_transform(flat.numpy())
         forms["whitened"] = torch.from_numpy(fitted).unflatten(0, values.shape[:2])
@@ -84,9 +106,9 @@ def cosines(values: Tensor) -> dict[str, float]:
 
 
 def spectrum(values: Tensor) -> np.ndarray:
-    """Variances along the principal components of (n, D), largest first."""
-    centred = values.double() - values.double().mean(dim=0)
-    return (torch.linalg.svdvals(centred).square() / max(1, len(values) - 1)).numpy()
+    """Variances of (N, K, D), less the mean of each place, along their principal components, largest first."""
+    flat = less_place_means(values).flatten(0, 1)
+    return (torch.linalg.svdvals(flat).square() / max(1, len(flat) - 1)).numpy()
 
 
 def ranks(variances: np.ndarray) -> dict[str, float]:
@@ -108,79 +130,70 @@ def baseline(observed: dict[int, Observed], kind: int, count: int) -> Tensor | N
     return torch.stack([values[: min(count, most)] for values in found])
 
 
+def tasks_of(subject: Subject, numbers: list[int]) -> dict[str, list[int]]:
+    """The items of each task, in the order of the data."""
+    found: dict[str, list[int]] = {}
+    for number in numbers:
+        found.setdefault(subject.items[number].task or "all", []).append(number)
+    return found
+
+
 def measure_collapse(subject: Subject, observed: dict[int, Observed]) -> Result:
-    numbers = subject.with_latents
-    if len(numbers) < 2:
-        raise NotApplicable("a comparison between pictures needs two questions with latents")
-    latents = stack([subject.clean[number] for number in numbers])
-    groups = {
-        "latents": latents,
-        "text tokens": baseline(observed, TEXT, latents.shape[1]),
-        "image tokens": baseline(observed, IMAGE, latents.shape[1]),
-        "dummy tokens": torch.ones(1, 1, latents.shape[2]).expand(len(numbers), latents.shape[1], -1),
-    }
+    """D4, task by task.
+
+    Raises:
+        NotApplicable: no task has two questions with latents.
+    """
+    tasks = tasks_of(subject, subject.with_latents)
+    compared = {task: numbers for task, numbers in tasks.items() if len(numbers) > 1}
+    if not compared:
+        raise NotApplicable("a comparison between pictures needs two questions of one task with latents")
     rows, series = [], {}
-    for name, values in groups.items():
-        if values is None:
-            continue
-        variances = spectrum(values.flatten(0, 1)) if name != "dummy tokens" else np.zeros(1)
-        rows.append(
-            {"vectors": name, "items": len(values), "places": values.shape[1]}
-            | cosines_of(name, values)
-            | ranks(variances)
-        )
-        if variances.sum() > 1e-20:
-            series[name] = [
-                (place, float(share)) for place, share in enumerate(variances.cumsum() / variances.sum(), 1)
-            ]
+    for task, numbers in compared.items():
+        latents = stack([subject.clean[number] for number in numbers])
+        seen = {number: observed[number] for number in numbers if number in observed}
+        groups = {
+            "latents": latents,
+            "text tokens": baseline(seen, TEXT, latents.shape[1]),
+            "image tokens": baseline(seen, IMAGE, latents.shape[1]),
+            "dummy tokens": torch.ones(1, 1, latents.shape[2]).expand(len(numbers), latents.shape[1], -1),
+        }
+        for name, values in groups.items():
+            if values is not None:
+                row, points = describe_group(name, values)
+                rows.append({"task": task} | row)
+                if points:
+                    series[f"{name}, {task}" if len(compared) > 1 else name] = points
     result = Result(
         "D4",
         "D4: collapse, and sensitivity to the picture",
-        "Mean cosines between items at one place and between places of one item, and the rank of "
-        "the latents, beside text and image "
-        "tokens. Then: how far the mean latent moves (1 - cos) when the picture is edited, and how "
-        "many answers change.",
+        "By task: mean cosines between items at one place and between places of one item, the share of the variance that lies "
+        "between pictures, and the rank of what differs between pictures, beside text and image tokens. Then: how far the mean "
+        "latent moves (1 - cos) when the picture is edited or exchanged, and how many answers change.",
         tables={"collapse": rows},
         curves=[Curve("share of variance held by the first components", "components", "share", series)],
-        notes=["An inter-instance cosine near 1: the same latents whatever the picture."],
-        not_applicable=dict(UNAVAILABLE),
+        notes=[
+            "An inter-instance cosine near 1, or a share between pictures near 0: the same latents whatever the picture.",
+            f'The row "{OTHER_PICTURE}" is the scale of the distances: an edit that moves latents as far as that has moved them '
+            "as far as the picture can.",
+        ],
+        not_applicable=dict(UNAVAILABLE)
+        | {
+            f"task {task}": "one question with latents: nothing to compare it with"
+            for task in tasks.keys() - compared.keys()
+        },
     )
-    add_sensitivity(subject, result)
+    add_sensitivity(subject, compared, result)
     return result
 
 
-def cosines_of(name: str, values: Tensor) -> dict[str, float]:
+def describe_group(name: str, values: Tensor) -> tuple[dict, list[tuple[int, float]]]:
+    """The row of one kind of vectors (N, K, D), and the points of its curve."""
+    row = {"vectors": name, "items": len(values), "places": values.shape[1]}
     if name == "dummy tokens":
-        return {"inter, raw": 1.0, "intra, raw": 1.0}
-    return cosines(values)
-
-
-def add_sensitivity(subject: Subject, result: Result) -> None:
-    rows, consistency = [], []
-    for kind, edits in (("edit", EDITS), ("augmentation", AUGMENTATIONS)):
-        for name, edit in edits.items():
-            try:
-                check_edit(name, subject.items)
-            except NotApplicable as reason:
-                result.not_applicable[name] = str(reason)
-                continue
-            answers = subject.answer(CLEAN, edit=lambda item, edit=edit: edit_sample(item, edit))
-            row = {"picture": name, "kind": kind} | sensitivity(subject, answers)
-            rows.append(row)
-            if kind == "augmentation":
-                consistency.append(1 - row["1 - cos"])
-    result.tables["sensitivity"] = rows
-    result.tables["consistency"] = [{"augmentation consistency (mean cosine)": float(np.mean(consistency))}]
-    points = [(row["picture"], row["1 - cos"], row["low"], row["high"]) for row in rows]
-    result.curves.append(Curve("how far the mean latent moves", "picture", "1 - cos", {"latents": points}, "bar"))
-
-
-def sensitivity(subject: Subject, answers: list[Answer]) -> dict:
-    pairs = [(subject.clean[number], answers[number]) for number in subject.with_latents if answers[number].steps]
-    distances = [
-        1 - float(torch.cosine_similarity(one.latents().mean(dim=0), other.latents().mean(dim=0), dim=0))
-        for one, other in pairs
-    ]
-    mean, low, high = mean_interval(distances, subject.seed)
-    flips = [one.text != other.text for one, other in zip(subject.clean, answers)]
-    return {"items": len(pairs), "1 - cos": mean, "low": low, "high": high, "answers changed": sum(flips) / len(flips)}
+        return row | {"inter, raw": 1.0, "intra, raw": 1.0, "share between pictures": 0.0} | ranks(np.zeros(1)), []
+    variances = spectrum(values)
+    row |= cosines(values) | {"share between pictures": share_between(values)} | ranks(variances)
+    if variances.sum() <= 1e-20:
+        return row, []
+    return row, [(place, float(share)) for place, share in enumerate(variances.cumsum() / variances.sum(), 1)]

@@ -19,6 +19,7 @@ class Item:
     sample: ReasoningSample
     boxes: list[Box] = field(default_factory=list)  # what has to be looked at
     assistant_images: list[str] = field(default_factory=list)  # pictures looked at on the way, in order
+    task: str = ""  # as the data name it; items of one task are compared with each other
 
     @property
     def answer(self) -> str:
@@ -51,7 +52,7 @@ def read_items(path: str | Path, data_format: str, split: str, limit: int | None
         missing = [name for name in pictures if not Path(name).is_file()]
         if missing:
             raise ValueError(f"{origin}: `assistant_images` must name files that are there, but {missing[0]} is not.")
-        items.append(Item(sample, boxes, pictures))
+        items.append(Item(sample, boxes, pictures, str(row.get("task") or "")))
         if limit is not None and len(items) == limit:
             break
     if len(items) < 4:
