@@ -175,7 +175,10 @@ def probed(items: list[Item], features: np.ndarray):
     """What `measure_probe` says of features that are all the same vectors."""
     rows = [torch.from_numpy(row) for row in features]
     observed = {number: Observed(emitting=row, question=row, visual=row) for number, row in enumerate(rows)}
-    clean = {number: SimpleNamespace(latents=lambda row=row: row[None]) for number, row in enumerate(rows)}
+    clean = {
+        number: Answer([], "", [LatentStep(0, 0, 0, (1, 1), row[None].float(), [])], "eos")
+        for number, row in enumerate(rows)
+    }
     return measure_probe(SimpleNamespace(items=items, seed=0, clean=clean), observed)
 
 

@@ -1,7 +1,6 @@
 """D4 on latents whose truth is known: the same for every picture, for every picture of a task, or a picture's own."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,7 +50,9 @@ class FakeSubject:
         asked = [self.items[number] for number in numbers]
         if edit is not None:
             asked = [Item(edit(item), task=item.task) for item in asked]
-        return [Answer([0], f"\\boxed{{{self.answer_of(item)}}}", [step_of(self.latents(item))], "eos") for item in asked]
+        return [
+            Answer([0], f"\\boxed{{{self.answer_of(item)}}}", [step_of(self.latents(item))], "eos") for item in asked
+        ]
 
 
 def step_of(latents: torch.Tensor) -> LatentStep:
@@ -121,7 +122,9 @@ def test_an_augmentation_that_changes_answers_is_none(monkeypatch):
 
 def test_another_picture_is_of_the_same_task():
     subject = FakeSubject(by_picture)
-    lent = other_pictures(subject, {task: [n for n in range(12) if n % 2 == index] for index, task in enumerate(TASKS)})
+    lent = other_pictures(
+        subject, {task: [n for n in range(12) if n % 2 == index] for index, task in enumerate(TASKS)}
+    )
     assert sorted(lent) == list(range(12))
     tasks = {gray(item): item.task for item in subject.items}
     for number, sample in lent.items():

@@ -5,8 +5,9 @@ Features, one vector an item:
     (a) emitting hidden   the last hidden state that emits the first token of the answer
     (b) last latent       z_K as fed
     (c) mean latent, question mean (text embeddings of the prompt), visual mean (image tokens)
+    (d) the latent of each place by itself, and all places side by side
 
-against the reference answer: StandardScaler, then LogisticRegression (l2, C = 1, lbfgs, 1000 iterations), stratified
+task by task, against the reference answer: StandardScaler, then LogisticRegression (l2, C = 1, lbfgs, 1000 iterations), stratified
 k-fold with k = min(5, smallest class). Questions that share a picture, by themselves or by way of other questions, lie in
 one fold and count as about one picture: then k is at most min(5, fewest pictures of an answer), and the greatest for which
 every answer can be learned for every fold. Of the held-out predictions: accuracy, cross-entropy CE, and
@@ -15,11 +16,16 @@ every answer can be learned for every fold. Of the held-out predictions: accurac
 
 Chance-corrected accuracy is (Acc - largest class) / (1 - largest class); gap G = Acc(a) - Acc(b). Answers about one
 picture alone are left out: no fold could have learned them.
+
+Every row has two controls. "shuffled" is the accuracy of the same probe on labels dealt out anew: what this many features and
+items give where there is nothing to read, beside "chance". The learning curve gives the accuracy of a probe that learns from a
+part of each fold: one that still rises says that the items, and not the latents, are too few.
 """
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -30,10 +36,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from evaluation.final_answer import normalize
+from train.faithfulness.collapse import stack, tasks_of
 from train.faithfulness.items import NotApplicable
 from train.faithfulness.observation import Observed
 from train.faithfulness.result import Curve, Result
@@ -42,7 +49,9 @@ from train.faithfulness.subject import Subject
 
 
 FOLDS = 5
-EMITTING, LAST = "(a) hidden that emits the answer", "(b) last latent"
+EMITTING, LAST, ALL = "(a) hidden that emits the answer", "(b) last latent", "(d) all places"
+MOST_PLACES = 16  # that are probed one by one, spread evenly
+LEARNED_SHARES = (0.25, 0.5, 1.0)  # of what a fold learns from
 
 
 def group_by_pictures(shown: Sequence[Sequence[str]]) -> np.ndarray:
@@ -83,6 +92,19 @@ def split_folds(labels: np.ndarray, pictures: np.ndarray, seed: int) -> list[tup
     )
 
 
+def new_probe() -> Pipeline:
+    return make_pipeline(StandardScaler(), LogisticRegression(C=1.0, solver="lbfgs", max_iter=1000))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what the definitions bring about: 1000 iterations, and shuffled labels that a fold may not have seen."""
+    with warnings.catch_warnings():
+        for kind in (ConvergenceWarning, RuntimeWarning, UserWarning):
+            warnings.simplefilter("ignore", kind)
+        yield
+
+
 def probe(features: np.ndarray, labels: np.ndarray, seed: int = 0, pictures: np.ndarray | None = None) -> dict:
     """Accuracy, held-out cross-entropy and MI_LB of features (N, F) for labels (N,).
 
@@ -91,10 +113,8 @@ def probe(features: np.ndarray, labels: np.ndarray, seed: int = 0, pictures: np.
     """
     counts = Counter(labels.tolist())
     folds = split_folds(labels, np.arange(len(labels)) if pictures is None else pictures, seed)
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, solver="lbfgs", max_iter=1000))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the definition stops at 1000 iterations
-        probabilities = cross_val_predict(model, features, labels, cv=folds, method="predict_proba")
+    with quiet():
+        probabilities = cross_val_predict(new_probe(), features, labels, cv=folds, method="predict_proba")
     names = np.unique(labels)
     right = names[probabilities.argmax(axis=1)] == labels
     accuracy, low, high = mean_interval(right, seed)
@@ -106,6 +126,7 @@ def probe(features: np.ndarray, labels: np.ndarray, seed: int = 0, pictures: np.
         "low": low,
         "high": high,
         "chance": chance,
+        "shuffled": shuffled_accuracy(features, labels, folds, seed),
         "above chance": (accuracy - chance) / (1 - chance),
         "CE, nats": cross_entropy,
         "H(Y), nats": entropy,
@@ -113,56 +134,121 @@ def probe(features: np.ndarray, labels: np.ndarray, seed: int = 0, pictures: np.
     }
 
 
+def shuffled_accuracy(features: np.ndarray, labels: np.ndarray, folds: list, seed: int) -> float:
+    """Held-out accuracy of the probe where the labels are dealt out anew."""
+    shuffled = np.random.default_rng(seed).permutation(labels)
+    with quiet():
+        predicted = cross_val_predict(new_probe(), features, shuffled, cv=folds)
+    return float((predicted == shuffled).mean())
+
+
+def learning_curve(
+    features: np.ndarray, labels: np.ndarray, seed: int = 0, pictures: np.ndarray | None = None
+) -> list[tuple[int, float]]:
+    """(items learned from, held-out accuracy) where each fold learns from `LEARNED_SHARES` of what it could."""
+    folds = split_folds(labels, np.arange(len(labels)) if pictures is None else pictures, seed)
+    points = []
+    for share in LEARNED_SHARES:
+        right, sizes = np.zeros(len(labels), dtype=bool), []
+        for number, (learned, held) in enumerate(folds):
+            size = max(2, round(share * len(learned)))
+            chosen = np.random.default_rng([seed, number]).permutation(learned)[:size]
+            sizes.append(size)
+            if len(set(labels[chosen])) < 2:
+                right[held] = labels[held] == labels[chosen[0]]
+                continue
+            with quiet():
+                right[held] = new_probe().fit(features[chosen], labels[chosen]).predict(features[held]) == labels[held]
+        points.append((round(float(np.mean(sizes))), float(right.mean())))
+    return points
+
+
+def features_of(subject: Subject, observed: dict[int, Observed], numbers: list[int]) -> dict[str, np.ndarray]:
+    """(N, F) by the name of the feature."""
+    places = stack([subject.clean[number] for number in numbers])  # (N, K, D)
+    found = {
+        EMITTING: torch.stack([observed[number].emitting for number in numbers]),
+        LAST: torch.stack([subject.clean[number].latents()[-1] for number in numbers]),
+        "(c) mean latent": torch.stack([subject.clean[number].latents().mean(dim=0) for number in numbers]),
+        "(c) question mean": torch.stack([observed[number].question for number in numbers]),
+        "(c) visual mean": torch.stack([observed[number].visual for number in numbers]),
+    }
+    count = places.shape[1]
+    for place in sorted(set(torch.linspace(0, count - 1, min(count, MOST_PLACES)).long().tolist())):
+        found[f"(d) place {place + 1}"] = places[:, place]
+    found[ALL] = places.flatten(1)
+    return {name: values.double().numpy() for name, values in found.items()}
+
+
 def measure_probe(subject: Subject, observed: dict[int, Observed]) -> Result:
-    """Probe all features.
+    """Probe all features, task by task.
 
     Raises:
-        NotApplicable: fewer than two answers occur with two pictures or more, or the pictures cannot be split.
+        NotApplicable: in no task two answers occur with two pictures or more, or can the pictures be split.
     """
-    labels = {number: normalize(subject.items[number].answer) for number in observed}
-    groups = group_by_pictures([subject.items[number].image_digests() for number in observed])
-    pictures = dict(zip(observed, groups.tolist()))
-    counts = Counter(answer for answer, _ in {(labels[number], pictures[number]) for number in observed})
-    kept = [number for number in observed if counts[labels[number]] >= 2]
+    result = Result(
+        "D5",
+        "D5: linear probe of the answer",
+        "By task: StandardScaler and logistic regression (l2, C = 1), stratified folds that share no picture, held out; MI_LB = "
+        "max(0, H(Y) - CE); G = Acc(a) - Acc(b). Shuffled: the same on labels dealt out anew.",
+        tables={"probes": [], "gap": [], "learning curve": []},
+        notes=["A large G: the model knows the answer where it says it, and its last latent does not hold it."],
+    )
+    tasks = tasks_of(subject, list(observed))
+    for task, numbers in tasks.items():
+        try:
+            add_task(subject, observed, numbers, task, result, len(tasks) > 1)
+        except NotApplicable as reason:
+            if len(tasks) == 1:
+                raise
+            result.not_applicable[f"task {task}"] = str(reason)
+    if not result.tables["probes"]:
+        raise NotApplicable("; ".join(f"{task}: {reason}" for task, reason in result.not_applicable.items()))
+    return result
+
+
+def add_task(
+    subject: Subject,
+    observed: dict[int, Observed],
+    numbers: list[int],
+    task: str,
+    result: Result,
+    is_one_of_many: bool,
+) -> None:
+    """Probe the items of one task."""
+    labels = {number: normalize(subject.items[number].answer) for number in numbers}
+    groups = group_by_pictures([subject.items[number].image_digests() for number in numbers])
+    pictures = dict(zip(numbers, groups.tolist()))
+    counts = Counter(answer for answer, _ in {(labels[number], pictures[number]) for number in numbers})
+    kept = [number for number in numbers if counts[labels[number]] >= 2]
     if len({labels[number] for number in kept}) < 2:
         raise NotApplicable(
             "a probe needs two answers, each about two different pictures or more, among the questions with latents"
         )
-    features = {
-        EMITTING: [observed[number].emitting for number in kept],
-        LAST: [subject.clean[number].latents()[-1] for number in kept],
-        "(c) mean latent": [subject.clean[number].latents().mean(dim=0) for number in kept],
-        "(c) question mean": [observed[number].question for number in kept],
-        "(c) visual mean": [observed[number].visual for number in kept],
-    }
+    features = features_of(subject, observed, kept)
     target, shown = (np.array([values[number] for number in kept]) for values in (labels, pictures))
     rows = [
-        {"feature": name} | probe(torch.stack(values).double().numpy(), target, subject.seed, shown)
+        {"task": task, "feature": name} | probe(values, target, subject.seed, shown)
         for name, values in features.items()
     ]
     found = {row["feature"]: row["accuracy"] for row in rows}
-    result = Result(
-        "D5",
-        "D5: linear probe of the answer",
-        "StandardScaler and logistic regression (l2, C = 1), stratified folds that share no picture, held out; MI_LB = "
-        "max(0, H(Y) - CE); G = Acc(a) - Acc(b).",
-        tables={
-            "probes": rows,
-            "gap": [{"G": found[EMITTING] - found[LAST], "items": len(kept), "answers": len(set(target))}],
-        },
-        curves=[
-            Curve(
-                "accuracy of the probe",
-                "feature",
-                "accuracy",
-                {"probe": [(row["feature"], row["accuracy"], row["low"], row["high"]) for row in rows]},
-                "bar",
-            )
-        ],
-        notes=["A large G: the model knows the answer where it says it, and its last latent does not hold it."],
-    )
-    if len(kept) < len(observed):
+    result.tables["probes"] += rows
+    gap = {"G": found[EMITTING] - found[LAST], "items": len(kept), "answers": len(set(target))}
+    result.tables["gap"].append({"task": task} | gap)
+    series = {name: learning_curve(features[name], target, subject.seed, shown) for name in (EMITTING, LAST, ALL)}
+    result.tables["learning curve"] += [
+        {"task": task, "feature": name, "learned from": size, "accuracy": accuracy}
+        for name, points in series.items()
+        for size, accuracy in points
+    ]
+    suffix = f", {task}" if is_one_of_many else ""
+    bars = [(row["feature"], row["accuracy"], row["low"], row["high"]) for row in rows]
+    result.curves += [
+        Curve(f"accuracy of the probe{suffix}", "feature", "accuracy", {"probe": bars}, "bar"),
+        Curve(f"learning curve of the probe{suffix}", "items learned from", "accuracy", series),
+    ]
+    if len(kept) < len(numbers):
+        left = len(numbers) - len(kept)
         result.notes.append(
-            f"{len(observed) - len(kept)} items whose answer occurs with one picture alone are left out."
+            f"{left} items{' of ' + task if is_one_of_many else ''} whose answer occurs with one picture alone are left out."
         )
-    return result
