@@ -34,11 +34,12 @@ from train.faithfulness.arms import ARMS, Table, build_arms, calibrate, choose_d
 from train.faithfulness.attention import enrichment, grid_box
 from train.faithfulness.audit import audit
 from train.faithfulness.collapse import cosines, mean_cosine, ranks, spectrum
+from train.faithfulness.columns import ANSWER, IMAGE, LATENT, REPLAY, TEXT
 from train.faithfulness.edits import crop, flip, remove, turn_hues
 from train.faithfulness.interventions_report import follow, measure_interventions, verdict
 from train.faithfulness.items import Item, NotApplicable, read_items
 from train.faithfulness.norms import measure_norms
-from train.faithfulness.observation import ANSWER, IMAGE, LATENT, REPLAY, TEXT, Observed, observe
+from train.faithfulness.observation import Observed, observe
 from train.faithfulness.probe import group_by_pictures, measure_probe, probe, split_folds
 from train.faithfulness.replacement import measure_replacement, ranking, replaced, split_units
 from train.faithfulness.result import Result

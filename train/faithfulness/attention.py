@@ -13,8 +13,9 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from train.faithfulness.columns import ANSWER, IMAGE, LATENT
 from train.faithfulness.items import Box
-from train.faithfulness.observation import ANSWER, IMAGE, LATENT, Attention, Observed
+from train.faithfulness.observation import Attention, Observed
 from train.faithfulness.result import Curve, Result
 from train.faithfulness.statistics import mean_interval
 from train.faithfulness.subject import Subject

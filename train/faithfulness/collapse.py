@@ -28,9 +28,10 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from modeling_latentvlm.interventions import resize_latents
+from train.faithfulness.columns import IMAGE, TEXT
 from train.faithfulness.edits import UNAVAILABLE
 from train.faithfulness.items import NotApplicable
-from train.faithfulness.observation import IMAGE, TEXT, Observed
+from train.faithfulness.observation import Observed
 from train.faithfulness.result import Curve, Result
 from train.faithfulness.sensitivity import OTHER_PICTURE, add_sensitivity
 from train.faithfulness.subject import Answer, Subject

@@ -6,7 +6,8 @@ E||z|| / E||embed|| and E||h_last|| / E||embed|| for text and image (GAP 2605.12
 
 import numpy as np
 
-from train.faithfulness.observation import IMAGE, KINDS, LATENT, TEXT, Observed
+from train.faithfulness.columns import IMAGE, KINDS, LATENT, TEXT
+from train.faithfulness.observation import Observed
 from train.faithfulness.result import Curve, Result
 
 

@@ -1,13 +1,6 @@
 """Read clean answers once more and look inside: who attends to what, how large states are, what emits the answer.
 
-Every forward of the language model is watched by hooks. Its new columns are told apart by what went in:
-
-    image     columns of image tokens in the prompt
-    latent    vectors equal to a latent that the clean run recorded; they are served again, so they are equal to the bit
-    replay    image tokens that Vedas feeds again before a latent
-    answer    text behind the first latent of its row (delimiters of latents included)
-    text      all other text
-
+Every forward of the language model is watched by hooks; `columns.py` tells its new columns apart.
 Of attention, rows of single queries alone are computed (`saliency.attention_row`): O(S) memory, with SDPA and the like.
 
 Shapes: B rows, T new columns, S keys, A heads, P prompt columns, M image tokens, D hidden size.
@@ -21,18 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from configuration_latentvlm.transformers_api import CACHE
 from modeling_latentvlm.saliency import SaliencyRecorder, attention_row, record_attention
 from train.faithfulness.arms import table_of
+from train.faithfulness.columns import ANSWER, IMAGE, KINDS, LATENT, TEXT, ColumnKinds
 from train.faithfulness.subject import Arm, Subject
 
 
-KINDS = ("text", "image", "latent", "replay", "answer")
-TEXT, IMAGE, LATENT, REPLAY, ANSWER = range(len(KINDS))
-PADDING = -1
 QUERIES = (LATENT, ANSWER)
 MOST_QUERIES = 24  # of a kind in one forward, spread evenly
-COMPARED = 8  # elements of a vector that tell whether it is a latent
 
 
 @dataclass
@@ -78,74 +67,21 @@ class RowRecorder(SaliencyRecorder):
             self.watcher.take_rows(layer, query, key, attention_mask, scaling)
 
 
-class Watcher:
+class Watcher(ColumnKinds):
     """Hooks on one forward of a model over a batch."""
 
     def __init__(self, subject: Subject, numbers: list[int], input_ids: Tensor):
-        self.subject, self.numbers = subject, numbers
+        super().__init__(subject, [subject.clean[number].steps for number in numbers], input_ids)
+        self.numbers = numbers
         self.rows = [Observed() for _ in numbers]
-        self.prompt_kinds = torch.full_like(input_ids, TEXT).masked_fill(
-            input_ids == subject.architecture.image_token_id, IMAGE
-        )
-        self.latents = [
-            torch.cat([step.latents for step in subject.clean[number].steps]).to(input_ids.device)
-            for number in numbers
-        ]
-        self.cached = torch.zeros(len(numbers), 0, dtype=torch.long, device=input_ids.device)
-        self.order = torch.zeros_like(self.cached)  # which latent of its row a column is
-        self.kinds = self.keys = self.cached
-        self.has_started = False
-        self.key_order = self.order
 
     def before_forward(self, module: nn.Module, args: tuple, kwargs: dict):
         """Tell the new columns apart and have their attention recorded."""
-        embeds, mask = kwargs["inputs_embeds"], kwargs.get("attention_mask")
-        cache = kwargs.get(CACHE)
-        is_cached = cache is not None
-        seen = int(cache.get_seq_length()) if is_cached else 0  # less than before where an answer starts afresh (LaRe)
-        earlier = self.cached[:, :seen]
-        is_vedas = self.subject.model.config.model_type == "vedas"
-        has_prompt = seen == 0 and (is_vedas or not self.has_started)
-        self.has_started = True
-        self.kinds, order = self.classify(embeds, mask, earlier, has_prompt, is_vedas)
-        self.keys = torch.cat([earlier, self.kinds], dim=1)
-        self.key_order = torch.cat([self.order[:, : earlier.shape[1]], order], dim=1)
-        if is_cached:
-            self.cached, self.order = self.keys, self.key_order
-        if has_prompt:
+        embeds = kwargs["inputs_embeds"]
+        if self.follow(kwargs):
             self.take_embeddings(embeds)
         self.take_norms(0, embeds)
         return args, kwargs | {"saliency": RowRecorder(self, kwargs.get("saliency"))}
-
-    def classify(
-        self, embeds: Tensor, mask: Tensor | None, earlier: Tensor, has_prompt: bool, is_vedas: bool
-    ) -> tuple[Tensor, Tensor]:
-        """(B, T) kinds of the new columns, and which latent of its row each is (0 for others)."""
-        rows, length = embeds.shape[:2]
-        kinds = torch.full((rows, length), TEXT, device=embeds.device)
-        order = torch.zeros_like(kinds)
-        width = min(self.prompt_kinds.shape[1], length) if has_prompt else 0
-        kinds[:, :width] = self.prompt_kinds[:, :width]
-        columns = torch.arange(length, device=embeds.device)
-        for row in range(rows):
-            known = self.latents[row]
-            same = (embeds[row][:, None, :COMPARED] == known.to(embeds)[None, :, :COMPARED]).all(
-                dim=-1
-            )  # (T, latents)
-            is_latent = same.any(dim=1) & (columns >= width)
-            before = int((earlier[row] == LATENT).sum())
-            order[row] = same.int().argmax(dim=1)
-            if bool((same[is_latent].sum(dim=1) > 1).any()):  # equal latents: in the order in which they come
-                order[row] = (before + is_latent.long().cumsum(0) - 1).clamp(0, len(known) - 1)
-            kinds[row][is_latent] = LATENT
-            behind = (columns >= width) & ~is_latent
-            if is_vedas and bool(is_latent.any()):
-                kinds[row][behind & (columns < int(is_latent.nonzero()[-1]))] = REPLAY
-            else:
-                kinds[row][behind & ((is_latent.long().cumsum(0) > 0) | (before > 0))] = ANSWER
-        if mask is not None:
-            kinds = kinds.masked_fill(mask[:, -length:] == 0, PADDING)
-        return kinds, order
 
     def take_embeddings(self, embeds: Tensor) -> None:
         for row, seen in enumerate(self.rows):

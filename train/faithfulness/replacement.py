@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from train.faithfulness.arms import Calibration, Table, calibrate, table_of
-from train.faithfulness.observation import ANSWER, Observed
+from train.faithfulness.columns import ANSWER
+from train.faithfulness.observation import Observed
 from train.faithfulness.result import Curve, Result
 from train.faithfulness.statistics import mean_interval
 from train.faithfulness.subject import CLEAN, Arm, Subject
