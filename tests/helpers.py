@@ -8,21 +8,15 @@ import torch
 import transformers
 from packaging.version import Version
 from torch.testing import assert_close
-from transformers import TrainingArguments
 from transformers.generation import LogitsProcessor, LogitsProcessorList
+
+from configuration_latentvlm.transformers_api import CHECKPOINTING as CHECKPOINTING
 
 
 # Announce that a name will be gone one day. In a `core` test, and in the processes that it starts, they are errors.
 DEPRECATION_WARNINGS = ("FutureWarning", "DeprecationWarning")
 # Until 5.20 `pipeline` itself called `generate` in a deprecated way, whatever its caller did.
 OLD_PIPELINE = "Passing `generation_config` together with generation-related arguments"
-
-# The argument of Trainer that turns gradient checkpointing on; transformers 5.23 gave it and the methods another name.
-CHECKPOINTING = next(
-    name
-    for name in ("activation_checkpointing", "gradient_checkpointing")
-    if name in TrainingArguments.__dataclass_fields__
-)
 
 GREEDY = {
     "do_sample": False,

@@ -50,6 +50,7 @@ class Observed:
     question: Tensor | None = None  # (D,) mean text embedding of the prompt
     visual: Tensor | None = None  # (D,) mean image embedding of the prompt
     samples: dict[int, Tensor] = field(default_factory=dict)  # kind -> (n, D) input vectors, for baselines
+    outputs: dict[int, Tensor] = field(default_factory=dict)  # kind -> (n, D) last hidden states, of latents alone
 
 
 class RowRecorder(SaliencyRecorder):
@@ -105,6 +106,17 @@ class Watcher(ColumnKinds):
                 if len(found):
                     seen.norms[kind, layer] += found.tolist()
 
+    def take_outputs(self, states: Tensor) -> None:
+        """Keep the last hidden states in the columns of latents; what runs again counts as it ran last."""
+        order = self.key_order[:, -states.shape[1] :]
+        for row, seen in enumerate(self.rows):
+            is_latent = self.kinds[row] == LATENT
+            if bool(is_latent.any()):
+                empty = torch.full((len(self.latents[row]), states.shape[-1]), float("nan"))
+                seen.outputs.setdefault(LATENT, empty)[order[row][is_latent].cpu()] = (
+                    states[row][is_latent].float().cpu()
+                )
+
     def take_rows(self, layer: int, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> None:
         """Attention of latent and answer columns, mean over heads, added up by kind of key."""
         for kind in QUERIES:
@@ -155,11 +167,12 @@ def watched(watcher: Watcher) -> Iterator[None]:
 
     for number, layer in enumerate(text_model.layers, 1):
         hooks.append(layer.register_forward_hook(keep(number)))
-    hooks.append(
-        text_model.register_forward_hook(
-            lambda module, args, output: watcher.take_norms(len(text_model.layers) + 1, output.last_hidden_state)
-        )
-    )
+
+    def keep_last(module: nn.Module, args: tuple, output) -> None:
+        watcher.take_norms(len(text_model.layers) + 1, output.last_hidden_state)
+        watcher.take_outputs(output.last_hidden_state)
+
+    hooks.append(text_model.register_forward_hook(keep_last))
     try:
         yield
     finally:

@@ -19,11 +19,15 @@ from train.faithfulness.collapse import measure_collapse
 from train.faithfulness.compute import measure_compute
 from train.faithfulness.interventions_report import measure_interventions
 from train.faithfulness.items import NotApplicable
+from train.faithfulness.latent_only import measure_latent_only
+from train.faithfulness.lens import measure_lens
 from train.faithfulness.norms import measure_norms
 from train.faithfulness.observation import Observed, observe
+from train.faithfulness.parity import measure_parity
 from train.faithfulness.probe import measure_probe
 from train.faithfulness.replacement import measure_replacement
 from train.faithfulness.result import Result
+from train.faithfulness.retrieval import measure_retrieval
 from train.faithfulness.slots import measure_slots
 from train.faithfulness.subject import Subject
 
@@ -46,8 +50,12 @@ DIAGNOSTICS: dict[str, tuple[str, Callable[[Study], Result]]] = {
     "D3": ("latents, slots, markers, format", lambda study: measure_slots(study.subject)),
     "D4": ("collapse", lambda study: measure_collapse(study.subject, study.observed)),
     "D5": ("linear probe", lambda study: measure_probe(study.subject, study.observed)),
+    "D6": ("answers from the latents alone", lambda study: measure_latent_only(study.subject)),
+    "D7": ("retrieval of the oracle", lambda study: measure_retrieval(study.subject)),
     "D8": ("norms", lambda study: measure_norms(study.observed)),
     "D9": ("attention", lambda study: measure_attention(study.subject, study.observed)),
+    "D10": ("latents read as words", lambda study: measure_lens(study.subject, study.observed)),
+    "D11": ("training is generation", lambda study: measure_parity(study.subject)),
     "D13": ("matched compute", lambda study: measure_compute(study.subject)),
 }
 
