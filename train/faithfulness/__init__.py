@@ -10,9 +10,12 @@ Each file here is one diagnostic or one thing that several need:
     slots.py                                 D3   latents, markers alone, format alone, nothing
     collapse.py, sensitivity.py, edits.py    D4   do latents differ between pictures, and follow them
     probe.py                                 D5   can the answer be read off them
+    latent_only.py, attention_cut.py         D6   can the question be answered from the latents alone
+    retrieval.py, lens.py, parity.py         D7, D10, D11   like their oracle; read as words; trained as they are run
+    patching.py                              D17  latents exchanged between pictures that differ in one object
     norms.py, attention.py                   D8, D9   how large they are, who looks at them
     audit.py, compute.py                     D12, D13   are they made at all; what the same compute does without them
-    observation.py                           hooks on one reading of the answers: kinds of columns, attention rows, norms
+    columns.py, observation.py               what stands in each column; attention rows, norms and states of one reading
     statistics.py, result.py, report.py, plots.py, run.py   intervals; what is found; the page; what is done already
     controls.py                              a model that must react, and one that must not
 """

@@ -24,6 +24,7 @@ from train.faithfulness.lens import measure_lens
 from train.faithfulness.norms import measure_norms
 from train.faithfulness.observation import Observed, observe
 from train.faithfulness.parity import measure_parity
+from train.faithfulness.patching import measure_patching
 from train.faithfulness.probe import measure_probe
 from train.faithfulness.replacement import measure_replacement
 from train.faithfulness.result import Result
@@ -57,6 +58,7 @@ DIAGNOSTICS: dict[str, tuple[str, Callable[[Study], Result]]] = {
     "D10": ("latents read as words", lambda study: measure_lens(study.subject, study.observed)),
     "D11": ("training is generation", lambda study: measure_parity(study.subject)),
     "D13": ("matched compute", lambda study: measure_compute(study.subject)),
+    "D17": ("patching between minimal pairs", lambda study: measure_patching(study.subject)),
 }
 
 
