@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from configuration_latentvlm.transformers_api import CACHE
 from modeling_latentvlm.saliency import SaliencyRecorder, attention_row, record_attention
-from train.faithfulness.arms import table_of
+from train.faithfulness.lending import table_of
 from train.faithfulness.subject import Arm, Subject
 
 

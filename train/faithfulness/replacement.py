@@ -10,7 +10,8 @@ k latents that the answer attends most (and, to compare, least), k = 0..K.
 import numpy as np
 import torch
 
-from train.faithfulness.arms import Calibration, Table, calibrate, table_of
+from train.faithfulness.arms import Calibration, calibrate
+from train.faithfulness.lending import Table, table_of
 from train.faithfulness.observation import ANSWER, Observed
 from train.faithfulness.result import Curve, Result
 from train.faithfulness.statistics import mean_interval
