@@ -343,7 +343,10 @@ def test_config_fields_are_held_to_the_config_before_anything_is_asked(
         ({"latent_intervention": "blur"}, "`latent_intervention` must be one of .*got 'blur'"),
         ({"latents": "off", "latent_intervention": "zero"}, "leaves none to change"),
         ({"latent_intervention": "swap", "donors": "near"}, "`donors` must be one of .*got 'near'"),
-        ({"latent_intervention": "zero", "donors": "question"}, "`donors` belong to `latent_intervention=swap`, .*'zero'"),
+        (
+            {"latent_intervention": "zero", "donors": "question"},
+            "`donors` belong to `latent_intervention=swap`, .*'zero'",
+        ),
         ({"latent_intervention": "zero", "repeats": 2}, "greedy answers are all the same"),
         ({"batch_size": 0}, "`batch_size` must be >= 1"),
         ({"generate": ["do_sample=true"]}, r"cannot give \['do_sample'\]"),

@@ -242,8 +242,10 @@ def test_the_summary_counts_by_group():
 def test_the_summary_counts_form_donors_and_rows_without_one():
     def record(correct: bool, is_marked: bool, is_valid: bool, **more) -> dict:
         fields = {"family": "f", "task": "a", "data": "d", "num_tokens": 4, "num_latent_blocks": 1, "num_latents": 4}
-        return fields | {"stop_reason": "eos", "seconds": 1.0, "correct": correct, "is_marked": is_marked} | (
-            {"is_valid": is_valid} | more
+        return (
+            fields
+            | {"stop_reason": "eos", "seconds": 1.0, "correct": correct, "is_marked": is_marked}
+            | ({"is_valid": is_valid} | more)
         )
 
     lent = {"donor_id": "x", "same_answer": False, "follow_chance": 0.25}

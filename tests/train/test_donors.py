@@ -11,7 +11,9 @@ from train.evaluation.scoring import Reading
 from train.evaluation.swapping import Lender, Loan
 
 
-def candidate(number: int, task: str = "color", answer: str | None = None, picture: str | None = None, question="what?"):
+def candidate(
+    number: int, task: str = "color", answer: str | None = None, picture: str | None = None, question="what?"
+):
     pictures = frozenset([picture or f"picture {number}"])
     return Candidate(f"q{number}", task, question, answer or f"answer {number % 3}", pictures)
 

@@ -28,9 +28,7 @@ KINDS = ("task", "question", "other_task")
 
 def digest_images(sample: ReasoningSample) -> list[str]:
     """A hash of the pixels of every image, in order."""
-    return [
-        hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest() for image in sample.load_images()
-    ]
+    return [hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest() for image in sample.load_images()]
 
 
 def draw_seed(*place: object) -> int:

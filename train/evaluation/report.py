@@ -164,7 +164,7 @@ def notes(numbers: dict) -> list[str]:
             "true answer, by `donors`) that takes latents."
         )
     without = numbers.get("accuracy_without_latents", {"answers": 0})
-    if 0 < without["answers"] and numbers["rows_with_latents"]:
+    if without["answers"] > 0 and numbers["rows_with_latents"]:
         lines.append(
             f"{without['answers']} answers took no latents: {percent(without['accuracy']).strip()} of them are right, and "
             f"{percent(numbers['accuracy_with_latents']['accuracy']).strip()} of the others."

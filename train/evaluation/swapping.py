@@ -99,7 +99,8 @@ class Lender:
         lent = [number for _, number in chosen]
         self.ask({number for number in lent if number is not None and number not in self.kept})
         loans = [
-            None if number is None else self.loan(row, number, order) for row, number, order in zip(batch, lent, orders)
+            None if number is None else self.loan(row, number, order)
+            for row, number, order in zip(batch, lent, orders)
         ]
         while len(self.kept) > MOST_KEPT:
             self.kept.popitem(last=False)

@@ -7,6 +7,7 @@ the data, and the same in an answer and in its teacher-forced reading. Arms of o
 Shapes: N latents of a step, D hidden size, M image tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,13 +141,36 @@ def dummy_arm(subject: Subject) -> Arm:
     return Arm("dummy", title, constant(pad_embedding(subject)))
 
 
-def build_arms(subject: Subject, calibration: Calibration, draws: int = DRAWS) -> dict[str, Arm | str]:
-    """All arms by name; in the place of one that makes no sense here the reason.
+def build_arms(
+    subject: Subject, calibration: Calibration, draws: int = DRAWS, names: tuple[str, ...] | None = None
+) -> dict[str, Arm | str]:
+    """Arms by name, by default all; in the place of one that makes no sense here the reason.
 
     Args:
         draws: donors of each item in the arms that swap.
     """
-    names = [item.identity for item in subject.items]
+    random = random_arms(subject, calibration)
+    makers: dict[str, Callable[[], Arm]] = {
+        "sham": lambda: sham_arm(subject),
+        "zero": lambda: Arm("zero", "zeros", constant(0.0)),
+        "constant": lambda: Arm("constant", f"every element {SMALL_CONSTANT}", constant(SMALL_CONSTANT)),
+        "shared": lambda: shared_arm(subject),
+        **{name: lambda arm=arm: arm for name, arm in random.items()},
+        "first_repeat": lambda: Arm("first_repeat", "z_1 of the same answer at every place", first_repeat()),
+        **{name: lambda name=name: swap_arm(subject, name, draws) for name in SWAPS},
+        "region": lambda: Arm(
+            "region", "features of a random window of the item's own picture", region_table(subject)
+        ),
+        "oracle": lambda: oracle(subject),
+        "skip": lambda: without_latents(subject.architecture),
+        "dummy": lambda: dummy_arm(subject),
+    }
+    return {name: attempt(makers[name]) for name in ARMS if names is None or name in names}
+
+
+def random_arms(subject: Subject, calibration: Calibration) -> dict[str, Arm]:
+    """The arms that draw noise, each value by what the item is and by its place."""
+    names, rms = [item.identity for item in subject.items], calibration.rms
 
     def place(name: str, step: LatentStep, number: int) -> tuple:
         return subject.seed, name, names[number], step.index, step.offset
@@ -161,13 +185,7 @@ def build_arms(subject: Subject, calibration: Calibration, draws: int = DRAWS) -
 
         return change
 
-    rms = calibration.rms
-    arms: dict[str, Arm | str] = {
-        "zero": Arm("zero", "zeros", constant(0.0)),
-        "constant": Arm("constant", f"every element {SMALL_CONSTANT}", constant(SMALL_CONSTANT)),
-        "sham": sham_arm(subject),
-        "shared": attempt(lambda: shared_arm(subject)),
-    }
+    arms = {}
     for sigma in SIGMAS:
         name = f"noise_{sigma}"
         title = f"z + N(0, {sigma}^2), that is {sigma / max(rms, 1e-12):.2g} RMS(z)"
@@ -179,13 +197,6 @@ def build_arms(subject: Subject, calibration: Calibration, draws: int = DRAWS) -
     matched = gaussian("matched", calibration.mean, calibration.std)
     arms["gaussian"] = Arm("gaussian", "N(0, 1)", gaussian("gaussian", 0.0, 1.0))
     arms["matched"] = Arm("matched", "Gaussian with mean and variance of each dimension of the latents", matched)
-    arms["first_repeat"] = Arm("first_repeat", "z_1 of the same answer at every place", first_repeat())
-    for name in SWAPS:
-        arms[name] = attempt(lambda name=name: swap_arm(subject, name, draws))
-    arms["region"] = Arm("region", "features of a random window of the item's own picture", region_table(subject))
-    arms["oracle"] = attempt(lambda: oracle(subject))
-    arms["skip"] = without_latents(subject.architecture)
-    arms["dummy"] = dummy_arm(subject)
     return arms
 
 

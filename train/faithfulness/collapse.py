@@ -26,7 +26,7 @@ from train.faithfulness.edits import AUGMENTATIONS, EDITS, UNAVAILABLE, check_ed
 from train.faithfulness.items import NotApplicable
 from train.faithfulness.observation import IMAGE, TEXT, Observed
 from train.faithfulness.result import Curve, Result
-from train.faithfulness.statistics import mean_interval
+from train.faithfulness.statistics import mean_interval, share_interval
 from train.faithfulness.subject import CLEAN, Answer, Subject
 
 
@@ -182,5 +182,7 @@ def sensitivity(subject: Subject, answers: list[Answer]) -> dict:
         for one, other in pairs
     ]
     mean, low, high = mean_interval(distances, subject.seed)
-    flips = [one.text != other.text for one, other in zip(subject.clean, answers)]
-    return {"items": len(pairs), "1 - cos": mean, "low": low, "high": high, "answers changed": sum(flips) / len(flips)}
+    said = zip(subject.readings(subject.clean), subject.readings(answers))
+    flips, low_flips, high_flips = share_interval([[one.answer != other.answer] for one, other in said])
+    row = {"items": len(pairs), "1 - cos": mean, "low": low, "high": high, "answers changed": flips}
+    return row | {"answers changed, low": low_flips, "answers changed, high": high_flips}

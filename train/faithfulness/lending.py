@@ -134,7 +134,8 @@ def shared_arm(subject: Subject) -> Arm:
     for draw in range(SHARED_SETS):
         orders = {
             task: sorted(
-                numbers, key=lambda one, draw=draw: draw_seed(subject.seed, "shared", draw, subject.items[one].identity)
+                numbers,
+                key=lambda one, draw=draw: draw_seed(subject.seed, "shared", draw, subject.items[one].identity),
             )
             for task, numbers in tasks.items()
         }

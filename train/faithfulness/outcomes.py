@@ -131,6 +131,7 @@ def describe(outcome: Outcome, excluded: int, seed: int) -> dict:
         "b": table[1],
         "c": table[2],
         "p": mcnemar(table[1], table[2]),
+        "both valid": int(both_valid.sum()),
         "b, both valid": in_form[1],
         "c, both valid": in_form[2],
         "detectable": 100 * smallest_detectable(table[1] + table[2], len(first)),
@@ -222,4 +223,3 @@ def list_donors(subject: Subject, outcome: Outcome) -> list[dict]:
                 }
             )
     return rows
-

@@ -64,7 +64,11 @@ def take_all(
     study, results = Study(subject, arms, draws), []
     for name in (progress := tqdm(DIAGNOSTICS, desc="diagnostics")):
         progress.set_postfix_str(name)
-        file = None if cache is None else cache / f"{name}-{digest(key, name, (arms, draws) if name == 'D1' else ())}.json"
+        file = (
+            None
+            if cache is None
+            else cache / f"{name}-{digest(key, name, (arms, draws) if name == 'D1' else ())}.json"
+        )
         if file is not None and file.is_file():
             results.append(Result.of(json.loads(file.read_text(encoding="utf-8"), parse_constant=float)))
             continue

@@ -77,7 +77,7 @@ def share_interval(values) -> Interval:
     values = values[~np.isnan(values).all(axis=1)]
     if not len(values):
         return NOTHING
-    right = float(np.nanmean(values, axis=1).sum())
+    right = float(np.sort(np.nanmean(values, axis=1)).sum())  # sorted, so that the order of items does not show
     return right / len(values), *wilson_interval(min(right, len(values)), len(values))
 
 

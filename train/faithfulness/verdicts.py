@@ -15,11 +15,13 @@ LEVEL = 0.05
 
 def loses(row: dict) -> bool:
     """Whether an arm is worse than the clean run, beyond doubt."""
-    return row["b"] > row["c"] and row["b"] + row["c"] >= MIN_DISCORDANT and row["p (Holm)"] < LEVEL and row["high"] < 0
+    return (
+        row["b"] > row["c"] and row["b"] + row["c"] >= MIN_DISCORDANT and row["p (Holm)"] < LEVEL and row["high"] < 0
+    )
 
 
-def loses_form_alone(row: dict) -> bool:
-    """Whether the answers that still have their form are as good as before: at most a tenth of the loss is among them."""
+def loses_form(row: dict) -> bool:
+    """Whether the loss is one of answers that the questions do not allow: at most a tenth of it is among the others."""
     return loses(row) and 10 * max(0, row["b, both valid"] - row["c, both valid"]) <= row["b"] - row["c"]
 
 
@@ -55,10 +57,16 @@ def verdict(rows: list[dict]) -> str:
     swap, other = found.get("swap"), found.get("cross_task")
     if swap is None:
         return "No verdict: whether the content of the latents is used takes the arm swap, which is not there."
-    if loses_form_alone(swap):
+    if loses_form(swap):
+        kept = swap["both valid"]
         text = (
-            f"With another picture's latents of the same task the answers lose their form, and not more: {describe_loss(swap)}; "
-            f"{swap['accuracy of valid']:.1f} % of the answers that the questions allow are right."
+            f"With another picture's latents of the same task the answers lose their form: {describe_loss(swap)}, "
+            f"{swap['outside choices']} of {swap['answers']} are none that the questions allow. "
+        )
+        text += (
+            f"The {kept} of {swap['items']} that keep it are as often right as before."
+            if 2 * kept >= swap["items"]
+            else f"Only {kept} of {swap['items']} keep it, which says nothing of the content of the latents."
         )
     elif loses(swap):
         text = f"The content of the latents is used: with another picture's of the same task {describe_loss(swap)}."
