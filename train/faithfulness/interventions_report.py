@@ -131,5 +131,5 @@ def margin_note() -> str:
 
 def chance_note(subject: Subject) -> str:
     answers = Counter(normalize(item.answer) for item in subject.items)
-    answer, count = answers.most_common(1)[0]
+    answer, count = min(answers.items(), key=lambda one: (-one[1], one[0]))  # in any order of the data
     return f"The best constant answer ({answer!r}) has {100 * count / len(subject.items):.1f} %."

@@ -64,9 +64,9 @@ def draws_interval(values, seed: int = 0, has_shared_draws: bool = False) -> Int
         return NOTHING
     values = values[np.lexsort(values.T)]
     rng, (items, draws) = np.random.default_rng(seed), values.shape
-    means = [
-        values[rng.integers(items, size=items)][:, rng.integers(draws, size=draws)].mean() for _ in range(RESAMPLES)
-    ]
+    # How often a resample holds each item, and each draw: the same as picking rows and columns, at once for all resamples.
+    of_items, of_draws = (rng.multinomial(size, np.full(size, 1 / size), RESAMPLES) for size in (items, draws))
+    means = ((of_items @ values) * of_draws).sum(axis=1) / (items * draws)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(values.mean()), float(low), float(high)
 
@@ -136,12 +136,11 @@ def gain_kept(values, full, nothing, seed: int = 0) -> Interval:
     rows = rows[:, np.lexsort(rows)]
     if not paired(rows[1], rows[2], seed)[1] > 0:
         return NOTHING
-    rng, items = np.random.default_rng(seed), rows.shape[1]
-    found = []
-    for _ in range(RESAMPLES):
-        arm, most, least = rows[:, rng.integers(items, size=items)].mean(axis=1)
-        if most > least:
-            found.append((arm - least) / (most - least))
+    items = rows.shape[1]
+    of_items = np.random.default_rng(seed).multinomial(items, np.full(items, 1 / items), RESAMPLES)
+    resampled = of_items @ rows.T / items  # (RESAMPLES, 3)
+    gains = resampled[:, 1] - resampled[:, 2]
+    found = ((resampled[:, 0] - resampled[:, 2])[gains > 0]) / gains[gains > 0]
     arm, most, least = rows.mean(axis=1)
     low, high = np.percentile(found, [2.5, 97.5])
     return float((arm - least) / (most - least)), float(low), float(high)
