@@ -7,7 +7,9 @@
 |----------------|-------------------------------------------------------------------------------------------------|
 | as trained     | the model                                                                                       |
 | latents off    | the same weights, no blocks or steps                                                            |
-| swap, noise    | the same weights, latents replaced by another picture's of the same task (same norm), by noise  |
+| swap           | the same weights, latents replaced by another picture's of the same task, with another answer  |
+| swap other task | the same weights, latents replaced by a picture's of another task: what they hold of the task is wrong too |
+| noise          | the same weights, latents replaced by noise, as the swaps at the same norm                     |
 | direct         | the same backbone, trained by the same script on the same data to answer without any reasoning |
 | text reasoning | the same, trained to reason in words                                                            |
 
@@ -62,6 +64,7 @@ OWN = {
     "as trained": Arm(),
     "latents off": Arm("--latents off"),
     "swap": Arm("--latent_intervention swap"),
+    "swap other task": Arm("--latent_intervention swap --donors other_task"),
     "noise": Arm("--latent_intervention noise"),
 }
 

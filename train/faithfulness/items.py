@@ -11,6 +11,7 @@ from train.evaluation.scoring import truth_form
 from train.reasoning_data import ReasoningSample, adapt, read_rows
 
 
+NO_ID = "-"
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the first image
 
 
@@ -44,6 +45,11 @@ class Item:
         return self.row.task
 
     @property
+    def name(self) -> str:
+        """The id that the data give, or else where the question stands."""
+        return self.row.id if self.row.id != NO_ID else self.sample.origin
+
+    @property
     def identity(self) -> str:
         """What the question is, wherever it stands in a file: what is drawn for it follows from this."""
         return self.candidate.identity
@@ -74,7 +80,7 @@ def scored_row(row: dict, sample: ReasoningSample, data_format: str, path: Path)
         fields["is_lettered"] = bool(fields["choices"])  # they stand in the question
     given = fields["id"]
     fields |= {
-        "id": str(given) if isinstance(given, str | int) and str(given).strip() else "-",
+        "id": str(given) if isinstance(given, str | int) and str(given).strip() else NO_ID,
         "question": sample.question,
         "answer": sample.answer,
         "above": [],

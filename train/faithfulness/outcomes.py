@@ -214,9 +214,9 @@ def list_donors(subject: Subject, outcome: Outcome) -> list[dict]:
                 {
                     "arm": outcome.arm.name,
                     "draw": place,
-                    "id": own.row.id,
+                    "id": own.name,
                     "task": own.task,
-                    "donor_id": lent.row.id,
+                    "donor_id": lent.name,
                     "donor_task": lent.task,
                     "same_answer": own.candidate.answer == lent.candidate.answer,
                     "answer": outcome.answers[place][number],
