@@ -11,9 +11,15 @@
                latents come one at a time: `step.offset` says which of its block
 
 The changed latents are what the cache, the trace and the rest of the answer see.
+
+"noise" and "shuffle" draw from PyTorch's global generator, so what a row gets depends on its batch. `draw_by_row("noise", seeds)`
+is the same change as a callable that draws from one seed for each row:
+
+    model.generate(**inputs, latent_intervention=draw_by_row("noise", seeds=[11, 12, 13]))
 """
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +35,11 @@ def zero(latents: Tensor, step: LatentStep) -> Tensor:
     return torch.zeros_like(latents)
 
 
-def noise(latents: Tensor, step: LatentStep) -> Tensor:
-    drawn = torch.randn_like(latents)
+def noise(latents: Tensor, step: LatentStep, generator: torch.Generator | None = None) -> Tensor:
+    if generator is None:
+        drawn = torch.randn_like(latents)
+    else:
+        drawn = torch.randn(latents.shape, generator=generator).to(latents)
     return drawn * (latents.norm(dim=-1, keepdim=True) / drawn.norm(dim=-1, keepdim=True))
 
 
@@ -38,8 +47,39 @@ def mean(latents: Tensor, step: LatentStep) -> Tensor:
     return latents.mean(dim=0, keepdim=True).expand_as(latents)
 
 
-def shuffle(latents: Tensor, step: LatentStep) -> Tensor:
-    return latents[torch.randperm(len(latents), device=latents.device)]
+def shuffle(latents: Tensor, step: LatentStep, generator: torch.Generator | None = None) -> Tensor:
+    device = latents.device if generator is None else generator.device
+    return latents[torch.randperm(len(latents), device=device, generator=generator).to(latents.device)]
+
+
+def generator_of(*place: object) -> torch.Generator:
+    """A CPU generator that depends on nothing but `place`: the same on every device and in every process."""
+    digest = hashlib.blake2b("|".join(map(str, place)).encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
+def draw_by_row(name: str, seeds: Sequence[int]) -> Intervention:
+    """The intervention "noise" or "shuffle", drawn for each row from a seed of its own and from the place of the latents.
+
+    Neither the other rows of a batch nor their order change what a row gets.
+
+    Args:
+        seeds: one for each row that is decoded; with beams, one for each beam, equal for those of one prompt.
+
+    Raises:
+        ValueError: an intervention that draws nothing, or (when latents are made) fewer seeds than rows.
+    """
+    if name not in DRAWN:
+        raise ValueError(f"`draw_by_row` knows the interventions {sorted(DRAWN)}, got {name!r}.")
+
+    def change(latents: Tensor, step: LatentStep) -> Tensor:
+        if step.row >= len(seeds):
+            raise ValueError(
+                f"`seeds` must give one seed for each row, but row {step.row} makes latents and there are {len(seeds)}."
+            )
+        return DRAWN[name](latents, step, generator_of(seeds[step.row], step.index, step.offset))
+
+    return change
 
 
 def resize_latents(latents: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
@@ -58,6 +98,7 @@ INTERVENTIONS: dict[str, Intervention | None] = {
     "shuffle": shuffle,
     "swap": None,  # needs the other rows: `intervene` does it
 }
+DRAWN: dict[str, Callable] = {"noise": noise, "shuffle": shuffle}
 NEEDS_A_WHOLE_BLOCK = ("mean", "shuffle")
 
 

@@ -162,16 +162,16 @@ def test_the_comparison_asks_every_arm_and_trains_missing_twins(tmp_path, monkey
     monkeypatch.setattr(comparison, "run", train)
     comparison.main(["--run", str(tmp_path)])  # of all models the one that is trained there
     assert trained == ["val", "clip-direct-3e-4", "clip-direct-1e-3", "clip-direct-3e-3"]
-    arms = ("as-trained", "latents-off", "swap", "noise")
-    assert ran[:4] == [("lare-stage4", name, name == "latents-off") for name in arms]
-    assert ran[4:7] == [(f"clip-direct-{rate}", "val", True) for rate in comparison.RATES]
-    assert ran[7:] == [("clip-direct-1e-3", "direct", True), ("lare-stage0", "text-reasoning", True)]
+    arms = ("as-trained", "latents-off", "swap", "swap-other-task", "noise")
+    assert ran[:5] == [("lare-stage4", name, name == "latents-off") for name in arms]
+    assert ran[5:8] == [(f"clip-direct-{rate}", "val", True) for rate in comparison.RATES]
+    assert ran[8:] == [("clip-direct-1e-3", "direct", True), ("lare-stage0", "text-reasoning", True)]
     assert json.loads((tmp_path / "twins.json").read_text())["clip-direct"]["chosen"] == "1e-3"
     assert (tmp_path / "twins.png").stat().st_size > 5000
     table = (tmp_path / "comparison.md").read_text()
     assert "| lare | as trained | 100.0 (10.0 to 90.0) | 100.0 (10.0 to 90.0) | 9.0 | 8.0 | - | - |" in table
     assert "| 9.0 | 8.0 | +0.0 (+0.0 to +0.0) | +25.0 (+0.0 to +75.0) |" in table  # direct: color, jigsaw
-    assert "| lare | swap (2 rows kept their own: nothing to swap with) |" in table
+    assert "| lare | swap (2 rows left out: no donor) |" in table
     with pytest.raises(SystemExit):
         comparison.main(["--run", str(tmp_path), "--models", "vedas"])
     with pytest.raises(ValueError, match="holds no recipe.json"):

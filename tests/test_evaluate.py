@@ -17,17 +17,17 @@ from transformers.generation import LogitsProcessorList
 from transformers.utils import cached_file
 
 from conversion.writing import locked
-from train.answers import conversation_of
+from train.answers import conversation_of, encode_conversations
 from train.evaluate import EvaluationArguments, evaluate
 from train.evaluation import answering, evaluation, loading
 from train.evaluation.answering import ANSWER_PREFIX, AnswerSettings, answer_batch
-from train.evaluation.evaluation import evaluate_rows, split_batches
+from train.evaluation.evaluation import evaluate_rows
 from train.evaluation.loading import hash_model, load_model, load_processor
 from train.evaluation.processes import Processes
 from train.evaluation.report import draw_table, summarize
 from train.evaluation.results import bind
 from train.evaluation.rows import read_evaluation
-from train.evaluation.swapping import Swap, find_donors
+from train.evaluation.swapping import Swap, steps_of
 
 
 ROOT = Path(__file__).parent.parent
@@ -96,13 +96,50 @@ def test_latents_off_is_the_model_without_them(loaded, rows, kind):
         assert off == texts(loaded, "plain", rows, generate=[f"suppress_tokens={tokens}"])
 
 
+def of_one_task(rows) -> list:
+    """The same questions as ones of a single task with three answers, so that all have donors."""
+    return [replace(row, task="all", family="all") for row in rows]
+
+
 @pytest.mark.parametrize("kind", OURS)
 def test_replaced_latents_change_answers_and_noise_repeats_itself(loaded, rows, kind):
-    rows = rows[:4]
+    rows = of_one_task(rows[:4])
     clean = texts(loaded, kind, rows)
     for intervention in ("zero", "noise", "swap"):
         changed = texts(loaded, kind, rows, latent_intervention=intervention)
         assert changed != clean and changed == texts(loaded, kind, rows, latent_intervention=intervention)
+
+
+@pytest.mark.parametrize("kind", OURS)
+@pytest.mark.parametrize("intervention", ["swap", "noise"])
+def test_neither_batch_size_nor_order_change_what_is_drawn(loaded, rows, kind, intervention):
+    rows = of_one_task(rows)
+
+    def answers(rows, batch_size):
+        settings = AnswerSettings(
+            latent_intervention=intervention,
+            max_new_tokens=6,
+            batch_size=batch_size,
+            generate=opened(kind),
+            repeats=2,
+        )
+        records = evaluate_rows(*loaded[kind], rows, settings)
+        return {(record["id"], record["repeat"]): record | {"seconds": 0} for record in records}
+
+    expected = answers(rows, 7)
+    assert answers(rows, 1) == expected and answers(rows, 32) == expected
+    assert answers([rows[number] for number in (3, 0, 6, 5, 1, 4, 2)], 3) == expected
+    if intervention == "swap":
+        assert all(record["donor_id"] != record["id"] and not record["same_answer"] for record in expected.values())
+    assert [expected[row.id, 0] for row in rows] != [expected[row.id, 1] | {"repeat": 0} for row in rows]
+
+
+def test_another_seed_draws_other_donors_and_noise(loaded, rows):
+    rows = of_one_task(rows)
+    for intervention, name in (("swap", "donor_id"), ("noise", "text")):
+        settings = [AnswerSettings(latent_intervention=intervention, seed=seed, **SHORT) for seed in (0, 1)]
+        one, other = ([record[name] for record in evaluate_rows(*loaded["lare"], rows, each)] for each in settings)
+        assert one != other
 
 
 @pytest.mark.parametrize("kind", [*OURS, "autoregressive"])
@@ -112,21 +149,13 @@ def test_a_swap_gives_the_donors_latents_at_the_norm_of_ones_own(loaded, rows, k
         model, processor = load_model(str(folder)), load_processor(str(folder))
     else:
         model, processor = loaded[kind]
-    conversations = [conversation_of(row) for row in rows[:3]]
-    inputs = processor.apply_chat_template(
-        conversations,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )
+    inputs = encode_conversations(processor, [conversation_of(row) for row in rows[:3]])
     wanted = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_latents": True}
     wanted |= {"min_latent_blocks": 1, "latent_grid": (1, 3)} if hasattr(model.config, "latent_mode") else {}
     trace = model.generate(**inputs, **wanted).latent_trace
-    donors = find_donors(trace, conversations)
-    assert donors == {0: 1, 1: 2, 2: 0}
-    swap = Swap(trace, donors, getattr(model.config, "latent_mode", None))
+    donors = {0: 1, 1: 2}  # the third row has none
+    given = {row: steps_of(trace, donor) for row, donor in donors.items()}
+    swap = Swap(given, getattr(model.config, "latent_mode", None))
     swapped = model.generate(**inputs, **wanted, latent_intervention=swap).latent_trace
     for row, donor in donors.items():
         got, own, given = swapped.row(row)[0].latents, trace.row(row)[0].latents, trace.row(donor)[0].latents
@@ -135,69 +164,60 @@ def test_a_swap_gives_the_donors_latents_at_the_norm_of_ones_own(loaded, rows, k
         # Those behind the first may follow from it, so that only the first one's norm is known.
         torch.testing.assert_close(got[0].norm(), own[0].norm())
         assert not torch.allclose(got[0], own[0])
+    torch.testing.assert_close(swapped.row(2)[0].latents, trace.row(2)[0].latents)
 
 
-def test_a_swap_looks_at_the_picture_of_every_row_itself(loaded, rows, monkeypatch):
-    """Of three rows the first two show one picture, so that both need the third's latents."""
+def test_a_row_without_a_donor_keeps_its_latents_and_does_not_count(loaded, rows):
+    """The first two ask for red and the other for a number: of one task, they lend to each other; the last has a task to itself."""
     model, processor = loaded["lare"]
-    conversations = [conversation_of(row) for row in (rows[0], replace(rows[0], id="again"), rows[1])]
-    donors = []
-
-    class Seen(Swap):
-        def __init__(self, trace, given, latent_mode):
-            donors.append(given)
-            super().__init__(trace, given, latent_mode)
-
-    monkeypatch.setattr(answering, "Swap", Seen)
-    answers = answer_batch(model, processor, conversations, AnswerSettings(latent_intervention="swap", **SHORT))
-    assert donors == [{0: 2, 1: 2, 2: 0}] and not any(answer.not_swapped for answer in answers)
-
-
-def test_a_row_without_a_donor_keeps_its_latents_and_says_so(loaded, rows):
-    model, processor = loaded["lare"]
-    rows = [rows[0], replace(rows[0], id="again")]
+    rows = [rows[0], replace(rows[3], id="again"), replace(rows[2], task="color"), replace(rows[1], task="alone")]
     clean = evaluate_rows(model, processor, rows, AnswerSettings(**SHORT))
     swapped = evaluate_rows(model, processor, rows, AnswerSettings(latent_intervention="swap", **SHORT))
-    assert [record.pop("not_swapped") for record in clean] == [False, False]
-    assert [record.pop("not_swapped") for record in swapped] == [True, True]
-    assert [record["text"] for record in swapped] == [record["text"] for record in clean]
+    assert [record["not_swapped"] for record in clean] == [False] * 4
+    assert [record["not_swapped"] for record in swapped] == [False, False, False, True]
+    assert [record.get("donor_id") for record in swapped] == ["q2", "q2", swapped[2]["donor_id"], None]
+    assert swapped[3]["text"] == clean[3]["text"] and swapped[0]["text"] != clean[0]["text"]
+    summary = summarize(swapped)
+    assert summary["all"]["rows"] == 3 and summary["all"]["not_swapped"] == 1
+    assert "1 rows were not swapped and are not counted" in draw_table(summary)
+    other = AnswerSettings(latent_intervention="swap", donors="other_task", **SHORT)
+    found = evaluate_rows(model, processor, rows, other)
+    assert [record["donor_task"] for record in found] == ["alone", "alone", "alone", "color"]
 
 
-def test_a_row_that_alone_opens_a_block_does_not_end_a_swap(loaded, rows, monkeypatch):
-    """DeepLatent opens blocks as it likes: here the second row alone."""
+def test_a_row_that_alone_opens_a_block_has_no_donor(loaded, rows, monkeypatch):
+    """DeepLatent opens blocks as it likes: here where it is asked about the second row, which so lends to all others."""
     model, processor = loaded["deeplatent"]
-    start, generate, warned = model.config.latent_start_token_id, model.generate, []
+    start, generate, rows = model.config.latent_start_token_id, model.generate, of_one_task(rows[:3])
+    second = encode_conversations(processor, [conversation_of(rows[1])])["input_ids"][0]
 
-    def open_in_row_1(input_ids, scores):
-        opened = (input_ids == start).any(dim=1)
+    def open_in_second(input_ids, scores):
+        asked = torch.tensor([second.tolist() == row[-len(second) - 1 :][: len(second)].tolist() for row in input_ids])
+        asked |= torch.tensor([second.tolist() == row[-len(second) :].tolist() for row in input_ids])
         scores[:, start] = -float("inf")
-        if len(scores) > 1 and not opened[1]:
-            scores[1] = -float("inf")
-            scores[1, start] = 0
+        scores[asked & ~(input_ids == start).any(dim=1)] = -float("inf")
+        scores[asked & ~(input_ids == start).any(dim=1), start] = 0
         return scores
 
     monkeypatch.setattr(
-        model, "generate", lambda **wanted: generate(**wanted, logits_processor=LogitsProcessorList([open_in_row_1]))
+        model, "generate", lambda **wanted: generate(**wanted, logits_processor=LogitsProcessorList([open_in_second]))
     )
-    monkeypatch.setattr(answering.logger, "warning", warned.append)
     settings = AnswerSettings(latent_intervention="swap", max_new_tokens=8, batch_size=3)
-    records = evaluate_rows(model, processor, rows[:3], settings)
+    records = evaluate_rows(model, processor, rows, settings)
     assert [record["num_latent_blocks"] for record in records] == [0, 1, 0]
     assert [record["not_swapped"] for record in records] == [False, True, False]
-    assert len(warned) == 1 and "Line 2 of" in warned[0] and "not swapped" in warned[0]
-    summary = summarize(records)
-    assert summary["all"]["not_swapped"] == 1
-    assert all("another picture" in text and "takes latents" in text for text in (warned[0], draw_table(summary)))
-    assert "1 rows were not swapped" in draw_table(summary) and "not swapped" not in draw_table(summarize(records[:1]))
+    assert [record.get("donor_id") for record in records] == ["q1", None, "q1"]
+    found = summarize(records)["all"]
+    assert found["accuracy_without_latents"]["answers"] == 2 and "swapped" not in found  # neither had anything to swap
     for record in records:
         del record["not_swapped"]  # as earlier versions wrote them
     assert summarize(records)["all"]["not_swapped"] == 0
 
 
-def test_a_last_row_is_not_left_alone_in_a_swap(rows):
-    sizes = [len(batch) for batch in split_batches(rows, AnswerSettings(latent_intervention="swap", batch_size=3))]
-    assert sizes == [3, 4]
-    assert [len(batch) for batch in split_batches(rows, AnswerSettings(batch_size=3))] == [3, 3, 1]
+def test_a_swap_without_donors_at_hand_is_refused(loaded, rows):
+    settings = AnswerSettings(latent_intervention="swap", **SHORT)
+    with pytest.raises(ValueError, match="needs `lent`, the latents of a donor for each of 2 conversations, got None"):
+        answer_batch(*loaded["lare"], [conversation_of(row) for row in rows[:2]], settings)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -322,7 +342,12 @@ def test_config_fields_are_held_to_the_config_before_anything_is_asked(
         ({"latents": "no"}, "`latents` must be on or off, got 'no'"),
         ({"latent_intervention": "blur"}, "`latent_intervention` must be one of .*got 'blur'"),
         ({"latents": "off", "latent_intervention": "zero"}, "leaves none to change"),
-        ({"latent_intervention": "swap", "batch_size": 1}, "needs a `batch_size` of 2"),
+        ({"latent_intervention": "swap", "donors": "near"}, "`donors` must be one of .*got 'near'"),
+        (
+            {"latent_intervention": "zero", "donors": "question"},
+            "`donors` belong to `latent_intervention=swap`, .*'zero'",
+        ),
+        ({"latent_intervention": "zero", "repeats": 2}, "greedy answers are all the same"),
         ({"batch_size": 0}, "`batch_size` must be >= 1"),
         ({"generate": ["do_sample=true"]}, r"cannot give \['do_sample'\]"),
         ({"repeats": 0, "generate": ["temperature=1"]}, "`repeats` must be >= 1"),

@@ -9,7 +9,7 @@ from PIL import Image
 
 from train.evaluation.report import describe, draw_table, summarize, wilson_interval
 from train.evaluation.rows import check_images, read_evaluation
-from train.evaluation.scoring import extract, is_correct
+from train.evaluation.scoring import extract, is_correct, read_answer, truth_form
 from train.tasks import generate_sample, write_dataset
 
 
@@ -234,4 +234,79 @@ def test_the_summary_counts_by_group():
     assert summary["families"]["f"] == summary["all"] == describe([record("b", True, 4)] * 2 + [record("b", False, 0)])
     assert summary["all"]["rows_with_latents"] == 2 and summary["all"]["stop_reasons"] == {"eos": 3}
     table = draw_table(summary)
-    assert "66.7 %" in table and len(table.splitlines()) == 5
+    assert "66.7 %" in table and len(table.splitlines()) == 6
+    assert "1 answers took no latents: 0.0 % of them are right, and 100.0 % of the others." in table
+    assert "accuracy_valid" not in summary["all"]  # results of an earlier version do not say which answers are valid
+
+
+def test_the_summary_counts_form_donors_and_rows_without_one():
+    def record(correct: bool, is_marked: bool, is_valid: bool, **more) -> dict:
+        fields = {"family": "f", "task": "a", "data": "d", "num_tokens": 4, "num_latent_blocks": 1, "num_latents": 4}
+        return (
+            fields
+            | {"stop_reason": "eos", "seconds": 1.0, "correct": correct, "is_marked": is_marked}
+            | ({"is_valid": is_valid} | more)
+        )
+
+    lent = {"donor_id": "x", "same_answer": False, "follow_chance": 0.25}
+    records = [
+        record(True, True, True, follows_donor=False, **lent),
+        record(False, True, True, follows_donor=True, **lent),
+        record(False, False, False, follows_donor=False, **lent),
+        record(False, True, False, follows_donor=False, **lent | {"num_latents": 0}),
+        record(True, True, True, not_swapped=True),
+    ]
+    found = describe(records)
+    assert found["rows"] == 4 and found["not_swapped"] == 1 and found["accuracy"] == 0.25 and found["correct"] == 1
+    assert found["unmarked"] == 1 and found["outside_choices"] == 2 and found["accuracy_valid"] == 0.5
+    assert found["accuracy_with_latents"]["answers"] == 3 and found["accuracy_with_latents"]["accuracy"] == 1 / 3
+    assert found["accuracy_without_latents"] | {"accuracy_high": 0} == {
+        "answers": 1,
+        "accuracy": 0.0,
+        "accuracy_low": 0.0,
+        "accuracy_high": 0,
+    }
+    # The row without latents is not one that can follow.
+    assert found["swapped"]["answers"] == 3 and found["swapped"]["follows_donor"] == 1 / 3
+    assert found["swapped"]["follow_chance"] == 0.25 and found["swapped"]["same_answer"] == 0
+    table = draw_table(summarize(records))
+    assert "1 rows were not swapped and are not counted" in table and "33.3 % of 3 swapped answers" in table
+    alone = describe([record(True, True, True, not_swapped=True)])
+    assert alone["rows"] == 0 and alone["accuracy"] is None and "-" in draw_table(summarize(records[-1:]))
+
+
+def test_repeats_of_a_row_without_donor_count_once():
+    fields = {"num_tokens": 4, "num_latent_blocks": 1, "num_latents": 4, "stop_reason": "eos", "seconds": 1.0}
+    records = [
+        fields | {"correct": number == 0, "repeat": repeat, "not_swapped": number == 2}
+        for repeat in range(4)
+        for number in range(3)
+    ]
+    found = describe(records)
+    assert (found["rows"], found["not_swapped"], found["accuracy"]) == (2, 1, 0.5)
+    assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx(wilson_interval(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("fields", "text", "answer", "right", "marked", "valid"),
+    [
+        ({"answer": "red", "choices": ["red", "blue"]}, "It is \\boxed{B}.", "blue", False, True, True),
+        ({"answer": "red", "choices": ["red", "blue"]}, "It is \\boxed{(A)}", "red", True, True, True),
+        ({"answer": "red", "choices": ["red", "blue"]}, "Blue", "blue", False, False, True),
+        ({"answer": "red", "choices": ["red", "blue"]}, "\\boxed{green}", "green", False, True, False),
+        ({"answer": "red", "choices": ["red", "blue"]}, "It is either.", "it is either", False, False, False),
+        ({"answer": 1250}, "\\boxed{1,250.0}", "1250.0", True, True, True),
+        ({"answer": 1250}, "\\boxed{12}", "12.0", False, True, True),
+        ({"answer": 1250}, "I see many.", "i see many", False, False, False),
+        ({"answer": "oak"}, "Elm.", "elm", False, False, True),
+        ({"answer": "oak"}, "I see a tree", "i see a tree", False, False, False),
+        ({"answer": "oak"}, "\\boxed{a tree}", "a tree", False, True, True),
+        ({"answer": "yes"}, "No, it is not.", "no", False, False, True),
+    ],
+)
+def test_what_an_answer_says(tmp_path, fields, text, answer, right, marked, valid):
+    """The one reader of answers, also for the form: the last column is whether the question allows the answer."""
+    row = one_row(tmp_path, **fields)
+    found = read_answer(text, row, known={"oak", "elm"})
+    assert (found.answer, found.is_right, found.is_marked, found.is_valid) == (answer, right, marked, valid)
+    assert found.is_right == is_correct(text, row) and truth_form(row) == read_answer(str(row.answer), row).answer

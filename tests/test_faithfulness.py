@@ -30,14 +30,15 @@ from train.faithfulness import architectures, controls
 from train.faithfulness import run as running
 from train.faithfulness.__main__ import build_parser, key_of, main
 from train.faithfulness.architectures import architecture_of
-from train.faithfulness.arms import ARMS, Table, build_arms, calibrate, choose_donors, random_window
+from train.faithfulness.arms import ARMS, build_arms, calibrate, random_window
 from train.faithfulness.attention import enrichment, grid_box
 from train.faithfulness.audit import audit
 from train.faithfulness.collapse import cosines, mean_cosine, ranks, spectrum
 from train.faithfulness.columns import ANSWER, IMAGE, LATENT, REPLAY, TEXT
 from train.faithfulness.edits import crop, flip, remove, turn_hues
-from train.faithfulness.interventions_report import follow, measure_interventions, verdict
+from train.faithfulness.interventions_report import measure_interventions
 from train.faithfulness.items import Item, NotApplicable, read_items
+from train.faithfulness.lending import Table
 from train.faithfulness.norms import measure_norms
 from train.faithfulness.observation import Observed, observe
 from train.faithfulness.probe import group_by_pictures, measure_probe, probe, split_folds
@@ -290,7 +291,6 @@ def test_arms_are_what_they_are_called(makers, data):
         return arms[name].change(latents, step, 1)
 
     assert not change("zero").any() and (change("constant") == 0.01).all()
-    assert (change("shared") == every[0]).all()
     assert float((change("noise_0.3") - latents).std()) == pytest.approx(0.3, rel=0.02)
     assert float((change("noise_0.3_rms") - latents).std()) == pytest.approx(0.3 * calibration.rms, rel=0.02)
     assert float(change("gaussian").std()) == pytest.approx(1, rel=0.02)
@@ -301,10 +301,23 @@ def test_arms_are_what_they_are_called(makers, data):
     first = arms["first_repeat"].change
     assert torch.equal(first(steps[0].latents, steps[0], 1), steps[0].latents[:1].expand(3, -1))
     assert torch.equal(first(steps[1].latents, steps[1], 1), steps[0].latents[:1].expand(3, -1))
-    donors = choose_donors(subject)
-    assert all(number != donor for number, donor in donors.items())
-    swapped = arms["swap"].change(steps[1].latents, steps[1], 1)
-    assert torch.equal(swapped, subject.clean[donors[1]].steps[1].latents)
+    swap = arms["swap"]
+    assert len(swap.draws) == 2 and all(draw.only == {0, 1, 2, 3} for draw in swap.draws)
+    for draw in swap.draws:
+        donor = draw.donors[1]
+        assert subject.items[donor].answer != subject.items[1].answer
+        assert torch.equal(draw.change(steps[1].latents, steps[1], 1), subject.clean[donor].steps[1].latents)
+    assert swap.draws[0].donors[1] != swap.draws[1].donors[1]
+    assert arms["cross_task"].startswith("no item with latents has a donor: one of another task")
+    sham = arms["sham"].change(torch.zeros(3, 64), steps[1], 1)
+    assert torch.equal(sham, steps[1].latents)
+    shared = arms["shared"].draws
+    assert len(shared) == 8 and all(draw.has_shared_draws for draw in shared)
+    others = [subject.clean[number].steps[1].latents for number in (0, 2, 3)]
+    values = [draw.change(steps[1].latents, steps[1], 1) for draw in shared]
+    # Half of three others is one: each set serves the latents of one of them, place by place, and not always the same one's.
+    assert all(any(torch.allclose(value, other) for other in others) for value in values)
+    assert not all(torch.allclose(value, values[0]) for value in values)
     dummy = subject.model.get_input_embeddings().weight[subject.tokenizer.pad_token_id]
     assert (change("dummy") == dummy).all()
 
@@ -363,8 +376,9 @@ def test_reading_is_generating(subject):
 def test_arms_act_on_reading(subject):
     """Every arm moves KL off zero on a model whose weights matter; serving the recorded latents does not."""
     arms = build_arms(subject, calibrate(subject))
-    scores = subject.score([CLEAN, *(arm for arm in arms.values() if isinstance(arm, Arm) and arm.only is None)])
+    scores = subject.score([CLEAN, *(arm for arm in arms.values() if isinstance(arm, Arm) and arm.name != "oracle")])
     assert max(abs(score.kl) for score in scores["clean"]) == 0
+    assert max(abs(score.kl) for score in scores["sham"]) < 1e-6
     for name in ("zero", "shared", "gaussian", "swap", "skip", "dummy", "region"):
         assert max(score.kl for score in scores[name]) > 1e-7, name
 
@@ -465,11 +479,18 @@ def test_slots_share_of_gain(makers, data):
     right = {"with latents": [1, 1, 1, 1], "slots only": [1, 1, 0, 0], "nothing": [0, 0, 0, 0]}
     from train.faithfulness.slots import compare as compare_slots
 
-    subject.is_right = lambda answers: right[answers]
-    rows = compare_slots(subject, {name: name for name in right})
+    said = {0: "nothing known", 1: "red"}
+    written = {name: [Answer([], said[one], [], "eos") for one in found] for name, found in right.items()}
+    for item in subject.items:
+        item.row.answer = "red"
+    rows = compare_slots(subject, written, [0, 1, 2, 3])
     assert [row["share of gain kept"] for row in rows] == [1, 0.5, 0]
-    right["nothing"] = [1, 1, 1, 1]
-    assert math.isnan(compare_slots(subject, {name: name for name in right})[1]["share of gain kept"])
+    assert (rows[1]["low, gain kept"], rows[1]["high, gain kept"]) == (0, 1) and rows[0]["low, gain kept"] == 1
+    assert [(row["b"], row["c"]) for row in rows] == [(0, 4), (0, 2), (0, 0)]
+    assert [row["p"] for row in rows] == [0.125, 0.5, 1] and [row["p (Holm)"] for row in rows[:2]] == [0.25, 0.5]
+    assert [row["outside choices"] for row in rows] == [0, 2, 4]
+    written["nothing"] = written["with latents"]
+    assert math.isnan(compare_slots(subject, written, [0, 1, 2, 3])[1]["share of gain kept"])
 
 
 def test_markers_alone_are_ordinary_tokens(subject):
@@ -573,20 +594,6 @@ def test_a_missing_picture_of_the_assistant_is_named(data, tmp_path):
         read_items(tmp_path / "data.jsonl", "steps", "train", None)
 
 
-def test_donors_are_followed_by_items_with_latents_alone():
-    """Items 0 and 1 took latents and got each other's answer; item 2 took none, so a swap cannot have moved it."""
-    step = LatentStep(0, 0, 0, (1, 1), torch.zeros(1, 1), [])
-    items = [SimpleNamespace(image_digest=lambda number=number: str(number)) for number in range(3)]
-    clean = [Answer([1], text, steps, "eos") for text, steps in (("red", [step]), ("green", [step]), ("blue", []))]
-    subject = SimpleNamespace(items=items, clean=clean, with_latents=[0, 1], seed=0)
-    found = follow(subject, [clean[1], clean[0], clean[2]])
-    assert found == {
-        "items whose donor answers otherwise": 2,
-        "answer becomes the donor's": 1.0,
-        "answer stays": 0.0,
-    }
-
-
 def test_finished_diagnostics_follow_the_assistants_pictures(makers, data, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "looked_at.png").write_bytes(b"one")
@@ -675,12 +682,11 @@ def test_the_positive_control_knows_the_picture_through_its_latents_alone(square
 def test_the_negative_control_does_not_move(squares):
     """Constant latents: another picture's, the shared one, the first and a draw from their distribution are they themselves."""
     subject = untrained("negative", squares)
-    found = measure_interventions(subject, ("shared", "swap", "matched", "first_repeat", "gaussian"))
+    found = measure_interventions(subject, ("sham", "shared", "swap", "matched", "first_repeat", "gaussian"))
     rows = {row["arm"]: row for row in found.tables["arms"]}
-    for name in ("shared", "swap", "matched", "first_repeat"):
+    for name in ("sham", "shared", "swap", "matched", "first_repeat"):
         assert rows[name]["flip rate"] == 0 and rows[name]["KL"] < 1e-7 and rows[name]["change of accuracy"] == 0
     assert rows["gaussian"]["KL"] > 1e-5  # untrained, it still reads what stands there
-    assert "No loss was measured" in verdict(found.tables["arms"])
     latents = subject.clean[0].latents()
     assert_near(latents, latents[:1].expand_as(latents)) and latents.any()
 
@@ -699,17 +705,13 @@ def test_a_control_is_kept_for_the_same_seed_and_steps_alone(tmp_path, monkeypat
     assert len(trained) == 4
 
 
-def test_verdicts():
-    def row(arm: str, accuracy: float, high: float) -> dict:
-        return {"arm": arm, "accuracy": accuracy, "high": high, "flip rate": 0.5, "change of accuracy": accuracy - 100}
+def test_what_a_control_must_do():
+    def row(arm: str, accuracy: float) -> dict:
+        return {"arm": arm, "accuracy": accuracy, "change of accuracy": accuracy - 100}
 
-    good = [row("clean", 100, 0), row("shared", 12, -80), row("swap", 12, -80), row("matched", 12, -80)]
-    assert "is used" in verdict(good) and controls.judge("positive", good) == []
-    assert "Mixed: shared, matched" in verdict([*good[:2], row("swap", 99, 0.5), good[3]])
-    still = [good[0], row("swap", 100, 0)]
-    assert "No loss was measured" in verdict(still) and "50.0 % of the answers change" in verdict(still)
-    assert "hardly" in verdict([good[0], still[1] | {"flip rate": 0.01}])
-    assert controls.judge("positive", [good[0], row("swap", 40, -50)]) == ["swap leaves 40.0 %"]
+    good = [row("clean", 100), row("shared", 12), row("swap", 12), row("matched", 12)]
+    assert controls.judge("positive", good) == []
+    assert controls.judge("positive", [good[0], row("swap", 40)]) == ["swap leaves 40.0 %"]
     assert controls.judge("negative", good[:2]) == ["shared changes -88.0 points"]
     assert controls.judge("negative", [good[2]]) == ["only 12.0 % right as it is"]
 

@@ -7,7 +7,7 @@ from conftest import build_model, picture
 from helpers import GREEDY, open_at, step_logits
 from torch.testing import assert_close
 
-from modeling_latentvlm.interventions import INTERVENTIONS, resize_latents
+from modeling_latentvlm.interventions import INTERVENTIONS, draw_by_row, resize_latents
 from modeling_latentvlm.trace import LatentStep, LatentTrace, follow_rows
 from processing_latentvlm import draw_trace
 
@@ -71,6 +71,32 @@ def test_interventions_act_before_the_language_model(shared_model, batch, name):
     assert torch.equal(first[:, 0], later[:, 0])  # before the block nothing differs
     assert (first[:, 1] - later[:, 1]).abs().max() > 1e-3
     assert_close(step_logits(clean)[2], step_logits(changed)[2], atol=1e-5, rtol=1e-5)  # the row without a block
+
+
+@pytest.mark.parametrize("name", ["noise", "shuffle"])
+def test_a_seed_for_each_row_draws_the_same_in_every_batch(shared_model, batch, rows, name):
+    """The named intervention follows the batch's generator; by row it does not."""
+    settings = ONE | {"latent_grid": (2, 2)}
+    together = shared_model.generate(**batch, latent_intervention=draw_by_row(name, [7, 8, 9]), **settings)
+    alone = shared_model.generate(**rows[1], latent_intervention=draw_by_row(name, [8]), **settings)
+    other = shared_model.generate(**rows[1], latent_intervention=draw_by_row(name, [80]), **settings)
+    clean = shared_model.generate(**rows[1], **settings).latent_trace.steps[0].latents
+    found = [output.latent_trace.steps[0].latents for output in (alone, other)]
+    (drawn,) = (step.latents for step in together.latent_trace.row(1))
+    assert_close(found[0], drawn, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(found[1], drawn, atol=1e-3) and not torch.allclose(clean, drawn, atol=1e-3)
+    if name == "noise":
+        assert_close(drawn.norm(dim=-1), clean.norm(dim=-1), atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(drawn, together.latent_trace.row(0)[0].latents)
+    else:
+        assert_close(drawn.sum(0), clean.sum(0), atol=1e-4, rtol=1e-4)
+
+
+def test_seeds_must_be_there_for_every_row(shared_model, batch):
+    with pytest.raises(ValueError, match="one seed for each row, but row 1 makes latents and there are 1"):
+        shared_model.generate(**batch, latent_intervention=draw_by_row("noise", [7]), **ONE)
+    with pytest.raises(ValueError, match=r"knows the interventions \['noise', 'shuffle'\], got 'zero'"):
+        draw_by_row("zero", [7])
 
 
 def test_swap_gives_each_row_its_neighbours_latents(shared_model, batch):

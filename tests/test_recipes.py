@@ -187,9 +187,12 @@ def test_progress_compares_quarters_of_the_steps_that_sampled():
 def test_scores_need_no_block_opened_at_the_same_time(tmp_path):
     """The model's own "swap" refuses a row that opens a block alone, such as the 33rd of batches of 32."""
     rows = [json.loads(line) for line in write_jsonl(tmp_path, 33).read_text().splitlines()]
-    rows = [row | {"rationale": ["I look."]} for row in rows]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     torch.manual_seed(0)
     model = save_checkpoint("vedas", tmp_path / "model")
+    # Every task of these questions has one answer, so that nobody has a donor.
+    assert recipes.score(model, tmp_path / "data.jsonl", names=("swap",))["swap"] is None
+    rows = [row | {"task": "all"} for row in rows]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = recipes.score(model, tmp_path / "data.jsonl", names=("swap",))
     assert 0 <= found["swap"] <= 1 and found["constant"] == 11 / 33

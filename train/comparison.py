@@ -7,7 +7,9 @@
 |----------------|-------------------------------------------------------------------------------------------------|
 | as trained     | the model                                                                                       |
 | latents off    | the same weights, no blocks or steps                                                            |
-| swap, noise    | the same weights, latents replaced by those of another picture (same norm), by noise            |
+| swap           | the same weights, latents replaced by another picture's of the same task, with another answer  |
+| swap other task | the same weights, latents replaced by a picture's of another task: what they hold of the task is wrong too |
+| noise          | the same weights, latents replaced by noise, as the swaps at the same norm                     |
 | direct         | the same backbone, trained by the same script on the same data to answer without any reasoning |
 | text reasoning | the same, trained to reason in words                                                            |
 
@@ -62,6 +64,7 @@ OWN = {
     "as trained": Arm(),
     "latents off": Arm("--latents off"),
     "swap": Arm("--latent_intervention swap"),
+    "swap other task": Arm("--latent_intervention swap --donors other_task"),
     "noise": Arm("--latent_intervention noise"),
 }
 
@@ -195,13 +198,19 @@ def measure(model: str, name: str, of: Run) -> tuple[dict, list[dict]]:
 
 
 def percent(numbers: dict) -> str:
+    if numbers["accuracy"] is None:
+        return "-"  # no row had a donor
     low, high = 100 * numbers["accuracy_low"], 100 * numbers["accuracy_high"]
     return f"{100 * numbers['accuracy']:.1f} ({low:.1f} to {high:.1f})"
 
 
 def gain(own: list[dict], other: list[dict], task: str) -> str:
-    """In points, how much more often `own` is right on the same questions."""
-    pairs = [(one["correct"], two["correct"]) for one, two in zip(own, other, strict=True) if one["task"] == task]
+    """In points, how much more often `own` is right on the same questions; those that could not be swapped are left out."""
+    pairs = [
+        (one["correct"], two["correct"])
+        for one, two in zip(own, other, strict=True)
+        if one["task"] == task and not two.get("not_swapped", False)
+    ]
     mean, low, high = (100 * value for value in paired(*zip(*pairs)))
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
 
@@ -219,7 +228,7 @@ def draw(measured: dict[tuple[str, str], tuple[dict, list[dict]]]) -> str:
         is_other = own is not None and arm != "as trained"
         cells += [gain(own[1], rows, task) if is_other and task in summary["tasks"] else "-" for task in tasks]
         kept = summary["all"].get("not_swapped", 0)
-        note = f" ({kept} rows kept their own: nothing to swap with)" if kept else ""
+        note = f" ({kept} rows left out: no donor)" if kept else ""
         lines.append("| " + " | ".join([model, arm + note, *cells]) + " |")
     return "\n".join(lines) + "\n"
 

@@ -9,7 +9,7 @@
 A recipe is a list of the commands that the README documents; they are printed as they run. What is there already is not
 made again, so a recipe that was killed goes on, stages from their last checkpoint, and recipes of one task that write into one
 folder share data and backbone. The last table says how often the model is right on pictures it has not seen: as it is, with
-its latents replaced by noise or by those of other rows, and without steps. `train.checkpoints` makes of it what is shipped.
+its latents replaced by noise or by another picture's, and without steps. `train.checkpoints` makes of it what is shipped.
 """
 
 import argparse
@@ -20,18 +20,17 @@ import sys
 import time
 from pathlib import Path
 
-from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor
 
 import train.own_models  # noqa: F401
 from conversion.commands import exit_on_error
 from conversion.writing import append_lines, lock_of, locked, write_file
-from train.answers import accuracy, conversation_of, extract_answer
 from train.deeplatent_rl.progress import describe_progress
-from train.evaluation.answering import AnswerSettings, answer_batch
-from train.evaluation.evaluation import split_batches
+from train.evaluation.answering import AnswerSettings
+from train.evaluation.evaluation import evaluate_rows
+from train.evaluation.report import describe
+from train.evaluation.rows import read_evaluation
 from train.hardware import hardware
-from train.reasoning_data import read_reasoning
 from train.tasks.families import family_of, tasks_of
 
 
@@ -315,24 +314,20 @@ ARMS: dict[str, dict] = {
 }
 
 
-def score(folder: Path, data: Path, names: tuple[str, ...] = tuple(ARMS)) -> dict[str, float]:
-    """Accuracy by arm, and that of the best constant answer.
+def score(folder: Path, data: Path, names: tuple[str, ...] = tuple(ARMS)) -> dict[str, float | None]:
+    """Accuracy by arm (None for a swap where no question has a donor), and that of the best constant answer.
 
     Args:
         names: of the arms, which are asked in this order.
     """
     model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-    samples = read_reasoning(data)
+    rows = read_evaluation([data])
     scores = {}
     for name in names:
         settings = AnswerSettings(batch_size=32, max_new_tokens=ANSWER_TOKENS, **ARMS[name])
-        answers = []
-        for seed, batch in enumerate(tqdm(split_batches(samples, settings), desc=name)):
-            conversations = [conversation_of(sample) for sample in batch]
-            answers += answer_batch(model, processor, conversations, settings, seed)
-        scores[name] = accuracy([extract_answer(answer.text) for answer in answers], samples)
-    answers = [sample.answer for sample in samples]
+        scores[name] = describe(evaluate_rows(model, processor, rows, settings, progress=True))["accuracy"]
+    answers = [row.answer for row in rows]
     scores["constant"] = max(answers.count(answer) for answer in set(answers)) / len(answers)
     return scores
 
@@ -366,7 +361,7 @@ def main() -> None:
         scores["before RL"] = score(args.output / "sft2", test, ("latents",))["latents"]
     write_file(args.output / f"{args.recipe}-scores.json", json.dumps(scores, indent=2))
     for name, value in scores.items():
-        print(f"{name:10s} {100 * value:5.1f} %")
+        print(f"{name:10s} {'no donors' if value is None else f'{100 * value:5.1f} %'}")
 
 
 if __name__ == "__main__":

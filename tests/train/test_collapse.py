@@ -1,6 +1,7 @@
 """D4 on latents whose truth is known: the same for every picture, for every picture of a task, or a picture's own."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from PIL import Image
 
 from modeling_latentvlm.trace import LatentStep
+from train.evaluation.donors import Donors
 from train.faithfulness import sensitivity
 from train.faithfulness.collapse import cosines, less_place_means, measure_collapse, share_between, spectrum
-from train.faithfulness.items import Item, NotApplicable
+from train.faithfulness.items import Item, NotApplicable, scored_row
 from train.faithfulness.sensitivity import OTHER_PICTURE, other_pictures
 from train.faithfulness.subject import Answer
 from train.reasoning_data import ReasoningSample
@@ -26,13 +28,17 @@ def gray(item: Item) -> int:
     return item.sample.images[0].getpixel((0, 0))[0]
 
 
+def item_of(sample: ReasoningSample, task: str) -> Item:
+    return Item(sample, [(0, 0, 4, 4)], row=scored_row({"task": task}, sample, "steps", Path()))
+
+
 def items(count: int = 12) -> list[Item]:
     """Pictures of one gray each, none twice; the tasks alternate."""
     found = []
     for number in range(count):
         picture = Image.new("RGB", (8, 8), (10 + 10 * number,) * 3)
-        sample = ReasoningSample([picture], "what?", [], "yes", f"row {number}")
-        found.append(Item(sample, [(0, 0, 4, 4)], task=TASKS[number % 2]))
+        sample = ReasoningSample([picture], "what?", [], f"answer {number}", f"row {number}")
+        found.append(item_of(sample, TASKS[number % 2]))
     return found
 
 
@@ -44,12 +50,13 @@ class FakeSubject:
         self.latents, self.answer_of = latents, answer
         self.clean = self.answer(None)
         self.with_latents = list(range(count))
+        self.donors = Donors([item.candidate for item in self.items], 0)
 
     def answer(self, arm, numbers=None, edit=None):
         numbers = range(len(self.items)) if numbers is None else numbers
         asked = [self.items[number] for number in numbers]
         if edit is not None:
-            asked = [Item(edit(item), task=item.task) for item in asked]
+            asked = [item_of(edit(item), item.task) for item in asked]
         return [
             Answer([0], f"\\boxed{{{self.answer_of(item)}}}", [step_of(self.latents(item))], "eos") for item in asked
         ]

@@ -1,17 +1,23 @@
 """D17 on models whose latents are known to hold the answer, one part of it, or nothing."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 
 from modeling_latentvlm.trace import LatentStep
-from train.faithfulness.items import Item, NotApplicable
+from train.faithfulness.items import Item, NotApplicable, scored_row
 from train.faithfulness.patching import change_one, measure_patching, recolor
 from train.faithfulness.subject import Answer
 from train.reasoning_data import ReasoningSample
 
 
 BOX = (0, 0, 4, 4)
+
+
+def item_of(sample: ReasoningSample, boxes: list, task: str) -> Item:
+    return Item(sample, boxes, row=scored_row({"task": task}, sample, "steps", Path()))
 
 
 def red_of(item: Item) -> float:
@@ -27,7 +33,7 @@ class FakeSubject:
         for number in range(count):
             picture = Image.new("RGB", (8, 8), (200, 20 + number, 20))
             sample = ReasoningSample([picture], "which?", [], "red", f"row {number}")
-            self.items.append(Item(sample, list(boxes), task="ab"[number % 2]))
+            self.items.append(item_of(sample, list(boxes), "ab"[number % 2]))
         self.with_latents = list(range(count))
         self.clean = self.answer(type("Clean", (), {"change": None})(), None)
 
@@ -35,7 +41,7 @@ class FakeSubject:
         answers = []
         for number in range(len(self.items)) if numbers is None else numbers:
             item = self.items[number]
-            asked = item if edit is None else Item(edit(item), item.boxes, task=item.task)
+            asked = item if edit is None else item_of(edit(item), item.boxes, item.task)
             steps = []
             for index in range(2):
                 step = LatentStep(0, index, 0, (1, 1), torch.full((1, 3), red_of(asked)), [])

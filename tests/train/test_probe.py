@@ -1,12 +1,14 @@
 """D5 on latents whose content is known: the answer at one place, split over two, only the task, or nothing."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from modeling_latentvlm.trace import LatentStep
-from train.faithfulness.items import Item, NotApplicable
+from train.faithfulness.items import Item, NotApplicable, scored_row
 from train.faithfulness.observation import Observed
 from train.faithfulness.probe import ALL, LAST, learning_curve, measure_probe, probe, shuffled_accuracy, split_folds
 from train.faithfulness.subject import Answer
@@ -25,7 +27,7 @@ def subject_of(latents, count: int = 80):
         task = list(TASKS)[number % 2]
         answer = TASKS[task][number // 2 % 2]
         sample = ReasoningSample([Image.new("RGB", (4, 4), (number, 0, 0))], "what?", [], answer, "row")
-        items.append(Item(sample, task=task))
+        items.append(Item(sample, row=scored_row({"task": task}, sample, "steps", Path())))
         values = torch.tensor(latents(task, answer, rng), dtype=torch.float32)
         clean.append(Answer([], answer, [LatentStep(0, 0, 0, (1, len(values)), values, [])], "eos"))
         noise = torch.from_numpy(rng.standard_normal(SIZE))

@@ -39,6 +39,11 @@ class Answerer:
         self.settings = AnswerSettings(**settings)
         if self.settings.repeats > 1:
             raise ValueError(f"A harness asks as often as it likes: `repeats` must be 1, got {self.settings.repeats}.")
+        if self.settings.latent_intervention == "swap":
+            raise ValueError(
+                "`latent_intervention=swap` needs questions with known answers and tasks to find donors among, which a harness does "
+                "not give: use `python -m train.evaluate`."
+            )
         self.keep_reasoning = keep_reasoning
         self.model = load_model(model, dtype, device, attn_implementation, trust_remote_code)
         self.processor = load_processor(model, trust_remote_code)

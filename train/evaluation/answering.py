@@ -2,40 +2,42 @@
 
     latents="off"             the matched arm: the same weights without latent blocks or steps
     latent_intervention=X     latents are replaced before they enter the language model (`interventions.py`). "swap" is done
-                              here (`swapping.py`): it needs no blocks that open at the same time, and keeps norms. An answer
-                              with nobody in its batch to swap with keeps its latents and says so: `not_swapped`
+                              here (`swapping.py`): donors come from the whole data (`donors`), and norms are kept. A row
+                              without a donor keeps its latents and says so: `not_swapped`. "noise" and "shuffle" are drawn for
+                              each row by itself. With `repeats` other donors, or other noise, are drawn each time
     direct=True               no reasoning in words: the answer begins with `ANSWER_PREFIX`, behind the latents that come first
                               anyway (DeepLatent: those of min_latent_blocks), and ends where the box does
 
 A model that was trained to answer directly needs no `direct`: asked the same question, it answers as it was taught.
 
 Answers are greedy unless `generate` gives a setting of sampling: `temperature=0.5 top_p=0.5 top_k=5` is the papers' decoding.
-Then `repeats` asks every question several times. What is drawn follows from the seed, the repeat and the batch.
+Then `repeats` asks every question several times. Sampled words follow from the seed, the repeat and the batch; donors and noise
+from the seed, the repeat and the row alone, so that batch size and order of the data do not matter.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.utils import logging
 
 from conversion.backbone import parse_overrides
 from evaluation.final_answer import find_box
-from modeling_latentvlm.interventions import INTERVENTIONS
-from train.answers import encode_conversations
+from modeling_latentvlm.interventions import DRAWN, INTERVENTIONS, draw_by_row
+from modeling_latentvlm.trace import LatentStep
+from train.answers import conversation_of, encode_conversations
 from train.config_overrides import fields_of
-from train.evaluation.swapping import Swap, find_donors
+from train.evaluation.donors import KINDS, draw_seed
+from train.evaluation.swapping import Swap, steps_of
 
 
 ANSWER_PREFIX = "The answer is \\boxed{"
 LATENT_STEPS = {"deeplatent": None, "lare": "num_refocus_steps", "vedas": "num_latent_steps"}  # 0: no latents
-logger = logging.get_logger(__name__)
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
-RANDOM_INTERVENTIONS = ("noise", "shuffle")
+RANDOM_INTERVENTIONS = (*DRAWN, "swap")
 OURS = (
     "do_sample",  # follows from the settings of sampling
     "max_new_tokens",
@@ -54,6 +56,13 @@ class AnswerSettings:
     latent_intervention: str | None = field(
         default=None, metadata={"help": f"Replace the latents: one of {sorted(INTERVENTIONS)}."}
     )
+    donors: str = field(
+        default="task",
+        metadata={
+            "help": f"Of a swap, one of {list(KINDS)}: another picture and answer of the same task, the same and of the same "
+            "question, or another picture of another task."
+        },
+    )
     direct: bool = field(
         default=False, metadata={"help": f"The answer begins with {ANSWER_PREFIX!r}: no reasoning in words."}
     )
@@ -65,7 +74,7 @@ class AnswerSettings:
     set: list[str] = field(
         default_factory=list, metadata={"help": "Config fields: name=value, such as num_refocus_steps=8."}
     )
-    seed: int = field(default=0, metadata={"help": "Of what is drawn, sampled words and noise, batch by batch."})
+    seed: int = field(default=0, metadata={"help": "Of what is drawn: sampled words, donors, noise."})
     repeats: int = field(default=1, metadata={"help": "How often every question is asked, where answers are drawn."})
 
     def __post_init__(self):
@@ -82,8 +91,13 @@ class AnswerSettings:
         for name in ("batch_size", "max_new_tokens", "repeats"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}.")
-        if self.latent_intervention == "swap" and self.batch_size < 2:
-            raise ValueError("`latent_intervention=swap` needs a `batch_size` of 2 or more, got 1.")
+        if self.donors not in KINDS:
+            raise ValueError(f"`donors` must be one of {list(KINDS)}, got {self.donors!r}.")
+        if self.donors != "task" and self.latent_intervention != "swap":
+            raise ValueError(
+                f"`donors` belong to `latent_intervention=swap`, but that is {self.latent_intervention!r} and `donors` is "
+                f"{self.donors!r}."
+            )
         taken = [name for name in parse_overrides(self.generate) if name in OURS]
         if taken:
             raise ValueError(
@@ -92,11 +106,18 @@ class AnswerSettings:
         is_drawn = is_sampled(parse_overrides(self.generate)) or self.latent_intervention in RANDOM_INTERVENTIONS
         if self.repeats > 1 and not is_drawn:
             raise ValueError(
-                f"`repeats` is {self.repeats}, but greedy answers are all the same: `generate` must give a `temperature`."
+                f"`repeats` is {self.repeats}, but greedy answers are all the same: `generate` must give a `temperature`, or "
+                f"`latent_intervention` be one of {sorted(RANDOM_INTERVENTIONS)}."
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return {one.name: getattr(self, one.name) for one in fields(self)}
+        """What the answers follow from. Where nothing is swapped or drawn it is what earlier versions wrote, whose runs go on."""
+        settings = {one.name: getattr(self, one.name) for one in fields(self)}
+        if self.latent_intervention != "swap":
+            del settings["donors"]
+        if self.latent_intervention in RANDOM_INTERVENTIONS:
+            settings["draws"] = "by row"
+        return settings
 
 
 def is_sampled(generate: dict[str, Any]) -> bool:
@@ -135,7 +156,7 @@ class Answer:
     num_latent_blocks: int
     num_latents: int
     stop_reason: str
-    not_swapped: bool = False  # under "swap": no other row of the batch has another picture and takes latents
+    not_swapped: bool = False  # under "swap": the data hold no donor for this row, which kept its own latents
 
 
 class AnswerPrefix(LogitsProcessor):
@@ -216,13 +237,16 @@ def answer_batch(
     settings: AnswerSettings | None = None,
     seed: int = 0,
     names: Sequence[str] | None = None,
+    lent: Sequence[list[LatentStep] | None] | None = None,
     **generate,
 ) -> list[Answer]:
     """Answer conversations; greedily, and each as it would be alone up to rounding, unless the settings sample.
 
     Args:
-        seed: of what the batch draws.
-        names: of the conversations, for messages.
+        seed: of the words that the batch samples.
+        names: what noise is drawn by; by default what each conversation shows and asks.
+        lent: for `latent_intervention="swap"`, by conversation the latents that it gets (None: it keeps its own). Who lends to
+            whom follows from the whole data: `evaluate_rows` finds the donors.
         generate: more arguments of the model's `generate`.
 
     Raises:
@@ -230,55 +254,85 @@ def answer_batch(
     """
     settings = settings or AnswerSettings()
     check_settings(model, settings)
-    inputs = encode_conversations(processor, conversations).to(model.device)
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    length, kind = inputs["input_ids"].shape[1], model.config.model_type
-    wanted = decoding_of(settings, generate)
-    if settings.latents == "off" and kind == "deeplatent":
-        wanted["max_latent_blocks"] = 0
-    if settings.direct:
-        prefix = processor.tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
-        start = getattr(model.config, "latent_start_token_id", -1)  # no token
-        wanted["logits_processor"] = LogitsProcessorList([AnswerPrefix(prefix, length, start)])
-        wanted["stopping_criteria"] = StoppingCriteriaList([BoxClosed(processor, length)])
-        wanted["max_new_tokens"] += len(prefix)
+    inputs = encode_for(model, processor, conversations)
+    length = inputs["input_ids"].shape[1]
+    wanted = arguments_of(model, processor, settings, length, generate)
+    if settings.latent_intervention == "swap":
+        if lent is None or len(lent) != len(conversations):
+            raise ValueError(
+                f"`latent_intervention=swap` needs `lent`, the latents of a donor for each of {len(conversations)} conversations, "
+                f"got {None if lent is None else len(lent)}. `evaluate_rows` and `train.evaluate` find donors in their data."
+            )
+        given = {row: steps for row, steps in enumerate(lent) if steps is not None}
+        wanted["latent_intervention"] = Swap(given, getattr(model.config, "latent_mode", None))
+    elif settings.latent_intervention in DRAWN:
+        names = names if names is not None else [describe_conversation(one) for one in conversations]
+        seeds = [draw_seed(settings.seed, name) for name in names for _ in range(num_beams(model, wanted))]
+        wanted["latent_intervention"] = draw_by_row(settings.latent_intervention, seeds)
+    elif settings.latent_intervention is not None:
+        wanted["latent_intervention"] = settings.latent_intervention
     with changed_config(model, settings):
-        if settings.latent_intervention == "swap":
-            wanted["latent_intervention"] = find_swap(model, inputs, wanted, conversations, seed)
-        elif settings.latent_intervention is not None:
-            wanted["latent_intervention"] = settings.latent_intervention
         torch.manual_seed(seed)
         output = model.generate(**inputs, **wanted, return_dict_in_generate=True)
     answers = account(model, processor, output, length, settings.direct)
     if settings.latent_intervention == "swap":
-        note_kept(answers, wanted["latent_intervention"], names)
+        for answer, steps in zip(answers, lent):
+            answer.not_swapped = steps is None
     return answers
 
 
-def find_swap(model, inputs, wanted: dict, conversations, seed: int) -> Swap:
-    """Ask once without a change for the latents that the rows are going to exchange.
+def encode_for(model, processor, conversations: Sequence[list[dict]]):
+    """Model inputs of conversations, on the model's device and in its dtype."""
+    inputs = encode_conversations(processor, conversations).to(model.device)
+    if "pixel_values" in inputs:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    return inputs
+
+
+def arguments_of(model, processor, settings: AnswerSettings, prompt_length: int, generate: dict) -> dict[str, Any]:
+    """The arguments of `generate` that the settings ask for, but for the intervention.
 
     Raises:
-        ValueError: beams, of which the first pass keeps one a row.
+        ValueError: a swap with beams, of which the donor's pass keeps one a row.
     """
-    beams = wanted.get("num_beams") or model.generation_config.num_beams or 1
-    if beams > 1:
-        raise ValueError(f"`latent_intervention=swap` is done without beams, but `num_beams` is {beams}.")
-    torch.manual_seed(seed)
-    trace = model.generate(**inputs, **wanted, return_dict_in_generate=True, output_latents=True).latent_trace
-    return Swap(trace, find_donors(trace, conversations), getattr(model.config, "latent_mode", None))
-
-
-def note_kept(answers: list[Answer], swap: Swap, names: Sequence[str] | None) -> None:
-    """Mark the answers that kept their own latents, and warn of them by name."""
-    for row in sorted(swap.kept):
-        answers[row].not_swapped = True
-        logger.warning(
-            f"{names[row] if names else f'Row {row} of the batch'}: not swapped, it keeps its own latents: no other row of "
-            "its batch has another picture and takes latents. A larger `batch_size`, or `generate` with "
-            "min_latent_blocks=1, may help."
+    wanted = decoding_of(settings, generate)
+    if settings.latent_intervention == "swap" and num_beams(model, wanted) > 1:
+        raise ValueError(
+            f"`latent_intervention=swap` is done without beams, but `num_beams` is {num_beams(model, wanted)}."
         )
+    if settings.latents == "off" and model.config.model_type == "deeplatent":
+        wanted["max_latent_blocks"] = 0
+    if settings.direct:
+        prefix = processor.tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
+        start = getattr(model.config, "latent_start_token_id", -1)  # no token
+        wanted["logits_processor"] = LogitsProcessorList([AnswerPrefix(prefix, prompt_length, start)])
+        wanted["stopping_criteria"] = StoppingCriteriaList([BoxClosed(processor, prompt_length)])
+        wanted["max_new_tokens"] += len(prefix)
+    return wanted
+
+
+def num_beams(model, wanted: dict) -> int:
+    return wanted.get("num_beams") or model.generation_config.num_beams or 1
+
+
+def describe_conversation(conversation: Sequence[dict]) -> str:
+    """What a conversation shows and asks, as a text that names it."""
+    parts = [part for message in conversation for part in message["content"]]
+    images = (part["image"] for part in parts if part["type"] == "image")
+    shown = [image if isinstance(image, str) else str(draw_seed(image.size, image.tobytes())) for image in images]
+    return "|".join([*shown, *(part["text"] for part in parts if part["type"] == "text")])
+
+
+@torch.no_grad()
+def take_latents(model, processor, rows: Sequence, settings: AnswerSettings) -> list[list[LatentStep]]:
+    """What latents rows take as the model is, asked greedily: by row their steps, on the CPU."""
+    kept = [one for one in settings.generate if one.partition("=")[0].strip() not in SAMPLING]
+    settings = replace(settings, latent_intervention=None, donors="task", repeats=1, generate=kept)
+    inputs = encode_for(model, processor, [conversation_of(row) for row in rows])
+    wanted = arguments_of(model, processor, settings, inputs["input_ids"].shape[1], {})
+    with changed_config(model, settings):
+        output = model.generate(**inputs, **wanted, return_dict_in_generate=True, output_latents=True)
+    return [steps_of(output.latent_trace, row) for row in range(len(rows))]
 
 
 def account(model, processor, output, prompt_length: int, is_direct: bool) -> list[Answer]:

@@ -1,30 +1,29 @@
 """Rows to records: batches that never change, so that neither a kill nor the number of processes changes an answer.
 
+Donors of a swap and noise follow from the rows themselves, so that the size of batches and the order of rows do not matter either.
+
 `evaluate_rows` is the whole of it for a model at hand; `train.evaluate` adds files.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
 from train.answers import conversation_of
 from train.deeplatent_rl.actions import mix
-from train.evaluation.answering import AnswerSettings, answer_batch, check_settings
+from train.evaluation.answering import AnswerSettings, answer_batch, check_settings, take_latents
 from train.evaluation.processes import Processes
 from train.evaluation.rows import EvaluationRow, answer_key
-from train.evaluation.scoring import extract, is_correct
+from train.evaluation.scoring import extract, known_answers, read_answer
+from train.evaluation.swapping import Lender
 
 
 def split_batches(rows: Sequence[EvaluationRow], settings: AnswerSettings) -> list[list[EvaluationRow]]:
-    """The batches of all rows, whoever answers them. For a swap a last row does not stay alone."""
-    size = settings.batch_size
-    batches = [list(rows[start : start + size]) for start in range(0, len(rows), size)]
-    if settings.latent_intervention == "swap" and len(batches) > 1 and len(batches[-1]) == 1:
-        alone = batches.pop()
-        batches[-1] += alone
-    return batches
+    """The batches of all rows, whoever answers them."""
+    return [list(rows[start : start + settings.batch_size]) for start in range(0, len(rows), settings.batch_size)]
 
 
 def batch_seed(settings: AnswerSettings, number: int, repeat: int) -> int:
@@ -44,7 +43,8 @@ def evaluate_rows(
 ) -> list[dict]:
     """Ask the questions and return a record of each: `correct`, `answer`, `text`, counts, `stop_reason` and `seconds`.
 
-    With `repeats` every question has several, one after the other for all questions; `repeat` counts them from 0.
+    A swap adds whose latents a row got: `donor_id`, `donor_task`, `same_answer`, whether the answer is the donor's
+    (`follows_donor`) and how often it would be by chance (`follow_chance`). With `repeats` every question has several, one after the other for all questions; `repeat` counts them from 0.
 
     Args:
         finished: records of rows that need not be asked again, by `EvaluationRow.key`, with the repeat behind it from 1 on.
@@ -57,6 +57,10 @@ def evaluate_rows(
     settings, finished, processes = settings or AnswerSettings(), finished or {}, processes or Processes()
     check_settings(model, settings)
     batches = split_batches(rows, settings)
+    known, lender = known_answers(rows), None
+    if settings.latent_intervention == "swap":
+        take = partial(take_latents, model, processor, settings=settings)
+        lender = Lender(rows, settings.donors, settings.seed, take, settings.batch_size)
     work = [(repeat, number) for repeat in range(settings.repeats) for number in range(len(batches))]
     mine = work[processes.rank :: processes.count]
     records = []
@@ -64,39 +68,70 @@ def evaluate_rows(
         for repeat, number in mine:
             batch = batches[number]
             keys = [answer_key(row.key, repeat) for row in batch]
-            known = {key: finished[key] for key in keys if key in finished}
-            if len(known) < len(batch):
+            done = {key: finished[key] for key in keys if key in finished}
+            if len(done) < len(batch):
                 # Also where only a part is missing: the answers of another batch could differ by rounding.
-                asked = ask(model, processor, batch, settings, batch_seed(settings, number, repeat))
+                seed = batch_seed(settings, number, repeat)
+                asked = ask(model, processor, batch, settings, seed, repeat, lender, known)
                 if settings.repeats > 1:
                     asked = [record | {"repeat": repeat} for record in asked]
-                new = {key: record for key, record in zip(keys, asked) if key not in known}
+                new = {key: record for key, record in zip(keys, asked) if key not in done}
                 if on_batch is not None:
                     on_batch(list(new.values()))
-                known |= new
-            records += [known[key] for key in keys]
+                done |= new
+            records += [done[key] for key in keys]
             bar.update(len(batch))
     return records
 
 
-def ask(model, processor, batch: list[EvaluationRow], settings: AnswerSettings, seed: int) -> list[dict]:
+def ask(
+    model,
+    processor,
+    batch: list[EvaluationRow],
+    settings: AnswerSettings,
+    seed: int,
+    repeat: int,
+    lender: Lender | None,
+    known: dict[str, frozenset[str]],
+) -> list[dict]:
+    """The records of a batch.
+
+    Args:
+        seed: of sampled words.
+        lender: of a swap.
+        known: by task the answers that are true of some row.
+    """
     began = time.perf_counter()
-    conversations = [conversation_of(row) for row in batch]
-    answers = answer_batch(model, processor, conversations, settings, seed, [row.origin for row in batch])
+    loans = [None] * len(batch) if lender is None else lender.lend(batch, repeat)
+    answers = answer_batch(
+        model,
+        processor,
+        [conversation_of(row) for row in batch],
+        settings,
+        seed,
+        names=[f"{row.id}|{repeat}" for row in batch],
+        lent=None if lender is None else [None if loan is None else loan.steps for loan in loans],
+    )
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds = (time.perf_counter() - began) / len(batch)
-    return [
-        {
-            "data": row.data,
-            "id": row.id,
-            "family": row.family,
-            "task": row.task,
-            "correct": is_correct(answer.text, row),
-            "answer": extract(answer.text)[0],
-            "truth": row.answer,
-            **vars(answer),
-            "seconds": round(seconds, 6),
-        }
-        for row, answer in zip(batch, answers)
-    ]
+    records = []
+    for row, answer, loan in zip(batch, answers, loans):
+        reading = read_answer(answer.text, row, known[row.task])
+        records.append(
+            {
+                "data": row.data,
+                "id": row.id,
+                "family": row.family,
+                "task": row.task,
+                "correct": reading.is_right,
+                "answer": extract(answer.text)[0],
+                "truth": row.answer,
+                "is_marked": reading.is_marked,
+                "is_valid": reading.is_valid,
+                **vars(answer),
+                **({} if loan is None else loan.record(reading)),
+                "seconds": round(seconds, 6),
+            }
+        )
+    return records

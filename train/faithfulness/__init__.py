@@ -5,7 +5,8 @@
 Each file here is one diagnostic or one thing that several need:
 
     items.py, architectures.py, subject.py   the questions; what differs between architectures; a model under study
-    arms.py, interventions_report.py         D1   replace the latents, ask again
+    arms.py, lending.py, outcomes.py, verdicts.py, interventions_report.py
+                                             D1   replace the latents, ask again, and say what may be said of it
     replacement.py                           D2   what each latent does for the answer that was given
     slots.py                                 D3   latents, markers alone, format alone, nothing
     collapse.py, sensitivity.py, edits.py    D4   do latents differ between pictures, and follow them

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoProcessor, set_seed
 from conversion.commands import exit_on_error
 from conversion.reading import check_config_file
 from train.analyses.collection import prepare_output
-from train.faithfulness.arms import ARMS
+from train.faithfulness.arms import ARMS, DRAWS
 from train.faithfulness.controls import controls_result
 from train.faithfulness.items import Item, read_items
 from train.faithfulness.report import write_report
@@ -33,6 +33,10 @@ CALLED = (
     "own_models.py",
     "reasoning_data.py",
     "analyses/collection.py",
+    "evaluation/donors.py",
+    "evaluation/report.py",
+    "evaluation/rows.py",
+    "evaluation/scoring.py",
 )  # of `train`, that diagnostics call
 
 
@@ -50,6 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
         "--min-latent-blocks", type=int, default=0, help="DeepLatent: open at least so many (default: 0)"
     )
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help=f"of D1 (default: all): {', '.join(ARMS)}")
+    parser.add_argument(
+        "--donor-draws",
+        "--donor_draws",
+        type=int,
+        default=DRAWS,
+        help=f"donors of every question in D1's arms that swap (default: {DRAWS})",
+    )
     parser.add_argument("--controls", action="store_true", help="also train and show both controls")
     parser.add_argument("--dtype", default="auto", help="of the weights (default: the checkpoint's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -72,7 +83,8 @@ def key_of(options: argparse.Namespace, items: list[Item], model, processor) -> 
         *pictures, *(path for path in ([data] if data.is_file() else data.rglob("*")) if path.is_file())
     )
     here = Path(__file__).parent
-    code = [file_digest(*here.glob("*.py"), *(here.parent / name for name in CALLED))]
+    readers = here.parent.parent / "evaluation"  # of final answers
+    code = [file_digest(*here.glob("*.py"), *readers.glob("*.py"), *(here.parent / name for name in CALLED))]
     sources = {Path(inspect.getfile(type(part))).parent for part in (model, model.config, processor)}
     code += [file_digest(*source.glob("*.py")) for source in sorted(sources)]
     libraries = [version(library) for library in ("torch", "transformers", "scikit-learn")]
@@ -82,7 +94,7 @@ def key_of(options: argparse.Namespace, items: list[Item], model, processor) -> 
 
 def main(arguments: list[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
-    for name in ("batch_size", "limit", "max_new_tokens"):
+    for name in ("batch_size", "limit", "max_new_tokens", "donor_draws"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be >= 1, got {value}.")
@@ -106,7 +118,8 @@ def main(arguments: list[str] | None = None) -> None:
         options.min_latent_blocks,
         options.seed,
     )
-    results = take_all(subject, tuple(options.arms), output / "finished", key_of(options, items, model, processor))
+    key = key_of(options, items, model, processor)
+    results = take_all(subject, tuple(options.arms), output / "finished", key, options.donor_draws)
     if options.controls:
         results.append(controls_result(output / "controls", options.seed))
     about = {
@@ -115,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         "data": options.data,
         "questions": len(items),
         "seed": options.seed,
-        "intervals": "95 %, bootstrap over questions; differences paired",
+        "intervals": "95 %; shares by Wilson, differences paired by bootstrap over questions and by Newcombe",
     }
     page, data = write_report(results, about, output)
     print(summary(results))
@@ -128,9 +141,10 @@ def summary(results) -> str:
     for result in results:
         for row in result.tables.get("arms", []) if result.name == "D1" else []:
             change = f"{row['change of accuracy']:+6.1f} [{row['low']:+.1f}, {row['high']:+.1f}]"
+            pairs = f"b {row['b']:3d} c {row['c']:3d} p {row.get('p (Holm)', 1.0):.2g}"
             lines.append(
-                f"{row['arm']:16s} {row['accuracy']:5.1f} % {change:24s} flips {row['flip rate']:.3f}  KL "
-                f"{row['KL']:.4f}"
+                f"{row['arm']:16s} {row['items']:4d} items {row['accuracy']:5.1f} % {change:24s} {pairs:24s} flips "
+                f"{row['flip rate']:.3f}  KL {row['KL']:.4f}"
             )
         lines += [f"{result.name} {note}" for note in result.notes if result.name == "D1"]
         lines += [f"{result.name} {part}: not applicable: {reason}" for part, reason in result.not_applicable.items()]

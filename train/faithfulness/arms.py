@@ -1,13 +1,13 @@
 """D1's arms: what takes the place of the latents z_1 .. z_K before the language model reads them.
 
 Each is a `Change`, so that the changed value enters the KV cache, under the same prompt, picture, token budget and greedy
-decoding. What is drawn at random depends on seed, arm, item and place alone: not on the batch, and the same in an answer
-and in its teacher-forced reading.
+decoding. What is drawn at random depends on seed, arm, item (by what it is) and place alone: not on the batch or the order of
+the data, and the same in an answer and in its teacher-forced reading. Arms of other items' latents: `lending.py`.
 
 Shapes: N latents of a step, D hidden size, M image tokens.
 """
 
-import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,23 +15,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from modeling_latentvlm.interventions import resize_latents
+from modeling_latentvlm.interventions import generator_of, resize_latents
 from modeling_latentvlm.trace import LatentStep
 from processing_latentvlm.pictures import open_picture
 from train.data import PATCH, fit_grid
+from train.evaluation.donors import draw_seed
 from train.faithfulness.items import NotApplicable
+from train.faithfulness.lending import SWAPS, Table, sham_arm, shared_arm, swap_arm
 from train.faithfulness.subject import Arm, Change, Subject, without_latents
 
 
 SMALL_CONSTANT = 0.01
 SIGMAS = (0.1, 0.3, 1.0)
 CALIBRATION = 256  # items, at most
-
-
-def generator_of(*place) -> torch.Generator:
-    """A generator that depends on nothing but `place`."""
-    digest = hashlib.blake2b("|".join(map(str, place)).encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+DRAWS = 4  # donors of an item
 
 
 def drawn(latents: Tensor, *place) -> Tensor:
@@ -40,69 +37,21 @@ def drawn(latents: Tensor, *place) -> Tensor:
 
 
 @dataclass
-class Table:
-    """Latents to be served in the place of a model's own, by item and step; resized where the grids differ."""
-
-    steps: dict[int, list[tuple[tuple[int, int], Tensor]]]  # item -> (grid, (N, D)) of its steps
-
-    def __call__(self, latents: Tensor, step: LatentStep, number: int) -> Tensor:
-        rows = self.steps[number]
-        grid, values = rows[min(step.index, len(rows) - 1)]
-        if len(latents) == 1 and grid != step.grid and grid[0] == 1:  # autoregressive: one of its block at a time
-            return values[min(step.offset, len(values) - 1)][None].to(latents)
-        return resize_latents(values.to(latents), grid, step.grid)
-
-
-def table_of(subject: Subject, donors: dict[int, int]) -> Table:
-    """The clean latents of each item's donor."""
-    return Table(
-        {
-            number: [(step.grid, step.latents) for step in subject.clean[donor].steps]
-            for number, donor in donors.items()
-        }
-    )
-
-
-@dataclass
 class Calibration:
-    """Statistics of clean latents over the first items that have any (at most `CALIBRATION`)."""
+    """Statistics of clean latents over the items that have any (at most `CALIBRATION` of them, drawn by their identities)."""
 
     mean: Tensor  # (D,)
     std: Tensor  # (D,)
     rms: float  # sqrt of the mean square of an element
-    first: Tensor  # (D,) the first latent of the first item
     num_latents: int
 
 
 def calibrate(subject: Subject) -> Calibration:
-    values = torch.cat([subject.clean[number].latents() for number in subject.with_latents[:CALIBRATION]])
+    drawn = sorted(subject.with_latents, key=lambda number: subject.items[number].identity)[:CALIBRATION]
+    values = torch.cat([subject.clean[number].latents() for number in drawn])
     return Calibration(
-        values.mean(dim=0),
-        values.std(dim=0, correction=0),
-        float(values.square().mean().sqrt()),
-        values[0],
-        len(values),
+        values.mean(dim=0), values.std(dim=0, correction=0), float(values.square().mean().sqrt()), len(values)
     )
-
-
-def choose_donors(subject: Subject) -> dict[int, int]:
-    """Per item another one, drawn at random among those with another picture, whatever its answer.
-
-    Raises:
-        NotApplicable: all pictures are one.
-    """
-    rng = np.random.default_rng(subject.seed)
-    digests = {number: subject.items[number].image_digest() for number in subject.with_latents}
-    donors = {}
-    for number in range(len(subject.items)):
-        own = digests.get(number) or subject.items[number].image_digest()
-        others = [other for other, digest in digests.items() if digest != own]
-        if not others:
-            raise NotApplicable(
-                "all questions with latents are about one picture, so that no other can lend its latents"
-            )
-        donors[number] = int(rng.choice(others))
-    return donors
 
 
 def first_repeat() -> Change:
@@ -122,7 +71,7 @@ def region_table(subject: Subject) -> Table:
     steps = {}
     for batch in subject.batches("reading image features"):
         for number, features in zip(batch, subject.image_features(batch)):
-            rng = np.random.default_rng([subject.seed, number])
+            rng = np.random.default_rng(draw_seed(subject.seed, subject.items[number].identity))
             steps[number] = [
                 (step.grid, random_window(features, step, rng)) for step in subject.clean[number].steps
             ] or [((1, 1), features[:1])]
@@ -192,30 +141,51 @@ def dummy_arm(subject: Subject) -> Arm:
     return Arm("dummy", title, constant(pad_embedding(subject)))
 
 
-def build_arms(subject: Subject, calibration: Calibration) -> dict[str, Arm | str]:
-    """All arms by name; in the place of one that makes no sense here the reason."""
-    seed = subject.seed
+def build_arms(
+    subject: Subject, calibration: Calibration, draws: int = DRAWS, names: tuple[str, ...] | None = None
+) -> dict[str, Arm | str]:
+    """Arms by name, by default all; in the place of one that makes no sense here the reason.
+
+    Args:
+        draws: donors of each item in the arms that swap.
+    """
+    random = random_arms(subject, calibration)
+    makers: dict[str, Callable[[], Arm]] = {
+        "sham": lambda: sham_arm(subject),
+        "zero": lambda: Arm("zero", "zeros", constant(0.0)),
+        "constant": lambda: Arm("constant", f"every element {SMALL_CONSTANT}", constant(SMALL_CONSTANT)),
+        "shared": lambda: shared_arm(subject),
+        **{name: lambda arm=arm: arm for name, arm in random.items()},
+        "first_repeat": lambda: Arm("first_repeat", "z_1 of the same answer at every place", first_repeat()),
+        **{name: lambda name=name: swap_arm(subject, name, draws) for name in SWAPS},
+        "region": lambda: Arm(
+            "region", "features of a random window of the item's own picture", region_table(subject)
+        ),
+        "oracle": lambda: oracle(subject),
+        "skip": lambda: without_latents(subject.architecture),
+        "dummy": lambda: dummy_arm(subject),
+    }
+    return {name: attempt(makers[name]) for name in ARMS if names is None or name in names}
+
+
+def random_arms(subject: Subject, calibration: Calibration) -> dict[str, Arm]:
+    """The arms that draw noise, each value by what the item is and by its place."""
+    names, rms = [item.identity for item in subject.items], calibration.rms
+
+    def place(name: str, step: LatentStep, number: int) -> tuple:
+        return subject.seed, name, names[number], step.index, step.offset
 
     def noisy(name: str, sigma: float) -> Change:
-        return lambda latents, step, number: (
-            latents + sigma * drawn(latents, seed, name, number, step.index, step.offset)
-        )
+        return lambda latents, step, number: latents + sigma * drawn(latents, *place(name, step, number))
 
     def gaussian(name: str, mean: Tensor | float, std: Tensor | float) -> Change:
         def change(latents: Tensor, step: LatentStep, number: int) -> Tensor:
-            values = drawn(latents.float(), seed, name, number, step.index, step.offset)
+            values = drawn(latents.float(), *place(name, step, number))
             return torch.as_tensor(mean).to(values) + torch.as_tensor(std).to(values) * values
 
         return change
 
-    rms = calibration.rms
-    arms: dict[str, Arm | str] = {
-        "zero": Arm("zero", "zeros", constant(0.0)),
-        "constant": Arm("constant", f"every element {SMALL_CONSTANT}", constant(SMALL_CONSTANT)),
-        "shared": Arm(
-            "shared", "one latent, of the first item, for all items and places", constant(calibration.first)
-        ),
-    }
+    arms = {}
     for sigma in SIGMAS:
         name = f"noise_{sigma}"
         title = f"z + N(0, {sigma}^2), that is {sigma / max(rms, 1e-12):.2g} RMS(z)"
@@ -227,12 +197,6 @@ def build_arms(subject: Subject, calibration: Calibration) -> dict[str, Arm | st
     matched = gaussian("matched", calibration.mean, calibration.std)
     arms["gaussian"] = Arm("gaussian", "N(0, 1)", gaussian("gaussian", 0.0, 1.0))
     arms["matched"] = Arm("matched", "Gaussian with mean and variance of each dimension of the latents", matched)
-    arms["first_repeat"] = Arm("first_repeat", "z_1 of the same answer at every place", first_repeat())
-    arms["swap"] = attempt(lambda: Arm("swap", "z_t of another item", table_of(subject, choose_donors(subject))))
-    arms["region"] = Arm("region", "features of a random window of the item's own picture", region_table(subject))
-    arms["oracle"] = attempt(lambda: oracle(subject))
-    arms["skip"] = without_latents(subject.architecture)
-    arms["dummy"] = dummy_arm(subject)
     return arms
 
 
@@ -249,7 +213,7 @@ def attempt(build) -> Arm | str:
 
 
 ARMS = (
-    *("zero", "constant", "shared", *(f"noise_{sigma}" for sigma in SIGMAS)),
+    *("sham", "zero", "constant", "shared", *(f"noise_{sigma}" for sigma in SIGMAS)),
     *(f"noise_{sigma}_rms" for sigma in SIGMAS),
-    *("gaussian", "matched", "first_repeat", "swap", "region", "oracle", "skip", "dummy"),
+    *("gaussian", "matched", "first_repeat", *SWAPS, "region", "oracle", "skip", "dummy"),
 )

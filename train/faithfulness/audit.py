@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 
 from train.faithfulness.result import Curve, Result
+from train.faithfulness.statistics import share_interval
 from train.faithfulness.subject import Answer, Subject
 
 
@@ -32,13 +33,28 @@ def audit(answers: list[Answer]) -> dict:
     }
 
 
+def audit_items(subject: Subject, numbers: list[int]) -> dict:
+    """`audit` of some items, with the interval of the share that entered latent mode and the form of their answers."""
+    answers = [subject.clean[number] for number in numbers]
+    readings = subject.readings(answers, numbers)
+    _, low, high = share_interval([[bool(answer.steps)] for answer in answers])
+    return audit(answers) | {
+        "in latent mode, low": low,
+        "in latent mode, high": high,
+        "no box": sum(not reading.is_marked for reading in readings),
+        "outside choices": sum(not reading.is_valid for reading in readings),
+    }
+
+
 def measure_invocation(subject: Subject) -> Result:
     counts = Counter(len(answer.steps) for answer in subject.clean)
     result = Result(
         "D12",
         "D12: is latent mode entered?",
         "Share of items with latents, how many, their share of all positions of the answers, and why answers end.",
-        tables={"audit": [audit(subject.clean)]},
+        tables={
+            "audit": [{"task": task} | audit_items(subject, numbers) for task, numbers in subject.tasks().items()]
+        },
         curves=[
             Curve(
                 "blocks or steps an item",

@@ -1,69 +1,71 @@
 """D1: replace the latents and ask again.
 
-For an arm with replacements z^ of the latents z, over N items with answers a (clean) and a^ (arm), right or wrong:
-
-    change of accuracy   mean of [a^ right] - [a right], with a paired bootstrap interval over items
-    flip rate            share of items with a^ != a
-    KL                   mean over items of the mean over answer tokens i of KL(p(.|x, z, a_<i) || p(.|x, z^, a_<i)), in nats:
-                         teacher-forced on the clean answer a, over its tokens behind the first latent
+What is measured: `outcomes.py`. What takes the place of latents: `arms.py` and `lending.py`. What may be said of it:
+`verdicts.py`. Items that took no latents are shown apart: nothing that is done to latents can change them.
 
 (CapImagine 2602.22766; PRISM 2606.05753; Ablate-to-Validate 2605.21642; What's Holding Back 2605.18445.)
 """
 
-import math
 from collections import Counter
 
 from evaluation.final_answer import normalize
-from train.faithfulness.arms import ARMS, build_arms, calibrate, choose_donors
+from train.faithfulness.arms import ARMS, DRAWS, build_arms, calibrate
+from train.faithfulness.lending import SWAPS
+from train.faithfulness.outcomes import Outcome, describe_group, follow, list_donors, observe_arms
 from train.faithfulness.result import Curve, Result
-from train.faithfulness.statistics import mean_interval, paired
-from train.faithfulness.subject import CLEAN, Answer, Arm, Score, Subject
+from train.faithfulness.statistics import share_interval
+from train.faithfulness.subject import CLEAN, Arm, Subject, without_latents
+from train.faithfulness.verdicts import MARGIN, MIN_DISCORDANT, verdict
 
 
 TITLE = "D1: replace the latents"
-CONTENT_ARMS = ("shared", "matched", "swap")  # as the latents in size and distribution, but nothing of this picture
+DEFINITION = (
+    "Other values take the place of all latents before the language model reads them; question, picture, budget and greedy decoding "
+    "stay. Over items with latents. Change of accuracy in points, low and high by a paired bootstrap over items (and draws), score "
+    "low and high by Newcombe of the first draw; b, c: items of the first draw that are right clean alone and under the arm alone, p: "
+    "McNemar, exact, then raised by Holm for the number of arms; detectable: the loss that would be found in 4 of 5 cases. Intervals "
+    "of accuracy and flip rate by Wilson. KL is teacher-forced on the clean answer, over its tokens behind the first latent, in nats "
+    "per token. No box: answers without a box or another mark of the final answer."
+)
 
 
-def measure_interventions(subject: Subject, names: tuple[str, ...] = ARMS) -> Result:
+def measure_interventions(subject: Subject, names: tuple[str, ...] = ARMS, draws: int = DRAWS) -> Result:
     """Ask all questions under every arm.
 
+    Args:
+        draws: donors of each item in the arms that swap.
+
     Raises:
-        ValueError: an arm that does not exist.
+        ValueError: an arm that does not exist, or no draw.
     """
     unknown = sorted(set(names) - set(ARMS))
     if unknown:
         raise ValueError(f"`arms` must be of {list(ARMS)}, got {unknown}.")
-    subject.with_latents  # noqa: B018 - raises where there is nothing to replace
+    if draws < 1:
+        raise ValueError(f"`draws` must be >= 1, got {draws}.")
+    numbers = subject.with_latents
     calibration = calibrate(subject)
-    built = {name: arm for name, arm in build_arms(subject, calibration).items() if name in names}
-    arms = [arm for arm in built.values() if isinstance(arm, Arm)]
-    answers = {CLEAN.name: subject.clean} | {arm.name: subject.ask(arm) for arm in arms}
-    scores = score_arms(subject, arms)
-    rows = [describe(subject, CLEAN, answers, scores)] + [describe(subject, arm, answers, scores) for arm in arms]
+    built = build_arms(subject, calibration, draws, names)
+    outcomes = observe_arms(subject, [arm for arm in built.values() if isinstance(arm, Arm)])
+    groups = {name: describe_group(subject, outcomes, part) for name, part in subject.tasks(numbers).items()}
     result = Result(
         "D1",
         TITLE,
-        "Other values take the place of all latents before the language model reads them; "
-        "question, picture, budget and greedy "
-        "decoding stay. KL is teacher-forced on the clean answer, over its tokens behind the first "
-        "latent, in nats per token.",
-        tables={"arms": rows, "latents": [latent_statistics(subject, calibration)]},
+        DEFINITION,
+        tables={"arms": groups["all"], "latents": [latent_statistics(subject, calibration)]},
         not_applicable={name: arm for name, arm in built.items() if isinstance(arm, str)},
     )
-    changes = [(row["arm"], row["change of accuracy"], row["low"], row["high"]) for row in rows[1:]]
-    result.curves = [
-        Curve("change of accuracy against the clean run", "arm", "points", {"change": changes}, "bar"),
-        Curve(
-            "flip rate",
-            "arm",
-            "share of items",
-            {"flips": [(row["arm"], row["flip rate"]) for row in rows[1:]]},
-            "bar",
-        ),
+    by_task = [{"task": task} | row for task, rows in groups.items() if task != "all" for row in rows]
+    if by_task:
+        result.tables["arms by task"] = by_task
+    result.curves = draw_curves(groups["all"])
+    add_swaps(subject, outcomes, result)
+    if len(numbers) < len(subject.items):
+        result.tables["items without latents"] = describe_others(subject)
+    result.notes = [
+        f"{'' if task == 'all' else f'{task}: '}{verdict(rows)}" for task, rows in groups.items() if len(rows) > 1
     ]
-    if "swap" in answers:
-        result.tables["swap"] = [follow(subject, answers["swap"])]
-    result.notes = [verdict(rows), chance_note(subject)]
+    result.notes += [margin_note(), chance_note(subject)]
     if getattr(subject.model.config, "routing_scope", None) == "reference":
         result.notes.append(
             'With `routing_scope="reference"` later tokens change earlier ones, so KL is not that of the decoding loop.'
@@ -71,66 +73,48 @@ def measure_interventions(subject: Subject, names: tuple[str, ...] = ARMS) -> Re
     return result
 
 
-def score_arms(subject: Subject, arms: list[Arm]) -> dict[str, list[Score]]:
-    everywhere = [arm for arm in arms if arm.only is None]
-    scores = subject.score([CLEAN, *everywhere], "reading the clean answers")
-    for arm in arms:
-        if arm.only is not None:
-            own = Arm(
-                arm.name,
-                arm.title,
-                lambda latents, step, number, arm=arm: (
-                    arm.change(latents, step, number) if number in arm.only else latents
-                ),
-            )
-            scores[arm.name] = subject.score([CLEAN, own])[arm.name]
-    return scores
-
-
-def describe(subject: Subject, arm: Arm, answers: dict[str, list[Answer]], scores: dict[str, list[Score]]) -> dict:
-    numbers = sorted(arm.only) if arm.only is not None else list(range(len(subject.items)))
-    mine, clean = ([answers[name][number] for number in numbers] for name in (arm.name, CLEAN.name))
-    right, clean_right = subject.is_right(mine, numbers), subject.is_right(clean, numbers)
-    accuracy, low_accuracy, high_accuracy = mean_interval(right, subject.seed)
-    change, low, high = paired(right, clean_right, subject.seed)
-    flips = [one.text != other.text for one, other in zip(mine, clean)]
-    asked = set(numbers)
-    kl, _, _ = mean_interval(
-        [score.kl for number, score in zip(subject.with_latents, scores[arm.name]) if number in asked], subject.seed
-    )
-    return {
-        "arm": arm.name,
-        "what": arm.title,
-        "items": len(numbers),
-        "accuracy": 100 * accuracy,
-        "accuracy low": 100 * low_accuracy,
-        "accuracy high": 100 * high_accuracy,
-        "change of accuracy": 100 * change,
-        "low": 100 * low,
-        "high": 100 * high,
-        "flip rate": sum(flips) / len(flips),
-        "KL": kl,
-    }
-
-
-def follow(subject: Subject, swapped: list[Answer]) -> dict:
-    """Does the answer become the donor's? Over items that took latents, and whose donor answered otherwise."""
-    donors = choose_donors(subject)
-    differing = [
-        number for number in subject.with_latents if subject.clean[donors[number]].text != subject.clean[number].text
+def draw_curves(rows: list[dict]) -> list[Curve]:
+    changes = [(row["arm"], row["change of accuracy"], row["low"], row["high"]) for row in rows[1:]]
+    flips = [(row["arm"], row["flip rate"], row["flip low"], row["flip high"]) for row in rows[1:]]
+    return [
+        Curve("change of accuracy against the clean run", "arm", "points", {"change": changes}, "bar"),
+        Curve("flip rate", "arm", "share of answers", {"flips": flips}, "bar"),
     ]
-    followed = [swapped[number].text == subject.clean[donors[number]].text for number in differing]
-    kept = [swapped[number].text == subject.clean[number].text for number in differing]
-    return {
-        "items whose donor answers otherwise": len(differing),
-        "answer becomes the donor's": sum(followed) / len(differing) if differing else math.nan,
-        "answer stays": sum(kept) / len(differing) if differing else math.nan,
-    }
+
+
+def add_swaps(subject: Subject, outcomes: dict[str, Outcome], result: Result) -> None:
+    """How often answers become the donor's, in all and by task; in the JSON alone every donor."""
+    rows, donors = [], []
+    for name in SWAPS:
+        if name not in outcomes:
+            continue
+        donors += list_donors(subject, outcomes[name])
+        for task, numbers in subject.tasks(outcomes[name].numbers).items():
+            rows.append({"task": task} | follow(subject, outcomes[name].of(numbers)))
+    if rows:
+        result.tables["swap"] = rows
+        result.details["donors"] = donors
+
+
+def describe_others(subject: Subject) -> list[dict]:
+    """The items that took no latents, beside those that did: as they are, and with latents disabled."""
+    numbers = set(subject.with_latents)
+    groups = {"with latents": numbers, "without latents": set(range(len(subject.items))) - numbers}
+    off = subject.ask(without_latents(subject.architecture))
+    rows = []
+    for name, found in ((CLEAN.name, subject.clean), ("skip", off)):
+        right = subject.is_right(found)
+        for group, members in groups.items():
+            accuracy, low, high = share_interval([[right[number]] for number in sorted(members)])
+            row = {"arm": name, "items that are": group, "items": len(members), "accuracy": 100 * accuracy}
+            rows.append(row | {"accuracy low": 100 * low, "accuracy high": 100 * high})
+    return rows
 
 
 def latent_statistics(subject: Subject, calibration) -> dict:
     return {
         "items with latents": len(subject.with_latents),
+        "items without": len(subject.items) - len(subject.with_latents),
         "calibration latents": calibration.num_latents,
         "RMS(z)": calibration.rms,
         "mean norm": calibration.rms * len(calibration.mean) ** 0.5,
@@ -138,25 +122,14 @@ def latent_statistics(subject: Subject, calibration) -> dict:
     }
 
 
-def verdict(rows: list[dict]) -> str:
-    """What the arms that keep size and distribution say about the content of the latents."""
-    content = [row for row in rows if row["arm"] in CONTENT_ARMS]
-    if not content:
-        return "None of the arms that keep size and distribution of the latents was asked for."
-    lost = [row for row in content if row["high"] < 0]
-    if len(lost) == len(content):
-        return "The content of the latents is used: every arm that keeps their size or distribution and not their content loses."
-    if not lost:
-        moved = max(row["flip rate"] for row in content)
-        change = "hardly an answer changes" if moved < 0.05 else f"up to {100 * moved:.1f} % of the answers change"
-        return (
-            f"No loss was measured where latents keep size or distribution and lose their content "
-            f"({', '.join(row['arm'] for row in content)}): {change}."
-        )
-    return f"Mixed: {', '.join(row['arm'] for row in lost)} lose(s), the other arms that keep the distribution do not."
+def margin_note() -> str:
+    return (
+        f"A loss needs {MIN_DISCORDANT} items that are right in one of both alone, p < 0.05 after Holm and an interval below zero; no "
+        f"loss needs that one of more than {MARGIN:g} points is excluded."
+    )
 
 
 def chance_note(subject: Subject) -> str:
     answers = Counter(normalize(item.answer) for item in subject.items)
-    answer, count = answers.most_common(1)[0]
+    answer, count = min(answers.items(), key=lambda one: (-one[1], one[0]))  # in any order of the data
     return f"The best constant answer ({answer!r}) has {100 * count / len(subject.items):.1f} %."

@@ -2,11 +2,16 @@
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
+from train.evaluation.donors import Candidate, digest_images
+from train.evaluation.rows import EvaluationRow, build_row, fields_of
+from train.evaluation.scoring import truth_form
 from train.reasoning_data import ReasoningSample, adapt, read_rows
 
 
+NO_ID = "-"
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the first image
 
 
@@ -16,14 +21,44 @@ class NotApplicable(Exception):
 
 @dataclass
 class Item:
+    """One question.
+
+    Attributes:
+        row: how its answers are read and compared, as in `train.evaluate`; without one the answer is a text of the task "all".
+    """
+
     sample: ReasoningSample
     boxes: list[Box] = field(default_factory=list)  # what has to be looked at
     assistant_images: list[str] = field(default_factory=list)  # pictures looked at on the way, in order
-    task: str = ""  # as the data name it; items of one task are compared with each other
+    row: EvaluationRow | None = None
+
+    def __post_init__(self):
+        if self.row is None:
+            self.row = scored_row({"task": "all"}, self.sample, "steps", Path())
 
     @property
     def answer(self) -> str:
         return self.sample.answer
+
+    @property
+    def task(self) -> str:
+        return self.row.task
+
+    @property
+    def name(self) -> str:
+        """The id that the data give, or else where the question stands."""
+        return self.row.id if self.row.id != NO_ID else self.sample.origin
+
+    @property
+    def identity(self) -> str:
+        """What the question is, wherever it stands in a file: what is drawn for it follows from this."""
+        return self.candidate.identity
+
+    @cached_property
+    def candidate(self) -> Candidate:
+        """The question as the choice of donors sees it."""
+        pictures = frozenset(self.image_digests())
+        return Candidate(self.row.id, self.task, self.sample.question, truth_form(self.row), pictures)
 
     def image_digest(self) -> str:
         """Of all images together."""
@@ -31,8 +66,27 @@ class Item:
 
     def image_digests(self) -> list[str]:
         """Of every image by itself, in order."""
-        images = self.sample.load_images()
-        return [hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest() for image in images]
+        return digest_images(self.sample)
+
+
+def scored_row(row: dict, sample: ReasoningSample, data_format: str, path: Path) -> EvaluationRow:
+    """A row of the data as `train.evaluate` reads it: which answers it allows, and when one is right.
+
+    Raises:
+        ValueError: its answer is none of its choices, or no number where one is asked for.
+    """
+    fields = fields_of(row, path, sample.origin)
+    if data_format != "steps":
+        fields["is_lettered"] = bool(fields["choices"])  # they stand in the question
+    given = fields["id"]
+    fields |= {
+        "id": str(given) if isinstance(given, str | int) and str(given).strip() else NO_ID,
+        "question": sample.question,
+        "answer": sample.answer,
+        "above": [],
+        "images": [],
+    }
+    return build_row(fields, path, sample.origin, None, None)
 
 
 def read_items(path: str | Path, data_format: str, split: str, limit: int | None) -> list[Item]:
@@ -52,7 +106,7 @@ def read_items(path: str | Path, data_format: str, split: str, limit: int | None
         missing = [name for name in pictures if not Path(name).is_file()]
         if missing:
             raise ValueError(f"{origin}: `assistant_images` must name files that are there, but {missing[0]} is not.")
-        items.append(Item(sample, boxes, pictures, str(row.get("task") or "")))
+        items.append(Item(sample, boxes, pictures, scored_row(row, sample, data_format, path)))
         if limit is not None and len(items) == limit:
             break
     if len(items) < 4:

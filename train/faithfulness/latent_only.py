@@ -17,10 +17,10 @@ from dataclasses import replace
 from PIL import Image
 
 from evaluation.final_answer import normalize
-from train.faithfulness.arms import choose_donors, table_of
 from train.faithfulness.attention_cut import answer_cut
 from train.faithfulness.collapse import tasks_of
 from train.faithfulness.items import Item, NotApplicable
+from train.faithfulness.lending import table_of
 from train.faithfulness.result import Curve, Result
 from train.faithfulness.statistics import mean_interval
 from train.faithfulness.subject import Answer, Arm, Subject
@@ -40,8 +40,8 @@ def served_arms(subject: Subject) -> dict[str, tuple[Arm, dict[int, int]]]:
     """By whose latents are served the arm, and by item the item that lends them."""
     numbers = subject.with_latents
     arms = {"own": {number: number for number in numbers}}
-    donors = choose_donors(subject)
-    lent = {number: donors[number] for number in numbers if number in donors}
+    orders = {number: subject.donors.order(number, "task") for number in numbers}
+    lent = {number: order[0] for number, order in orders.items() if order}
     if lent:
         arms["another's"] = lent
     return {

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from modeling_latentvlm.saliency import SaliencyRecorder, attention_row, record_attention
-from train.faithfulness.arms import table_of
 from train.faithfulness.columns import ANSWER, IMAGE, KINDS, LATENT, TEXT, ColumnKinds
+from train.faithfulness.lending import table_of
 from train.faithfulness.subject import Arm, Subject
 
 

@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from train.faithfulness.arms import Table
 from train.faithfulness.collapse import tasks_of
 from train.faithfulness.edits import edit_sample, turn_hues
 from train.faithfulness.items import Item, NotApplicable
+from train.faithfulness.lending import Table
 from train.faithfulness.result import Curve, Result
 from train.faithfulness.statistics import mean_interval
 from train.faithfulness.subject import CLEAN, Answer, Arm, Subject

@@ -10,8 +10,9 @@ k latents that the answer attends most (and, to compare, least), k = 0..K.
 import numpy as np
 import torch
 
-from train.faithfulness.arms import Calibration, Table, calibrate, table_of
+from train.faithfulness.arms import Calibration, calibrate
 from train.faithfulness.columns import ANSWER
+from train.faithfulness.lending import Table, table_of
 from train.faithfulness.observation import Observed
 from train.faithfulness.result import Curve, Result
 from train.faithfulness.statistics import mean_interval
@@ -76,18 +77,28 @@ def measure_replacement(subject: Subject, observed: dict[int, Observed]) -> Resu
     return summarize(subject, scores, units, most, shares, counts)
 
 
+def describe_units(subject: Subject, scores: dict, units: dict, most: int, members: list[int]) -> list[dict]:
+    """u_t of some items, a row for each unit of latents that any of them has."""
+    numbers, wanted, rows = subject.with_latents, set(members), []
+    base = np.array([score.logprob for score in scores["replay"]])
+    for unit in range(most):
+        values = np.array([score.logprob for score in scores[f"u{unit}"]])
+        has_unit = np.array([number in wanted and unit < len(units[number]) for number in numbers])
+        if not has_unit.any():
+            continue
+        mean, low, high = mean_interval((base - values)[has_unit], subject.seed)
+        example = next(units[number][unit] for number, kept in zip(numbers, has_unit) if kept)
+        label = str(example[0] + 1) if len(example) == 1 else f"{example[0] + 1}-{example[-1] + 1}"
+        rows.append({"latents": label, "items": int(has_unit.sum()), "u_t": mean, "low": low, "high": high})
+    return rows
+
+
 def summarize(subject: Subject, scores: dict, units: dict, most: int, shares, counts: dict) -> Result:
     numbers, seed = subject.with_latents, subject.seed
     base = np.array([score.logprob for score in scores["replay"]])
     drift = np.abs(base - np.array([score.logprob for score in scores["clean"]]))
-    rows = []
-    for unit in range(most):
-        values = np.array([score.logprob for score in scores[f"u{unit}"]])
-        has_unit = np.array([unit < len(units[number]) for number in numbers])
-        mean, low, high = mean_interval((base - values)[has_unit], seed)
-        example = next(units[number][unit] for number, kept in zip(numbers, has_unit) if kept)
-        label = str(example[0] + 1) if len(example) == 1 else f"{example[0] + 1}-{example[-1] + 1}"
-        rows.append({"latents": label, "items": int(has_unit.sum()), "u_t": mean, "low": low, "high": high})
+    groups = subject.tasks(numbers)
+    tables = {name: describe_units(subject, scores, units, most, members) for name, members in groups.items()}
     curves = {}
     for order in ("most", "least"):
         points = []
@@ -112,7 +123,10 @@ def summarize(subject: Subject, scores: dict, units: dict, most: int, shares, co
         "D2: what each latent does for the answer that was given",
         "u_t = ln pi(o*|x, z) - ln pi(o*|x, z with z_t replaced by the mean latent), o* the clean "
         "answer, nats; other latents as recorded.",
-        tables={"u_t": rows},
+        tables={
+            "u_t": tables["all"],
+            "u_t by task": [{"task": task} | row for task, rows in tables.items() if task != "all" for row in rows],
+        },
         curves=[
             Curve(
                 "replacing latents in the order of the answer's attention",

@@ -23,6 +23,7 @@ class Result:
     curves: list[Curve] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # how to read it; what was left out
     not_applicable: dict[str, str] = field(default_factory=dict)  # part (or "all") -> reason
+    details: dict[str, list[dict]] = field(default_factory=dict)  # rows for the JSON, too many for the page
 
     def record(self) -> dict:
         return asdict(self)

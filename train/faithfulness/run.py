@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from conversion.writing import write_file
+from train.faithfulness.arms import DRAWS
 from train.faithfulness.attention import measure_attention
 from train.faithfulness.audit import measure_invocation
 from train.faithfulness.collapse import measure_collapse
@@ -36,8 +37,8 @@ from train.faithfulness.subject import Subject
 class Study:
     """A subject, and what is seen inside it, read when a diagnostic first needs it."""
 
-    def __init__(self, subject: Subject, arms: tuple[str, ...]):
-        self.subject, self.arms = subject, arms
+    def __init__(self, subject: Subject, arms: tuple[str, ...], draws: int = DRAWS):
+        self.subject, self.arms, self.draws = subject, arms, draws
 
     @cached_property
     def observed(self) -> dict[int, Observed]:
@@ -46,7 +47,7 @@ class Study:
 
 DIAGNOSTICS: dict[str, tuple[str, Callable[[Study], Result]]] = {
     "D12": ("is latent mode entered?", lambda study: measure_invocation(study.subject)),
-    "D1": ("replace the latents", lambda study: measure_interventions(study.subject, study.arms)),
+    "D1": ("replace the latents", lambda study: measure_interventions(study.subject, study.arms, study.draws)),
     "D2": ("what each latent does", lambda study: measure_replacement(study.subject, study.observed)),
     "D3": ("latents, slots, markers, format", lambda study: measure_slots(study.subject)),
     "D4": ("collapse", lambda study: measure_collapse(study.subject, study.observed)),
@@ -62,12 +63,22 @@ DIAGNOSTICS: dict[str, tuple[str, Callable[[Study], Result]]] = {
 }
 
 
-def take_all(subject: Subject, arms: tuple[str, ...], cache: Path | None = None, key: str = "") -> list[Result]:
-    """All diagnostics in order; one that makes no sense for this subject says why."""
-    study, results = Study(subject, arms), []
+def take_all(
+    subject: Subject, arms: tuple[str, ...], cache: Path | None = None, key: str = "", draws: int = DRAWS
+) -> list[Result]:
+    """All diagnostics in order; one that makes no sense for this subject says why.
+
+    Args:
+        draws: donors of each item in D1's arms that swap.
+    """
+    study, results = Study(subject, arms, draws), []
     for name in (progress := tqdm(DIAGNOSTICS, desc="diagnostics")):
         progress.set_postfix_str(name)
-        file = None if cache is None else cache / f"{name}-{digest(key, name, arms if name == 'D1' else ())}.json"
+        file = (
+            None
+            if cache is None
+            else cache / f"{name}-{digest(key, name, (arms, draws) if name == 'D1' else ())}.json"
+        )
         if file is not None and file.is_file():
             results.append(Result.of(json.loads(file.read_text(encoding="utf-8"), parse_constant=float)))
             continue

@@ -46,7 +46,7 @@ def add_sensitivity(subject: Subject, tasks: dict[str, list[int]], result: Resul
         answers = subject.answer(CLEAN, numbers, edit=lambda item: asked[id(item)])
         rows += sensitivity_rows(subject, tasks, OTHER_PICTURE, "baseline", answers, numbers)
     else:
-        result.not_applicable[OTHER_PICTURE] = "no task has questions about two pictures"
+        result.not_applicable[OTHER_PICTURE] = "no task has questions about two pictures with different answers"
     for row in rows:
         if row["kind"] == "augmentation" and row["answers changed"] > MOST_CHANGED:
             row["kind"] = "edit (meant as an augmentation)"
@@ -59,20 +59,14 @@ def add_sensitivity(subject: Subject, tasks: dict[str, list[int]], result: Resul
 
 
 def other_pictures(subject: Subject, tasks: dict[str, list[int]]) -> dict[int, ReasoningSample]:
-    """By item its question about the pictures of another item of its task, drawn by the subject's seed."""
+    """By item its question about the pictures of another item of its task: the first donor with as many of them."""
     lent = {}
     for numbers in tasks.values():
-        digests = {number: subject.items[number].image_digest() for number in numbers}
         for number in numbers:
             own = subject.items[number].sample
-            others = [
-                other
-                for other in numbers
-                if digests[other] != digests[number] and len(subject.items[other].sample.images) == len(own.images)
-            ]
-            if others:
-                rng = np.random.default_rng([subject.seed, number])
-                donor = subject.items[int(rng.choice(others))].sample
+            donors = (subject.items[donor].sample for donor in subject.donors.order(number, "task"))
+            donor = next((one for one in donors if len(one.images) == len(own.images)), None)
+            if donor is not None:
                 lent[number] = replace(own, images=donor.images)
     return lent
 

@@ -6,17 +6,19 @@ markers only   the tokens around latents, and none between
 format only    neither; but the answer begins with the words that all answers to these questions lead up to theirs with
 nothing        K = 0
 
-share of the gain kept = (Acc(arm) - Acc(nothing)) / (Acc(with latents) - Acc(nothing))
+share of the gain kept = (Acc(arm) - Acc(nothing)) / (Acc(with latents) - Acc(nothing)), with its bootstrap interval
 """
 
-import math
 import os
+
+import numpy as np
 
 from train.faithfulness.architectures import put_before
 from train.faithfulness.arms import dummy_arm
 from train.faithfulness.items import NotApplicable
+from train.faithfulness.outcomes import count_pairs
 from train.faithfulness.result import Curve, Result
-from train.faithfulness.statistics import mean_interval, paired
+from train.faithfulness.statistics import gain_kept, holm, mcnemar, paired, share_interval
 from train.faithfulness.subject import Answer, Arm, Subject, without_latents
 
 
@@ -36,7 +38,11 @@ def measure_slots(subject: Subject) -> Result:
             answers[name] = attempt(subject)
         except NotApplicable as reason:
             result.not_applicable[name] = str(reason)
-    result.tables["arms"] = rows = compare(subject, answers)
+    groups = {name: compare(subject, answers, numbers) for name, numbers in subject.tasks().items()}
+    result.tables["arms"] = rows = groups["all"]
+    by_task = [{"task": task} | row for task, found in groups.items() if task != "all" for row in found]
+    if by_task:
+        result.tables["arms by task"] = by_task
     points = [(row["arm"], row["accuracy"], row["accuracy low"], row["accuracy high"]) for row in rows]
     result.curves = [Curve("accuracy", "arm", "%", {"accuracy": points}, "bar")]
     if rows[0]["low, against nothing"] <= 0:
@@ -44,27 +50,41 @@ def measure_slots(subject: Subject) -> Result:
     return result
 
 
-def compare(subject: Subject, answers: dict[str, list[Answer]]) -> list[dict]:
-    right = {name: subject.is_right(found) for name, found in answers.items()}
-    gain, low_gain, _ = paired(right["with latents"], right["nothing"], subject.seed)
+def compare(subject: Subject, answers: dict[str, list[Answer]], numbers: list[int]) -> list[dict]:
+    """The rows of all arms for some items; p is McNemar's against nothing, p (Holm) raised for the number of arms."""
+    found = {name: subject.readings([given[number] for number in numbers], numbers) for name, given in answers.items()}
+    right = {name: [reading.is_right for reading in readings] for name, readings in found.items()}
     rows = []
     for name in ("with latents", "slots only", "markers only", "format only", "nothing"):
         if name not in right:
             continue
-        accuracy, low, high = mean_interval(right[name], subject.seed)
+        accuracy, low, high = share_interval([[one] for one in right[name]])
         change, low_change, high_change = paired(right[name], right["nothing"], subject.seed)
+        kept, low_kept, high_kept = gain_kept(right[name], right["with latents"], right["nothing"], subject.seed)
+        _, lost, gained, _ = count_pairs(*(np.array(right[arm], dtype=float) for arm in ("nothing", name)))
         rows.append(
             {
                 "arm": name,
+                "items": len(numbers),
                 "accuracy": 100 * accuracy,
                 "accuracy low": 100 * low,
                 "accuracy high": 100 * high,
                 "against nothing": 100 * change,
                 "low, against nothing": 100 * low_change,
                 "high, against nothing": 100 * high_change,
-                "share of gain kept": change / gain if low_gain > 0 else math.nan,
+                "b": lost,
+                "c": gained,
+                "p": mcnemar(lost, gained),
+                "share of gain kept": kept,
+                "low, gain kept": low_kept,
+                "high, gain kept": high_kept,
+                "no box": sum(not reading.is_marked for reading in found[name]),
+                "outside choices": sum(not reading.is_valid for reading in found[name]),
             }
         )
+    compared = [row for row in rows if row["arm"] != "nothing"]
+    for row, raised in zip(compared, holm([row["p"] for row in compared])):
+        row["p (Holm)"] = raised
     return rows
 
 

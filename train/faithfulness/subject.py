@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.final_answer import is_right, normalize
+from evaluation.final_answer import normalize
 from modeling_latentvlm.trace import LatentStep
 from train.answers import encode_questions, extract_answer
+from train.evaluation.donors import Donors
+from train.evaluation.scoring import Reading, known_answers, read_answer
 from train.faithfulness.architectures import Architecture, architecture_of
 from train.faithfulness.items import Item, NotApplicable
 from train.reasoning_data import ReasoningSample
@@ -67,6 +69,13 @@ class Arm:
     inside: Callable[[], AbstractContextManager] = nullcontext
     is_without_latents: bool = False
     only: set[int] | None = None  # items that the arm can be asked about; None: all
+    donors: dict[int, int] | None = None  # by item whose latents it gets, where they are another item's
+    more: tuple["Arm", ...] = ()  # the same arm drawn again: other donors, another set of vectors
+    has_shared_draws: bool = False  # a draw is the same thing for all items, and not drawn for each of them
+
+    @property
+    def draws(self) -> list["Arm"]:
+        return [self, *self.more]
 
 
 CLEAN = Arm("clean", "as it is")
@@ -129,12 +138,31 @@ class Subject:
             )
         return found
 
-    def is_right(self, answers: list[Answer], numbers: list[int] | None = None) -> list[bool]:
+    @cached_property
+    def known(self) -> dict[str, frozenset[str]]:
+        """By task the answers that are true of some item."""
+        return known_answers(item.row for item in self.items)
+
+    @cached_property
+    def donors(self) -> Donors:
+        """Who may lend latents to whom, among the items that have any."""
+        return Donors([item.candidate for item in self.items], self.seed, self.with_latents)
+
+    def readings(self, answers: list[Answer], numbers: list[int] | None = None) -> list[Reading]:
+        """What answers say, read as `train.evaluate` does."""
         numbers = range(len(answers)) if numbers is None else numbers
-        return [
-            is_right(extract_answer(answer.written), self.items[number].answer, may_calculate=False)
-            for answer, number in zip(answers, numbers)
-        ]
+        rows = [self.items[number].row for number in numbers]
+        return [read_answer(answer.written, row, self.known[row.task]) for answer, row in zip(answers, rows)]
+
+    def is_right(self, answers: list[Answer], numbers: list[int] | None = None) -> list[bool]:
+        return [reading.is_right for reading in self.readings(answers, numbers)]
+
+    def tasks(self, numbers: list[int] | None = None) -> dict[str, list[int]]:
+        """By task the items of it, all of them under "all"; a single task is not named again."""
+        numbers = list(range(len(self.items))) if numbers is None else numbers
+        names = sorted({self.items[number].task for number in numbers})
+        groups = {name: [number for number in numbers if self.items[number].task == name] for name in names}
+        return {"all": numbers} | (groups if len(names) > 1 else {})
 
     def ask(self, arm: Arm) -> list[Answer]:
         """The answers to all questions under an arm, once; the clean one where the arm has nothing to say about an item."""
