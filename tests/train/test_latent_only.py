@@ -6,10 +6,10 @@ from test_faithfulness import data as data
 from test_faithfulness import make
 from test_faithfulness import makers as makers
 
-from train.faithfulness.arms import table_of
 from train.faithfulness.attention_cut import CUTS, answer_cut, cut_attention, hide
 from train.faithfulness.columns import ANSWER, IMAGE, LATENT, TEXT
 from train.faithfulness.latent_only import blank, measure_latent_only
+from train.faithfulness.lending import table_of
 from train.faithfulness.subject import Arm
 
 

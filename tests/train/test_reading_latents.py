@@ -120,7 +120,7 @@ def test_a_gradient_is_that_of_the_loss(makers, data):
     subject = make(makers, "vedas", data)
     numbers = subject.with_latents[:1]
     found = read_gradients(subject, numbers, False)
-    from train.faithfulness.arms import Table
+    from train.faithfulness.lending import Table
     from train.faithfulness.subject import Arm
 
     direction, losses = torch.zeros(len(found.by_place[0, 1])), []
