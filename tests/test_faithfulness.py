@@ -714,10 +714,28 @@ def test_what_a_control_must_do():
     assert controls.judge("positive", [good[0], row("swap", 40)]) == ["swap leaves 40.0 %"]
     assert controls.judge("negative", good[:2]) == ["shared changes -88.0 points"]
     assert controls.judge("negative", [good[2]]) == ["only 12.0 % right as it is"]
+    form = [good[0], row("zero", 0), row("gaussian", 5), row("swap", 100), row("noise_0.1", 50)]
+    assert controls.judge("form", form, controls.UNUSED + " of this picture") == []
+    assert controls.judge("form", [good[0], row("zero", 90), row("swap", 90)]) == [
+        "zero leaves 90.0 %",
+        "swap changes -10.0 points",
+    ]
+    assert "the report says" in controls.judge("form", form, controls.USED)[0]
+    assert "the report says" in controls.judge("positive", good, controls.UNUSED)[0]
+
+
+def test_the_form_control_breaks_chosen_rows():
+    torch.manual_seed(0)
+    latents = torch.ones(4, 6)
+    is_broken = torch.tensor([False, True])
+    assert controls.break_rows(is_broken, latents, LatentStep(0, 0, 0, (2, 2), latents, [])) is latents
+    changed = controls.break_rows(is_broken, latents, LatentStep(1, 0, 0, (2, 2), latents, []))
+    assert changed.shape == latents.shape and not torch.equal(changed, latents)
 
 
 @pytest.mark.slow
 def test_trained_controls_behave(tmp_path):
     result = controls.controls_result(tmp_path)
-    assert result.notes[:2] == ["The positive control behaves.", "The negative control behaves."]
+    for kind, note in zip(controls.CONTROLS, result.notes):
+        assert note.startswith(f"The {kind} control behaves.")
     assert AutoModel.from_pretrained(tmp_path / "positive").config.answer_sees_image is False

@@ -3,7 +3,7 @@
     python -m train.faithfulness --model out/lare --data data/tasks/data.jsonl --output out/faithfulness --limit 200
 
 leaves `faithfulness.html`, one page that needs nothing beside it, and `faithfulness.json` with the same numbers. A killed run
-goes on where it stopped. `--controls` also trains the two controls of `controls.py` (about two minutes) and shows them.
+goes on where it stopped. `--controls` also trains the three controls of `controls.py` (about three minutes) and shows them.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=DRAWS,
         help=f"donors of every question in D1's arms that swap (default: {DRAWS})",
     )
-    parser.add_argument("--controls", action="store_true", help="also train and show both controls")
+    parser.add_argument("--controls", action="store_true", help="also train and show the controls")
     parser.add_argument("--dtype", default="auto", help="of the weights (default: the checkpoint's)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Two small models of which it is known whether their latents matter, put through the report like any other.
+"""Three small models of which it is known whether their latents matter, put through the report like any other.
 
     python -m train.faithfulness.controls --output out/controls
 
@@ -6,13 +6,17 @@ positive   a LaRe whose answer starts on the prompt's text and the latents alone
            it is asked for can reach the answer through the latents and no other way. Other latents must drop it to chance.
 negative   a LaRe that sees its image, whose latents are one constant vector (the Extractor's last map is zero but for its
            bias), and which learned with all kinds of values in their place. No replacement may move it.
+form       a LaRe with the same constant latents, which learned to answer where just these stand, and to end at once where
+           anything else does. Its latents say "answer now" and nothing of the picture: zeros and noise break it, another
+           picture's latents change nothing, and a report must not call them meaningful.
 
-Both learn, in about a minute on one CPU thread, to name the colour of a square on a noisy picture; the same seed gives the same
+All learn, in about a minute on one CPU thread, to name the colour of a square on a noisy picture; the same seed gives the same
 models. Their checkpoints, pages and the pictures stay in the folder.
 """
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +58,14 @@ COLORS = {
 QUESTION = "what colour is the square?"
 SIZE, PATCH, SQUARE = 56, 14, 28  # pixels
 CHANCE = 1 / len(COLORS)
-MUST_MOVE = ("zero", "shared", "gaussian", "matched", "swap", "dummy")
-CONTROLS = {"positive": 500, "negative": 150}  # training steps
+MUST_MOVE = {
+    "positive": ("zero", "shared", "gaussian", "matched", "swap", "dummy"),
+    "form": ("zero", "constant", "gaussian", "dummy"),
+}
+MUST_STAY = {"form": ("sham", "shared", "swap", "matched", "first_repeat")}  # negative: all
+CONTROLS = {"positive": 500, "negative": 150, "form": 300}  # training steps
+USED, UNUSED = "The content of the latents is used", "The answers do not depend on what the latents hold"
+HELD = ("negative", "form")  # whose latents are one constant vector
 MADE = "made.json"  # beside a checkpoint: what it follows from
 
 
@@ -115,13 +125,13 @@ def build(kind: str) -> tuple[LaReForCausalLM, LaReProcessor]:
         extractor_hidden_size=64,
         extractor_num_heads=4,
         latent_rms=0.5,
-        answer_sees_image=kind == "negative",
+        answer_sees_image=kind in HELD,
     )
     size = {"height": SIZE, "width": SIZE}
     tokenizer.chat_template = CHAT_TEMPLATE
     pictures = CLIPImageProcessorPil(size=size, do_center_crop=False)
     model = LaReForCausalLM(config)
-    if kind == "negative":
+    if kind in HELD:
         hold_latents(model)
     return model, LaReProcessor(pictures, tokenizer, patch_size=PATCH, image_size=SIZE)
 
@@ -144,6 +154,14 @@ def any_values(latents: torch.Tensor, step: LatentStep) -> torch.Tensor:
     return scale * torch.randn(latents.shape if draw < 0.7 else latents[:1].shape).expand_as(latents)
 
 
+def break_rows(is_broken: torch.Tensor, latents: torch.Tensor, step: LatentStep) -> torch.Tensor:
+    """Other values in the rows that are to break: zeros, or noise of any size."""
+    if not is_broken[step.row]:
+        return latents
+    scale = 0.0 if float(torch.rand(())) < 0.2 else 10 ** float(torch.empty(()).uniform_(-2.5, 0.7))
+    return scale * torch.randn(latents.shape)
+
+
 def train(kind: str, model: LaReForCausalLM, processor: LaReProcessor, data: Path, num_steps: int) -> float:
     """Teach the answers; returns the mean loss of the last steps."""
     items = read_items(data, "steps", "train", None)
@@ -158,11 +176,17 @@ def train(kind: str, model: LaReForCausalLM, processor: LaReProcessor, data: Pat
     for _ in (progress := tqdm(range(num_steps), desc=f"training the {kind} control", leave=False)):
         rows = torch.randint(len(items), (32,))
         batch = {name: values[rows] for name, values in inputs.items()}
-        chosen = [answers[row] for row in rows.tolist()]
+        chosen, change = [answers[row] for row in rows.tolist()], None
+        if kind == "negative":
+            change = any_values
+        elif kind == "form":
+            is_broken = torch.rand(len(rows)) < 0.5
+            chosen = [end if broken else answer for answer, broken in zip(chosen, is_broken.tolist())]
+            change = partial(break_rows, is_broken)
         is_free = kind == "negative" and float(torch.rand(())) < 0.2
         with architecture.with_latents(0 if is_free else model.config.num_refocus_steps):
             arguments = architecture.teacher_forced(batch, chosen, [])
-            logits = model(**arguments, latent_intervention=any_values if kind == "negative" else None).logits
+            logits = model(**arguments, latent_intervention=change).logits
         width = max(map(len, chosen))
         targets = torch.tensor([tokens + [-100] * (width - len(tokens)) for tokens in chosen])
         loss = F.cross_entropy(logits[:, -width - 1 : -1].flatten(0, 1), targets.flatten())
@@ -183,7 +207,7 @@ def make_control(kind: str, folder: Path, seed: int = 0, count: int = 480) -> Pa
     One of another seed, of other steps or questions is trained anew in its place: a page must not show it for the one asked for.
 
     Raises:
-        ValueError: neither `"positive"` nor `"negative"`.
+        ValueError: none of `CONTROLS`.
     """
     if kind not in CONTROLS:
         raise ValueError(f"A control is one of {list(CONTROLS)}, got {kind!r}.")
@@ -214,37 +238,45 @@ def report_control(kind: str, folder: Path, seed: int = 0, count: int = 96) -> l
     return results
 
 
-def judge(kind: str, rows: list[dict]) -> list[str]:
+def judge(kind: str, rows: list[dict], verdict: str | None = None) -> list[str]:
     """What is not as it must be, in words; empty where the control behaves.
 
     positive: right with its own latents (>= 90 %), and under every arm without their content within 10 points of chance.
     negative: right (>= 90 %), and no arm changes the accuracy by more than 3 points.
+    form: right (>= 90 %), within 10 points of chance where other values stand, and no change where another picture's do.
+
+    Args:
+        verdict: what the report says; it must call the positive control's latents used, and no other's.
     """
     clean = rows[0]["accuracy"]
     wrong = [] if clean >= 90 else [f"only {clean:.1f} % right as it is"]
     for row in rows[1:]:
-        if kind == "positive" and row["arm"] in MUST_MOVE and row["accuracy"] > 100 * CHANCE + 10:
+        if row["arm"] in MUST_MOVE.get(kind, ()) and row["accuracy"] > 100 * CHANCE + 10:
             wrong.append(f"{row['arm']} leaves {row['accuracy']:.1f} %")
-        if kind == "negative" and abs(row["change of accuracy"]) > 3:
+        must_stay = kind == "negative" or row["arm"] in MUST_STAY.get(kind, ())
+        if must_stay and abs(row["change of accuracy"]) > 3:
             wrong.append(f"{row['arm']} changes {row['change of accuracy']:+.1f} points")
+    if verdict is not None and not verdict.startswith(USED if kind == "positive" else UNUSED):
+        wrong.append(f"the report says {verdict!r}")
     return wrong
 
 
 def controls_result(folder: Path, seed: int = 0) -> Result:
-    """Both controls' D1 in one section."""
+    """The controls' D1 in one section, with what the report says of each."""
     result = Result(
         "controls",
         "Controls",
-        "Two small models trained for this page: one whose answer can come through its latents "
-        "alone, and one whose latents are "
-        f"constant. The same code asked both; chance is {100 * CHANCE:.1f} %.",
+        "Three small models trained for this page: one whose answer can come through its latents alone, one whose latents are "
+        "constant and do not matter, and one whose latents are constant and must be there for an answer to have its form. The "
+        f"same code asked all of them; chance is {100 * CHANCE:.1f} %.",
     )
     for kind in CONTROLS:
-        rows = next(one for one in report_control(kind, folder, seed) if one.name == "D1").tables["arms"]
-        result.tables[kind] = rows
-        wrong = judge(kind, rows)
+        found = next(one for one in report_control(kind, folder, seed) if one.name == "D1")
+        rows = result.tables[kind] = found.tables["arms"]
+        wrong = judge(kind, rows, found.notes[0])
         result.notes.append(
-            f"The {kind} control {'behaves' if not wrong else 'does not behave: ' + '; '.join(wrong)}."
+            f"The {kind} control {'behaves' if not wrong else 'does not behave: ' + '; '.join(wrong)}. Of it the report says: "
+            f"{found.notes[0]}"
         )
     result.notes.append(
         "Without steps (K = 0) the positive control is the plain backbone, which sees its image but never learned to."
