@@ -11,9 +11,10 @@ For the large scenes of 224 pixels and more, with a cell per merged patch:
 
 Language-model losses alone teach a small tower very slowly: an answer is one word about one of many things. Here linear
 heads on its features name color, shape and digit of each cell, and what else the data say about cells: the corner at
-which a jigsaw piece is at home, the walls of a maze, the value of a bar. The heads are thrown away. The folder is replaced:
-a Qwen2.5-VL backbone (`train.small_backbone`), whose merged patches must be the cells, or a CLIP tower
-(`train.lare.small`), whose patches must lie whole in them; CLIP's last layer but one is trained, as LLaVA reads it.
+which a jigsaw piece is at home, the walls of a maze, the value of a bar, the color of the next tile. The heads are thrown
+away. The folder is replaced: a Qwen2.5-VL backbone (`train.small_backbone`), whose merged patches must be the cells, or a
+CLIP tower (`train.lare.small`), whose patches must lie whole in them; CLIP's last layer but one is trained, as LLaVA reads
+it.
 """
 
 import argparse
@@ -43,6 +44,7 @@ NAMES = {
     "home": ("", *QUADRANTS),
     "walls": ("", OPEN, *WALLS),
     "value": ("", *VALUES["easy"]),
+    "next": ("", *COLORS),
     "place": ("", *QUADRANTS),  # of the cell itself
 }
 ALWAYS = 3  # so many of them are learned even where the data have none
