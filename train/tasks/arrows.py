@@ -17,7 +17,17 @@ from train.tasks.layout import require_size
 from train.tasks.sample import Request, Sample
 from train.tasks.serial import SerialTask
 from train.tasks.shapes import LIGHT_COLORS, SMOOTHING, Box, Thing, draw_thing
-from train.tasks.tiles import LEAST_HARD, MOST_STEPS, TILE_COLORS, Cell, Ring, all_cells, ask_tiles, deal_ring
+from train.tasks.tiles import (
+    LEAST_HARD,
+    MOST_STEPS,
+    TILE_COLORS,
+    Cell,
+    Ring,
+    all_cells,
+    ask_tiles,
+    deal_ring,
+    numbers_of,
+)
 
 
 DIRECTIONS = {
@@ -152,4 +162,4 @@ def _draw_arrow(direction: str, is_dark: bool, side: int) -> Image.Image:
     return patch.reduce(SMOOTHING)
 
 
-ARROWS = SerialTask(deal_arrows, ask_arrows, lambda ring: list(ring.cells), MOST_STEPS)
+ARROWS = SerialTask(deal_arrows, ask_arrows, lambda ring: list(ring.cells), numbers_of)
