@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from train.tasks.layout import require_size
 from train.tasks.sample import Request, Sample
-from train.tasks.serial import SerialTask
+from train.tasks.serial import SerialTask, count_steps
 from train.tasks.shapes import LIGHT_COLORS, SMOOTHING, Box, Thing, draw_thing
 from train.tasks.tiles import (
     LEAST_HARD,
@@ -37,6 +37,7 @@ DIRECTIONS = {
     if down or right
 }
 NUM_RINGS = 12  # drawn for each sample; every tile of each is tried as the start, in both directions
+ASKED_WEIGHT = 8  # of the asked number of arrows; others of the same picture count 1
 MOST_TRIES = 200  # calls of the search for a ring, before other cells are drawn
 # Tip, barbs and shaft of an arrow to the right, in [-1, 1] x [-1, 1].
 ARROW = [(0.62, 0.0), (0.05, -0.55), (0.05, -0.2), (-0.6, -0.2), (-0.6, 0.2), (0.05, 0.2), (0.05, 0.55)]
@@ -107,18 +108,18 @@ def _draw_way(request: Request) -> list[Cell]:
     """Draw rings, and take the start and direction that hide best how far from the start each way ends."""
     rng, places = request.rng, all_cells(request)
     num_tiles, most = len(TILE_COLORS[request.level]), MOST_STEPS[request.level]
+    num_steps = count_steps(request, num_tiles, most)
     rings = [_draw_ring(rng, places, num_tiles) for _ in range(NUM_RINGS)]
     start, *others = _draw_ring(rng, places, num_tiles)
     wanted = [_offset(start, cell) for cell in rng.sample(others[1:], most - 1)]  # after 2, 3, .. arrows
     ways = [one[first:] + one[:first] for ring in rings for one in (ring, ring[::-1]) for first in range(num_tiles)]
     rng.shuffle(ways)  # the first of equals is taken
 
-    def misfit(way: list[Cell]) -> float:
+    def misfit(way: list[Cell]) -> int:
         offsets = (_offset(way[0], cell) for cell in way[2 : most + 1])
-        # The second tile is the easiest to guess, so its place counts most.
         return sum(
-            ((far - far_wanted) ** 2 + (near - near_wanted) ** 2) / (number + 1)
-            for number, ((near, far), (near_wanted, far_wanted)) in enumerate(zip(offsets, wanted, strict=True))
+            ((near - near_wanted) ** 2 + (far - far_wanted) ** 2) * (ASKED_WEIGHT if number == num_steps else 1)
+            for number, ((near, far), (near_wanted, far_wanted)) in enumerate(zip(offsets, wanted, strict=True), 2)
         )
 
     return min(ways, key=misfit)

@@ -107,6 +107,22 @@ def lines_layout(lines: Lines) -> list:
     return ["trace", sorted([row, column, kind] for (row, column), kind in lines.items())]
 
 
+def can_join(one: Place, other: Place, num_crossings: int, side: int) -> bool:
+    """Whether a line between two ends can pass so many crossings, each once.
+
+    Other lines pass from one side of it to the other once where one of their ends is on each side, and else an even number
+    of times, so that the ends between the two along the border are even or odd in number as the crossings are.
+    """
+
+    def count_along(place: Place) -> int:  # clockwise from the upper left
+        row, column, heading = place
+        turn = ("down", "left", "up", "right").index(heading)
+        return turn * side + (column, row, side + 1 - column, side + 1 - row)[turn]
+
+    between = abs(count_along(one) - count_along(other)) - 1
+    return one != other and between % 2 == num_crossings % 2
+
+
 def end_point(place: Place) -> tuple[int, int]:
     """Down and right, in halves of a patch, where a line is entered at the border."""
     down, right = MOVES[place.heading]
@@ -127,7 +143,8 @@ def crossing_name(place: Place) -> str:
 def draw_line(request: Request, side: int, num_crossings: int) -> tuple[Lines, Place]:
     """Draw boards; return the one, and the start in it, whose line ends most nearly where a random end would be."""
     rng, edges = request.rng, edges_of(side)
-    wanted = _offset(*rng.sample(edges, 2))
+    first = rng.choice(edges)
+    wanted = _offset(first, rng.choice([edge for edge in edges if can_join(first, edge, num_crossings, side)]))
     best, found = math.inf, None
     for number in itertools.count(1):
         lines = _draw_lines(rng, side)

@@ -3,8 +3,12 @@
 A clue says something about every possible answer, such as how far from the start it stands. How often answers are right by what a
 clue says is counted on some rows, for each number of steps; on others the most likely answer is taken (among equals
 at random). Everybody is taken to see the start and, in pictures of tiles, the one that follows on it: from two steps on neither
-can be the answer, and column "chance" is what is left by that knowledge alone. Every clue is added to it. "together" is all clues
-at once, in boosted trees (where scikit-learn is installed).
+can be the answer. In pictures of lines, the number of crossings that a line passes is taken to be known, which leaves about every
+second end. Row "chance" is what is left by that knowledge alone, and every clue is added to it. "together" is all clues at
+once, in boosted trees (where scikit-learn is installed).
+
+Clues named "after 1" go further: a step was followed, and the rest is guessed. They are no shortcuts, but say how much is left;
+"together" has none of them, "together after 1" all.
 """
 
 from collections import Counter
@@ -12,12 +16,12 @@ from collections.abc import Hashable
 from random import Random
 from typing import Any
 
-from train.tasks.lines import MOVES, Place, end_point, trace_line
+from train.tasks.lines import MOVES, Place, can_join, end_point
 from train.tasks.trace import board_of
 
 
 Clues = dict[str, dict[str, Hashable]]  # by clue: what it says about each possible answer
-TOGETHER = "together"
+TOGETHER, AFTER_ONE = "together", "after 1"
 
 
 def clues_of(row: dict[str, Any]) -> Clues:
@@ -43,7 +47,7 @@ def _tile_clues(row: dict[str, Any]) -> Clues:
         "distance": {color: max(apart[color]) for color in cells},
         "offset": {color: tuple(sorted(apart[color])) for color in cells},
         "nearest": _ranks(apart),
-        "near the next": _ranks(from_after),
+        "near after 1": _ranks(from_after),
         "in line": {color: (0 in apart[color], apart[color][0] == apart[color][1]) for color in cells},
         "place": cells,
         "color": {color: color for color in cells},
@@ -62,9 +66,8 @@ def _line_clues(row: dict[str, Any]) -> Clues:
     first_turn = row["serial"]["way"][1].split()
     second = Place(*map(int, first_turn[0].split(",")), first_turn[1])
     ahead = {name: _edge_ahead(place, side) for name, place in (("straight on", start), ("straight after 1", second))}
-    crossings = {color: len(trace_line(lines, edge)[0]) for color, edge in circles.items()}
     return {
-        "chance": dict.fromkeys(circles, True),
+        "chance": {color: can_join(start, edge, row["serial"]["num_steps"], side) for color, edge in circles.items()},
         "nearest": _ranks(apart),
         "distance": {color: sum(apart[color]) for color in circles},
         "offset": {color: tuple(sorted(apart[color])) for color in circles},
@@ -79,8 +82,6 @@ def _line_clues(row: dict[str, Any]) -> Clues:
             }
         ),
         "color": {color: (color, color == beads[start].color) for color in circles},
-        # Where lines are followed back from all circles to their number of crossings, but not to the start.
-        "back": {color: crossings[color] == row["serial"]["num_steps"] for color in circles},
     }
 
 
@@ -139,7 +140,10 @@ def _score_clues(known: list[tuple[Clues, str]], asked: list[tuple[Clues, str]])
             return {choice: right[value] / max(said[value], 1) for choice, value in values.items()}
 
         scores[name] = _share_right([likely(clues) for clues, _ in asked], [answer for _, answer in asked])
-    scores[TOGETHER] = _score_together(known, asked)
+    shortcuts = [name for name in (first, *names) if AFTER_ONE not in name]
+    scores[TOGETHER] = _score_together(known, asked, shortcuts)
+    if len(shortcuts) <= len(names):
+        scores[f"{TOGETHER} {AFTER_ONE}"] = _score_together(known, asked, [first, *names])
     return scores
 
 
@@ -151,29 +155,27 @@ def _share_right(likely: list[dict[str, float]], answers: list[str]) -> float:
     return right / len(answers)
 
 
-def _score_together(known: list[tuple[Clues, str]], asked: list[tuple[Clues, str]]) -> float | None:
+def _score_together(known: list[tuple[Clues, str]], asked: list[tuple[Clues, str]], names: list[str]) -> float | None:
     try:
         from sklearn.ensemble import HistGradientBoostingClassifier
     except ImportError:
         return None
+    codes: dict[str, int] = {}
 
     def numbers(value: Hashable) -> list[float]:
         if isinstance(value, tuple):
             return [number for one in value for number in numbers(one)]
-        return [float(hash_of.setdefault(value, len(hash_of))) if isinstance(value, str) else float(value)]
+        return [float(codes.setdefault(value, len(codes)) if isinstance(value, str) else value)]
 
-    hash_of: dict[str, int] = {}
-    features, targets = [], []
-    for clues, answer in known:
-        for choice in clues["chance"]:
-            features.append([number for values in clues.values() for number in numbers(values[choice])])
-            targets.append(choice == answer)
-    model = HistGradientBoostingClassifier(max_iter=60, max_leaf_nodes=15, random_state=0).fit(features, targets)
-    likely = []
-    for clues, _ in asked:
-        choices = list(clues["chance"])
-        rows = [[number for values in clues.values() for number in numbers(values[one])] for one in choices]
-        likely.append(dict(zip(choices, model.predict_proba(rows)[:, 1].tolist())))
+    def features(clues: Clues) -> list[list[float]]:
+        choices = clues[names[0]]
+        return [[number for name in names for number in numbers(clues[name][choice])] for choice in choices]
+
+    targets = [choice == answer for clues, answer in known for choice in clues[names[0]]]
+    model = HistGradientBoostingClassifier(max_iter=60, max_leaf_nodes=15, random_state=0)
+    model.fit([one for clues, _ in known for one in features(clues)], targets)
+    scores = iter(model.predict_proba([one for clues, _ in asked for one in features(clues)])[:, 1].tolist())
+    likely = [{choice: next(scores) for choice in clues[names[0]]} for clues, _ in asked]
     return _share_right(likely, [answer for _, answer in asked])
 
 

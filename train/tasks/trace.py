@@ -3,7 +3,8 @@
 Every merged patch (28 pixels) of the board holds two pieces of line: two straight ones that cross, or two bends. A line goes
 straight on where it crosses another. At the border each line has a small square at one end and a circle at the other. A line
 from a square has to be followed: its end is as far away as that of any other line, which is seen to in the same way as in
-`arrows.py`. The number of steps is the number of crossings that the line passes; one line passes none twice. What is named
+`arrows.py`. Whether a line from one end to another passes an even or an odd number of crossings is known without following it, so
+circles stand, where they can, at ends that the asked number of crossings allows. The number of steps is the number of crossings that the line passes; one line passes none twice. What is named
 after each crossing is where the line leads from there: to the next crossing, by its place (`b3` is column b, row 3), or to
 the circle. The assistant's pictures show these places, with the way up to there drawn. The layout (see `layout.py`) is the lines.
 """
@@ -23,6 +24,7 @@ from train.tasks.lines import (
     TURNS,
     Lines,
     Place,
+    can_join,
     crossing_name,
     draw_line,
     edges_of,
@@ -63,16 +65,22 @@ def deal_trace(request: Request) -> tuple[Board, str, int]:
     num_crossings = count_steps(request, len(colors), MOST_STEPS[request.level])
     side = len(colors) // 2
     lines, start = draw_line(request, side, num_crossings)
-    return Board(lines, _deal_beads(rng, lines, start, answer, colors), side), start.name, num_crossings
+    edges = [start, *(edge for edge in edges_of(side) if can_join(start, edge, num_crossings, side))]
+    return Board(lines, _deal_beads(rng, lines, edges, answer, colors), side), start.name, num_crossings
 
 
-def _deal_beads(rng: Random, lines: Lines, start: Place, answer: str, colors: tuple[str, ...]) -> dict[Place, Thing]:
-    """Put a square and a circle to the ends of each line: a square to `start`, and the answer to its other end."""
+def _deal_beads(
+    rng: Random, lines: Lines, edges: list[Place], answer: str, colors: tuple[str, ...]
+) -> dict[Place, Thing]:
+    """Put a square and a circle to the ends of each line: a square to the first of `edges`, and the answer to its other end.
+
+    Other circles stand at `edges` as well where their line has an end there: they could be the asked line's.
+    """
     ends = {edge: trace_line(lines, edge)[1] for edge in edges_of(len(colors) // 2)}
-    squares = [start]
+    squares = edges[:1]
     for edge in rng.sample(list(ends), len(ends)):
         if edge not in squares and ends[edge] not in squares:
-            squares.append(edge)
+            squares.append(ends[edge] if edge in edges and ends[edge] not in edges else edge)
     square_colors = rng.sample(colors, len(colors))
     others = [color for color in colors if color != answer]
     circle_colors = [answer, *rng.sample(others, len(others))]
