@@ -76,6 +76,11 @@ def test_questions_without_an_answer_are_refused():
         continue_from(row, "red", 1)
     with pytest.raises(ValueError, match=r"`num_steps` must be at most 1 from .* where its way ends; got 5"):
         continue_from(row, row["serial"]["way"][-2], 5)
+    assert continue_from(row, row["serial"]["start"], None) == row["answer"]  # to the end, wherever that is
+    with pytest.raises(
+        ValueError, match="`num_steps` must be a number for row hops-train-0-000000: its way goes round"
+    ):
+        continue_from(row_of(make("hops", 0)[0]), "red", None)
     with pytest.raises(ValueError, match="`num_steps` must be >= 0, got -1"):
         continue_from(row, row["serial"]["start"], -1)
     with pytest.raises(ValueError, match="Row color-train-0-000000 must be of a serial task, but task color is none"):
@@ -167,7 +172,7 @@ def test_every_answer_comes_as_often_after_every_number_of_steps(task, level):
 
 @each_task
 def test_no_clue_comes_near_the_answer(task):
-    """With few rows, so that chance alone is some points; what 4,000 rows give is in the table of `docs`."""
+    """With few rows, so that chance alone is some points; what 4,000 rows give is printed by the balance command."""
     rows = [list(make_rows((task,), 480, seed, "train", "easy", 112)) for seed in (0, 1)]
     by_steps = measure_shortcuts(*rows)[task]
     assert list(by_steps) == [1, 2, 3, 4]
