@@ -6,6 +6,7 @@ it crosses another, and comes out at another place of the border.
 
 import itertools
 import math
+from functools import cache
 from random import Random
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ class Place(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.row},{self.column} {self.heading}"
+        return place_name(self)
 
     def move(self, heading: str) -> "Place":
         """The place after leaving the patch in direction `heading`."""
@@ -46,6 +47,12 @@ class Place(NamedTuple):
         """The place from which the line is entered that comes out here."""
         down, right = MOVES[self.heading]
         return Place(self.row - down, self.column - right, OPPOSITE[self.heading])
+
+
+@cache
+def place_name(place: Place) -> str:
+    """`row,column heading`; one string for all pictures, which name each place several times."""
+    return f"{place.row},{place.column} {place.heading}"
 
 
 Lines = dict[tuple[int, int], str]  # by row and column
