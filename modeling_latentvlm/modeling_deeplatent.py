@@ -185,6 +185,8 @@ class DeepLatentForConditionalGeneration(
                 )
         has_blocks = any(sites) or bool(lockstep and lockstep.block_steps)
         if latent_context is None and state is None and not has_blocks:
+            if pixel_values is not None:  # while decoding, `generate` gives the grids alone
+                self._check_vision(vision)
             if mm_token_type_ids is None and input_ids is not None:
                 mm_token_type_ids = self._token_types(input_ids)
             output = self.model(

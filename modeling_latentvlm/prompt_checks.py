@@ -60,6 +60,35 @@ def check_numbers(**tensors) -> None:
             raise ValueError(f"`{name}` must be finite, but holds NaN or infinity, first at index {first}.")
 
 
+def check_grids(grid_thw, kind: str, merge_size: int) -> list[tuple[int, int, int]]:
+    """The rows (t, h, w) of `image_grid_thw` or `video_grid_thw`, in patches, as numbers: one read of the device.
+
+    Raises:
+        ValueError: no tensor of whole numbers of the shape (items, 3), or a side that cannot be merged.
+    """
+    name = f"{kind}_grid_thw"
+    if (
+        not isinstance(grid_thw, Tensor)
+        or grid_thw.is_floating_point()
+        or grid_thw.ndim != 2
+        or grid_thw.shape[1] != 3
+    ):
+        got = (
+            f"{grid_thw.dtype} of {tuple(grid_thw.shape)}" if isinstance(grid_thw, Tensor) else type(grid_thw).__name__
+        )
+        raise ValueError(
+            f"`{name}` must be a tensor of whole numbers (t, h, w) for every {kind}, shape (items, 3), got {got}."
+        )
+    grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
+    for item, (frames, height, width) in enumerate(grids):
+        if min(frames, height, width) < 1 or height % merge_size or width % merge_size:
+            raise ValueError(
+                f"`{name}` must hold t >= 1 and h and w that are multiples of {merge_size} (patches that are merged), but "
+                f"{kind} {item} has {(frames, height, width)}."
+            )
+    return grids
+
+
 def check_turns(is_place: Tensor, input_ids: Tensor, mask: Tensor | None, eos: list[int], what: str) -> None:
     """Raise where latents of an earlier turn would be all that a row gets: behind their place a turn has ended.
 

@@ -28,6 +28,12 @@ def case(request, tokenizer, processor, image_processor):
     return model, requests[0], SHORT | settings
 
 
+@pytest.fixture(params=("deeplatent", "vedas incremental"))
+def qwen_case(request, tokenizer, processor, image_processor):
+    model, requests, settings = model_and_requests(request.param, tokenizer, processor, image_processor, count=1)
+    return model, requests[0], SHORT | settings
+
+
 @pytest.fixture
 def vedas(tokenizer, processor, image_processor):
     model, requests, _ = model_and_requests("vedas incremental", tokenizer, processor, image_processor, count=2)
@@ -71,6 +77,25 @@ def test_masks(case):
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(**changed(inputs, attention_mask=wrong), **settings)
+
+
+def test_grids_that_are_none(qwen_case):
+    model, inputs, settings = qwen_case
+    grid = inputs["image_grid_thw"]
+    odd = grid.clone()
+    odd[0, 1] += 1
+    for wrong, message in (
+        (grid.tolist(), "whole numbers .* got list"),
+        (grid.float(), "got torch.float32"),
+        (grid[0], r"shape \(items, 3\), got torch.int64 of \(3,\)"),
+        (grid[:, :2], r"got torch.int64 of \(1, 2\)"),
+        (grid * torch.tensor([0, 1, 1]), r"t >= 1 .* image 0 has \(0, "),
+        (odd, "multiples of 2 .* image 0 has"),
+        (grid * torch.tensor([1, 1, 2]), "names .* patches, but the images have"),
+    ):
+        for call in (lambda given: model.generate(**given, **settings), lambda given: model(**given, labels=None)):
+            with pytest.raises(ValueError, match=message):
+                call(changed(inputs, image_grid_thw=wrong))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
