@@ -38,7 +38,7 @@ COMMANDS = {
         "--output {output} --force --set window_size=3 extractor_hidden_size=128 extractor_num_heads=4",
         2,
     ),
-    "evaluate": (EVALUATE + " --max_new_tokens 16 --batch_size 4", 3),
+    "evaluate": (EVALUATE + " --max_new_tokens 48 --batch_size 1", 3),
     "vision": ("train.vision_pretraining --model {output} --data {shared}/whole-vedas/train/data.jsonl --epochs 2", 2),
 }
 PREPARED = {"vision": "whole-vedas/backbone"}  # what an output folder starts with
@@ -125,8 +125,8 @@ def try_command(name: str, shared: Path, rng: Random, kills: int) -> list[str]:
         run_whole(prepare(needed, shared, shared / f"whole-{needed}"), shared / f"{needed}.log")
     seconds = run_whole(prepare(name, shared, whole), log)
     command, done = prepare(name, shared, killed), 0
-    # A recipe goes on where it was: its kills are dealt over the whole of it. Others start anew.
-    share = seconds / kills if name in ("deeplatent", "lare", "vedas") else seconds
+    # What goes on where it was has its kills dealt over the whole of it. Others start anew.
+    share = seconds / kills if name in RESUMED else seconds
     while done < kills:
         if not run_and_kill(command, log, rng.uniform(0.05, 1.0) * share + 0.5):
             print(f"{name}: ended before kill {done + 1}", flush=True)

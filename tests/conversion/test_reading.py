@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conversion.commands import exit_on_error
-from conversion.reading import check_config_file, is_file, parse_json, read_json_lines, read_json_object
+from conversion.reading import check_config_file, is_file, parse_json, read_json, read_json_lines, read_json_object
 from train.data import read_trajectories
 from train.deeplatent.trajectories import open_rows
 from train.lare.data import read_llava
@@ -68,6 +68,20 @@ def test_every_reader_names_a_file_that_is_not_there(tmp_path, reader):
     for name in ("none.jsonl", "x" * 3000, "\0"):
         with pytest.raises(ValueError, match="no (data )?file"):
             READERS[reader](tmp_path / name)
+
+
+@pytest.mark.parametrize("read", [read_json, lambda path: list(read_json_lines(path))])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, read):
+    with pytest.raises(ValueError, match=r"There is no (data )?file .*none\.json"):
+        read(tmp_path / "none.json")
+
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "closed.json").write_text("{}")
+    monkeypatch.setattr(Path, "open", refuse)  # `read_bytes` opens so too; the superuser can read everything
+    with pytest.raises(ValueError, match=r"closed\.json cannot be read: .*Permission denied"):
+        read(tmp_path / "closed.json")
 
 
 @pytest.mark.parametrize("name", ["x" * 3000, "\0", "nothing.png"])
