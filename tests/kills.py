@@ -22,7 +22,10 @@ from random import Random
 
 
 RECIPE = "train.recipes {name} --task color --scale 0.004 --output {output}"
-EVALUATE = "train.evaluate --model {shared}/whole-vedas/vedas-trained --data {shared}/whole-vedas/test/data.jsonl --output {output}"
+EVALUATE = (
+    "train.evaluate --model {shared}/whole-vedas/vedas-trained --output {output} "
+    "--data {shared}/whole-vedas/test/data.jsonl {shared}/whole-vedas/train/data.jsonl {shared}/whole-vedas/even/data.jsonl"
+)
 # Name, command, and how often it is killed. `whole-NAME` is what an uninterrupted run left.
 COMMANDS = {
     "deeplatent": (RECIPE.replace("{name}", "deeplatent"), 10),
@@ -42,12 +45,9 @@ COMMANDS = {
     "vision": ("train.vision_pretraining --model {output} --data {shared}/whole-vedas/train/data.jsonl --epochs 2", 2),
 }
 PREPARED = {"vision": "whole-vedas/backbone"}  # what an output folder starts with
-NEEDED = {
-    "convert": "vedas",
-    "convert-lare": "lare",
-    "evaluate": "vedas",
-    "vision": "vedas",
-}  # whose output a command reads
+RESUMED = ("deeplatent", "lare", "vedas", "evaluate")  # these go on where they were
+# Whose output a command reads.
+NEEDED = {"convert": "vedas", "convert-lare": "lare", "evaluate": "vedas", "vision": "vedas"}
 TIMES = ("seconds", "time", "latency")  # parts of the names of fields that no two runs share
 LEFTOVERS = (".partial", ".replaced-", ".unfinished", ".lock")
 
