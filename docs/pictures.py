@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
+from conversion.commands import exit_on_error
 from examples import demo, page
 from examples.looking import NAMES
 from train.checkpoints import CHECKPOINTS
@@ -67,4 +68,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

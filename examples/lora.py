@@ -8,6 +8,7 @@ import argparse
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
+from conversion.commands import exit_on_error
 from train.data import collator_for, question_image_sizes, read_trajectories
 from train.trained_sizes import record_image_sizes
 
@@ -47,10 +48,15 @@ def merge_adapter(model_path: str, adapter: str, merged: str):
     return model
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("model_path", "data_path", "adapter", "merged"):
         parser.add_argument(name)
     args = parser.parse_args()
-    train_adapter(args.model_path, args.data_path, args.adapter)
-    merge_adapter(args.model_path, args.adapter, args.merged)
+    with exit_on_error():
+        train_adapter(args.model_path, args.data_path, args.adapter)
+        merge_adapter(args.model_path, args.adapter, args.merged)
+
+
+if __name__ == "__main__":
+    main()

@@ -22,7 +22,10 @@ from random import Random
 
 
 RECIPE = "train.recipes {name} --task color --scale 0.004 --output {output}"
-EVALUATE = "train.evaluate --model {shared}/whole-vedas/vedas-trained --data {shared}/whole-vedas/test/data.jsonl --output {output}"
+EVALUATE = (
+    "train.evaluate --model {shared}/whole-vedas/vedas-trained --output {output} "
+    "--data {shared}/whole-vedas/test/data.jsonl {shared}/whole-vedas/train/data.jsonl {shared}/whole-vedas/even/data.jsonl"
+)
 # Name, command, and how often it is killed. `whole-NAME` is what an uninterrupted run left.
 COMMANDS = {
     "deeplatent": (RECIPE.replace("{name}", "deeplatent"), 10),
@@ -38,10 +41,13 @@ COMMANDS = {
         "--output {output} --force --set window_size=3 extractor_hidden_size=128 extractor_num_heads=4",
         2,
     ),
-    "evaluate": (EVALUATE + " --max_new_tokens 16 --batch_size 4", 3),
+    "evaluate": (EVALUATE + " --max_new_tokens 48 --batch_size 1", 3),
     "vision": ("train.vision_pretraining --model {output} --data {shared}/whole-vedas/train/data.jsonl --epochs 2", 2),
 }
 PREPARED = {"vision": "whole-vedas/backbone"}  # what an output folder starts with
+RESUMED = ("deeplatent", "lare", "vedas", "evaluate")  # these go on where they were
+# Whose output a command reads.
+NEEDED = {"convert": "vedas", "convert-lare": "lare", "evaluate": "vedas", "vision": "vedas"}
 TIMES = ("seconds", "time", "latency")  # parts of the names of fields that no two runs share
 LEFTOVERS = (".partial", ".replaced-", ".unfinished", ".lock")
 
@@ -114,10 +120,13 @@ def prepare(name: str, shared: Path, output: Path) -> str:
 def try_command(name: str, shared: Path, rng: Random, kills: int) -> list[str]:
     """Run a command whole and killed; return what is wrong."""
     whole, killed, log = shared / f"whole-{name}", shared / f"killed-{name}", shared / f"{name}.log"
+    if name in NEEDED and not (shared / f"whole-{NEEDED[name]}").exists():
+        needed = NEEDED[name]
+        run_whole(prepare(needed, shared, shared / f"whole-{needed}"), shared / f"{needed}.log")
     seconds = run_whole(prepare(name, shared, whole), log)
     command, done = prepare(name, shared, killed), 0
-    # A recipe goes on where it was: its kills are dealt over the whole of it. Others start anew.
-    share = seconds / kills if name in ("deeplatent", "lare", "vedas") else seconds
+    # What goes on where it was has its kills dealt over the whole of it. Others start anew.
+    share = seconds / kills if name in RESUMED else seconds
     while done < kills:
         if not run_and_kill(command, log, rng.uniform(0.05, 1.0) * share + 0.5):
             print(f"{name}: ended before kill {done + 1}", flush=True)

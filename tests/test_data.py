@@ -7,6 +7,7 @@ import torch
 from conftest import picture, user_turn
 
 from train.data import TrajectoryCollator, fit_grid, read_trajectories
+from train.lare.data import RefocusingChatCollator
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,18 @@ def test_grids_keep_their_aspect_within_the_largest():
     assert fit_grid(28 * 40, 28 * 20, 16) == (8, 16)
     assert fit_grid(5000, 28, 16) == (1, 16)
     assert fit_grid(3, 3, 16) == (1, 1)
+
+
+def test_what_no_model_could_learn_from_is_refused(processor, tmp_path):
+    """A chat without messages, one that nobody answers, and two answers where steps are taken before one."""
+    (tmp_path / "data.jsonl").write_text('{"messages": []}')
+    with pytest.raises(ValueError, match=r"Line 1 of .*data\.jsonl holds no message"):
+        read_trajectories(tmp_path / "data.jsonl")
+    with pytest.raises(ValueError, match=r"Line 3 of x\.jsonl holds no assistant turn to learn from"):
+        RefocusingChatCollator(processor)([{"messages": user_turn("hi"), "origin": "Line 3 of x.jsonl"}])
+    twice = [*user_turn("hi"), {"role": "assistant", "content": "you"}] * 2
+    with pytest.raises(ValueError, match="Row 0 of the batch has 2 assistant turns"):
+        TrajectoryCollator(processor, "drop", num_steps=2)([{"messages": twice}])
 
 
 def test_a_batch_without_an_assistant_turn_raises(processor):

@@ -20,7 +20,7 @@ from conversion.writing import locked
 from train.answers import conversation_of, encode_conversations
 from train.evaluate import EvaluationArguments, evaluate
 from train.evaluation import answering, evaluation, loading
-from train.evaluation.answering import ANSWER_PREFIX, AnswerSettings, answer_batch
+from train.evaluation.answering import ANSWER_PREFIX, AnswerSettings, answer_batch, decoding_of
 from train.evaluation.evaluation import evaluate_rows
 from train.evaluation.loading import hash_model, load_model, load_processor
 from train.evaluation.processes import Processes
@@ -263,6 +263,13 @@ def test_repeats_ask_anew_and_survive_a_kill(folders, data, tmp_path, monkeypatc
     resumed = evaluate(arguments(folders, data, tmp_path / "broken"), settings)
     assert results_of(tmp_path / "broken") == records and len(asked) == 12 + 1
     assert resumed["all"]["accuracy"] == summary["all"]["accuracy"]
+
+
+def test_a_harness_that_asks_for_a_decoding_is_stronger_than_the_settings():
+    settings = AnswerSettings(generate=["temperature=0.5", "top_k=5"], max_new_tokens=9)
+    asked = {"temperature": 0.9, "max_new_tokens": 3}
+    assert decoding_of(settings, asked) == {"do_sample": True, "temperature": 0.9, "top_k": 5, "max_new_tokens": 3}
+    assert decoding_of(settings, {}) == {"do_sample": True, "temperature": 0.5, "top_k": 5, "max_new_tokens": 9}
 
 
 def test_repeats_are_no_further_questions():

@@ -82,6 +82,16 @@ def test_asking_prints_the_answer_and_draws(checkpoint, tmp_path, monkeypatch, c
         assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
+def test_asking_for_more_blocks_than_a_model_opens_by_itself(tmp_path):
+    from examples.ask import ask
+
+    path = str(save_checkpoint("deeplatent", tmp_path / "checkpoint", max_latent_blocks=1))
+    processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+    model = AutoModel.from_pretrained(path, trust_remote_code=True)
+    _, output = ask(model, processor, picture(56, 56), "what?", min_blocks=2, max_new_tokens=16)
+    assert output.num_latent_blocks.tolist() == [2]
+
+
 def losses(trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

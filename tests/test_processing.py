@@ -1,5 +1,6 @@
 """The processor: blocks in text, images that cannot be seen, and what it gives to the model."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, build_tokenizer, encode, picture, user_turn
@@ -146,6 +147,7 @@ BROKEN_CHATS = [
     ([{"role": "user", "content": [{"type": "text"}]}], "an item of type text needs a `text`"),
     ([{"role": "user", "content": "a\ud800"}], r"Message 0 holds '\\ud800' at character 1, half of a surrogate pair"),
     ([[{"role": "user", "content": "a"}], [{"role": "user", "content": 5}]], "Message 0 of conversation 1"),
+    ([[{"role": "user", "content": "a"}], 5], "Conversation 1 must be a list of messages, got '5'"),
     ([{"role": "assistant", "content": [{"type": "latent"}]}], "`grid` of a latent item must be two whole numbers"),
     ([{"role": "assistant", "content": [{"type": "latent", "grid": [0, 2]}]}], r"got \[0, 2\]"),
     ([{"role": "assistant", "content": [{"type": "latent", "grid": [True, 2]}]}], "two whole numbers"),
@@ -159,11 +161,24 @@ def test_a_chat_that_cannot_be_rendered_is_refused(processor, chat, message):
         processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
 
 
+def test_what_a_chat_template_refuses_is_the_callers_to_mend(image_processor, tokenizer):
+    template = "{{ raise_exception('Roles must alternate.') }}"
+    processor = DeepLatentProcessor(image_processor, tokenizer, chat_template=template)
+    with pytest.raises(ValueError, match=r"The chat template cannot render this conversation: Roles must alternate\."):
+        processor.apply_chat_template(user_turn("q"))
+
+
+def test_an_array_without_a_pixel_is_refused_where_arrays_stay_as_they_are(processor):
+    with pytest.raises(ValueError, match=r"`images\[1\]` must have at least one pixel, its shape is \(0, 4, 3\)"):
+        processor(images=[picture(), np.zeros((0, 4, 3))], text="a", images_kwargs={"do_rescale": False})
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
         (5, "`text` must be a text or a list of texts, got int"),
         (["a", 5], "Row 1 of `text` must be a text, got int"),
+        ([], "`text` must hold at least one text"),
         (["a", "b\ud800"], "Row 1 of `text` holds"),
     ],
 )

@@ -111,8 +111,9 @@ BAD_ROWS = {
 
 @pytest.mark.parametrize("row, message", BAD_ROWS.items())
 def test_a_bad_line_is_named(tmp_path, row, message):
-    with pytest.raises(ValueError, match="Line 3 of .*data.jsonl.*" + message):
-        read_reasoning(write(tmp_path, GOOD, "", row, GOOD))
+    for check_images in (True, False):  # whether pictures are opened already
+        with pytest.raises(ValueError, match="Line 3 of .*data.jsonl.*" + message):
+            read_reasoning(write(tmp_path, GOOD, "", row, GOOD), check_images=check_images)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,11 @@
 import functools
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -376,6 +380,61 @@ def test_negatives_come_from_the_whole_step(bases, run, tmp_path):
     ]
     assert losses[0][0] > 0.1 and losses[0][0] == pytest.approx(losses[1][0], abs=1e-5)
     assert all(entry["align_without_negative"] == 0 for entry in cut.state.log_history if "align_loss" in entry)
+
+
+@pytest.mark.slow
+def test_two_processes_that_accumulate_equal_one(bases, run, data, tmp_path):
+    """Two processes with two micro-batches of one row each: loss, negatives and step are those of one process.
+
+    By plain gradient descent, so that the weights show the gradients; against one process with as many micro-batches, since
+    the other terms are means over micro-batches, and the alignment also against one batch of all rows.
+    """
+    rows = data["steps"].read_text().splitlines()[:4]
+    four = data["steps"].with_name("four.jsonl")
+    four.write_text("\n".join(rows))
+    shared = PLAIN_SGD | {"data_path": four, "global_batch_size": 4, "image_loss_weight": 0, "align_loss_weight": 1}
+    shared |= {"per_device_train_batch_size": 1}
+    alone = run(2, bases["tied"], tmp_path / "alone", **shared)
+    whole = run(2, bases["tied"], tmp_path / "whole", **shared | {"per_device_train_batch_size": 4})
+    words = {"stage": 2, "model_path": bases["tied"], "output_dir": tmp_path / "two", "vae_path": None, "max_steps": 1}
+    words |= {"logging_steps": 1, "save_steps": 1, "report_to": "none", "ddp_backend": "gloo", **shared}
+    flags = [part for name, value in words.items() if value is not None for part in (f"--{name}", str(value))]
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "train.train_lare"]
+    root = Path(__file__).resolve().parents[1]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ended = subprocess.run(
+        [sys.executable, *command, *flags, "--use_cpu"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    (log,) = [
+        one
+        for one in json.loads((tmp_path / "two" / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
+        if "loss" in one
+    ]
+    (expected,), (at_once,) = (
+        [one for one in trainer.state.log_history if "loss" in one] for trainer in (alone, whole)
+    )
+    assert log["align_without_negative"] == expected["align_without_negative"] == 0 and log["align_loss"] > 0.5
+    for name in ("loss", "ntp_loss", "align_loss", "text_loss", "grad_norm"):
+        assert log[name] == pytest.approx(expected[name], rel=1e-5), name
+    assert log["align_loss"] == pytest.approx(at_once["align_loss"], rel=1e-5)
+    for found, wanted in (
+        (weights_of(tmp_path / "two"), weights_of(tmp_path / "alone")),
+        (load_file(tmp_path / "two" / OBJECTIVE), load_file(tmp_path / "alone" / OBJECTIVE)),
+    ):
+        assert found.keys() == wanted.keys()
+        for name in wanted:
+            assert_close(
+                found[name], wanted[name], atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
+    before = weights_of(bases["tied"])
+    moved = [name for name, value in weights_of(tmp_path / "two").items() if not torch.equal(value, before[name])]
+    assert len(moved) > 10
 
 
 def test_a_run_without_any_negative_is_refused(bases, run, data, tmp_path):

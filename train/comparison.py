@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
     there = [model for model in sorted(RECIPES) if (args.run / ENDS[model] / "config.json").is_file()]
     missing = [model for model in args.models or sorted(RECIPES)[:1] * (not there) if model not in there]
     if missing:
-        parser.error(
+        raise ValueError(
             f"{args.run} has no trained {missing[0]}: run `python -m train.recipes {missing[0]} --output {args.run}`."
         )
     models = args.models or there

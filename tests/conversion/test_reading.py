@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from conversion.commands import exit_on_error
-from conversion.reading import check_config_file, is_file, parse_json, read_json_lines, read_json_object
+from conversion.reading import check_config_file, is_file, parse_json, read_json, read_json_lines, read_json_object
 from train.data import read_trajectories
 from train.deeplatent.trajectories import open_rows
 from train.lare.data import read_llava
@@ -20,6 +21,7 @@ from train.tasks.gallery import write_gallery
 from train.vision_pretraining import read_scenes
 
 
+ROOT = Path(__file__).parents[2]
 DEEP = b"[" * 200_000
 READERS = {
     "chats": read_trajectories,
@@ -66,6 +68,20 @@ def test_every_reader_names_a_file_that_is_not_there(tmp_path, reader):
     for name in ("none.jsonl", "x" * 3000, "\0"):
         with pytest.raises(ValueError, match="no (data )?file"):
             READERS[reader](tmp_path / name)
+
+
+@pytest.mark.parametrize("read", [read_json, lambda path: list(read_json_lines(path))])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, read):
+    with pytest.raises(ValueError, match=r"There is no (data )?file .*none\.json"):
+        read(tmp_path / "none.json")
+
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "closed.json").write_text("{}")
+    monkeypatch.setattr(Path, "open", refuse)  # `read_bytes` opens so too; the superuser can read everything
+    with pytest.raises(ValueError, match=r"closed\.json cannot be read: .*Permission denied"):
+        read(tmp_path / "closed.json")
 
 
 @pytest.mark.parametrize("name", ["x" * 3000, "\0", "nothing.png"])
@@ -116,6 +132,24 @@ def test_a_command_ends_with_one_line(capsys, error, monkeypatch):
         raise error
 
 
+def test_every_command_ends_its_errors_in_the_one_way():
+    """`exit_on_error`, and not an error of its option parser, which says how all options are used."""
+    folders = ("conversion", "evaluation", "train", "examples", "benchmarks", "docs")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    sources = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in paths}
+    commands = {name: source for name, source in sources.items() if '__name__ == "__main__"' in source}
+    others = {
+        "evaluation/worker_mathematics.py",
+        "train/adapters/lmms_eval.py",
+    }  # a worker, and a harness' own command
+    assert len(commands) > 30 and others <= commands.keys()
+    ends = re.compile(r"with exit_on_error\(\):|run_converter\(")
+    assert [name for name, source in commands.items() if name not in others and not ends.search(source)] == []
+    assert [name for name, source in sources.items() if re.search(r"error\(str\(|\"error: \{", source)] == [
+        "conversion/commands.py"
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
@@ -124,6 +158,9 @@ def test_a_command_ends_with_one_line(capsys, error, monkeypatch):
         "train.lare.small --data none.jsonl --output out",
         "train.vision_pretraining --model none --data none.jsonl",
         "train.tasks.balance --data none.jsonl",
+        "train.tasks --task nothing --n 1 --output out",
+        "train.decontaminate --train none.jsonl --test none.jsonl --vision_tower bad --output out.jsonl",
+        "train.comparison --run none",
         "train.train_vedas --model_path bad --data_path none.jsonl --output_dir out",
         "train.train_lare --stage 2 --model_path bad --data_path none.jsonl --output_dir out",
         "train.train_deeplatent --stage sft1 --model_path bad --data_path none.jsonl --output_dir out",
@@ -135,15 +172,22 @@ def test_a_command_ends_with_one_line(capsys, error, monkeypatch):
         "train.deeplatent_rl.progress out",
         "conversion.convert_vedas --backbone bad --output out",
         "conversion.check bad",
+        "conversion.refresh_code bad",
+        "examples.ask bad none.png what",
+        "examples.finetune bad none.jsonl out",
+        "examples.lora bad none.jsonl out merged",
+        "examples.demo --n 0",
+        "examples.demo --checkpoints none",
     ],
 )
 def test_commands_end_bad_input_with_one_line(tmp_path, command):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "config.json").write_text("[]")
-    path = {"PYTHONPATH": str(Path(__file__).parents[2]), "HF_HUB_OFFLINE": "1"}
+    path = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     environment = os.environ | path
     ended = subprocess.run(
         [sys.executable, "-m", *command.split()], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
     assert len([line for line in ended.stderr.splitlines() if line.startswith("error: ")]) == 1
+    assert "usage: " not in ended.stderr  # which would be several lines about options that are right

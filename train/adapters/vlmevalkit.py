@@ -8,7 +8,6 @@ others go to `vlmeval.run`. In a script of one's own: `register("lare", "out/lar
 """
 
 import sys
-from argparse import ArgumentParser
 from dataclasses import dataclass, field, fields
 from functools import partial
 
@@ -17,6 +16,7 @@ from vlmeval.config import supported_VLM
 from vlmeval.run import main as run
 from vlmeval.vlm.base import BaseModel
 
+from conversion.commands import exit_on_error
 from train.adapters.answerer import Answerer, as_conversation
 from train.evaluation.answering import AnswerSettings
 
@@ -61,13 +61,14 @@ def main() -> None:
     parser = HfArgumentParser(
         (CheckpointArguments, AnswerSettings), description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    checkpoints, settings, others = parser.parse_args_into_dataclasses(return_remaining_strings=True)
-    loading = {one.name: getattr(checkpoints, one.name) for one in fields(checkpoints) if one.name != "checkpoint"}
-    for one in checkpoints.checkpoint:
-        name, equals, folder = one.partition("=")
-        if not equals:
-            ArgumentParser(prog="train.adapters.vlmevalkit").error(f"`checkpoint` takes NAME=FOLDER, got {one!r}.")
-        register(name, folder, **loading, **settings.to_dict())
+    with exit_on_error():
+        checkpoints, settings, others = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+        loading = {one.name: getattr(checkpoints, one.name) for one in fields(checkpoints) if one.name != "checkpoint"}
+        for one in checkpoints.checkpoint:
+            name, equals, folder = one.partition("=")
+            if not equals:
+                raise ValueError(f"`checkpoint` takes NAME=FOLDER, got {one!r}.")
+            register(name, folder, **loading, **settings.to_dict())
     sys.argv = [sys.argv[0], *others]
     run()
 

@@ -41,16 +41,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--gallery", action="store_true", help="also write gallery.html, one page to look at")
     options = vars(parser.parse_args(arguments))
     has_gallery, start = options.pop("gallery"), process_time()
-    try:
+    with exit_on_error():
         data = write_dataset(**options, progress=True)
-    except ValueError as error:
-        parser.error(str(error))
-    n, kind = options["n"], "samples" if options["questions"] == "one" else "pictures"
-    print(f"{n} {kind} in {data} ({n / (process_time() - start):.0f} {kind}/s of one core)")
-    if has_gallery:
-        print(f"Gallery in {write_gallery(data)}")
+        n, kind = options["n"], "samples" if options["questions"] == "one" else "pictures"
+        print(f"{n} {kind} in {data} ({n / (process_time() - start):.0f} {kind}/s of one core)")
+        if has_gallery:
+            print(f"Gallery in {write_gallery(data)}")
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main()
+    main()

@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--level", default="easy", help=" or ".join(LEVELS))
     parser.add_argument("--image-size", type=int, default=224)
     options = parser.parse_args(arguments)
-    try:
+    with exit_on_error():
         if options.data is not None:
             train = read_rows(options.data)
             train, held_out = (train, read_rows(options.held_out)) if options.held_out else halve(train)
@@ -158,10 +158,7 @@ def main(arguments: list[str] | None = None) -> None:
             held_out = list(make_rows(tasks, options.n, options.seed + 1, options.split, *settings))
         print_table(measure(train, held_out))
         print_shortcuts(measure_shortcuts(train, held_out))
-    except ValueError as error:
-        parser.error(str(error))
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main()
+    main()
