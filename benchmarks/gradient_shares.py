@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.measuring import Setting
 from benchmarks.models import TINY, deeplatent, qwen_inputs
+from conversion.commands import exit_on_error
 from train.deeplatent_rl.gradients import ApartGradients
 from train.deeplatent_rl.objective import GRPOObjective, ObjectiveArguments
 from train.deeplatent_rl.replay import replay
@@ -93,4 +94,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

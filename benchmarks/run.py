@@ -21,6 +21,7 @@ from benchmarks.measuring import Setting, describe_machine, free_memory
 from benchmarks.models import Shape, deeplatent, weight_bytes
 from benchmarks.report import Row, to_markdown, write_report
 from benchmarks.sizes import CPU, CPU_QUICK, GPU, GPU_QUICK, Sizes
+from conversion.commands import exit_on_error
 
 
 SUBJECTS = (
@@ -105,4 +106,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -11,9 +11,10 @@ import ast
 import json
 import os
 import shutil
-import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+
+from conversion.commands import exit_on_error
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,11 +126,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="folder of a checkpoint")
     args = parser.parse_args(arguments)
-    try:
+    with exit_on_error():
         changed = refresh_code(args.checkpoint)
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     print(f"Rewrote {', '.join(changed)}." if changed else f"The code of {args.checkpoint} is up to date.")
 
 

@@ -4,12 +4,11 @@ python -m examples.ask checkpoints/lare picture.png "What is in the picture?" --
 """
 
 import argparse
-import sys
 
-from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
+from conversion.commands import exit_on_error
 from processing_latentvlm import draw_trace
 from processing_latentvlm.pictures import open_picture
 
@@ -66,19 +65,16 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--draw", help="PNG to draw the trace to")
     args = parser.parse_args()
-    try:
+    with exit_on_error():
         image = open_picture(args.picture, args.picture)
         processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
         model = AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype="auto")
         answer, output = ask(model, processor, image, args.question, args.min_blocks, args.max_new_tokens)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"Answer: {answer}")
-    print(count_latents(model, output))
-    if args.draw and output.latent_trace.steps:
-        draw_trace(output.latent_trace, [image], args.draw)
-        print(f"trace: {args.draw}")
+        print(f"Answer: {answer}")
+        print(count_latents(model, output))
+        if args.draw and output.latent_trace.steps:
+            draw_trace(output.latent_trace, [image], args.draw)
+            print(f"trace: {args.draw}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from textwrap import shorten
 
 from transformers.utils import logging
 
+from conversion.commands import exit_on_error
 from examples.looking import (
     KINDS,
     NAMES,
@@ -80,4 +81,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

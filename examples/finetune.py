@@ -7,11 +7,10 @@ Models that open no blocks (LaRe, Vedas) take their steps before the answer, and
 """
 
 import argparse
-import sys
 
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
+from conversion.commands import exit_on_error
 from train.data import collator_for, question_image_sizes, read_trajectories
 from train.trained_sizes import record_image_sizes
 
@@ -41,11 +40,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("model_path", "data_path", "output"):
         parser.add_argument(name)
-    try:
+    with exit_on_error():
         finetune(**vars(parser.parse_args()))
-    except (OSError, ValueError, StrictDataclassError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import argparse
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
+from conversion.commands import exit_on_error
 from train.data import collator_for, question_image_sizes, read_trajectories
 from train.trained_sizes import record_image_sizes
 
@@ -52,5 +53,6 @@ if __name__ == "__main__":
     for name in ("model_path", "data_path", "adapter", "merged"):
         parser.add_argument(name)
     args = parser.parse_args()
-    train_adapter(args.model_path, args.data_path, args.adapter)
-    merge_adapter(args.model_path, args.adapter, args.merged)
+    with exit_on_error():
+        train_adapter(args.model_path, args.data_path, args.adapter)
+        merge_adapter(args.model_path, args.adapter, args.merged)

@@ -12,15 +12,14 @@ A killed run goes on where it stopped when the same command is given again: its 
 that cannot be read stops the run, which `--skip-unreadable` lets go on: it removes such samples and reports them.
 """
 
-import sys
 from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from conversion.commands import exit_on_error
 from train.decontamination.arguments import DTYPES, DecontaminationArguments
 from train.decontamination.comparison import EXACT, IMAGE, UNREADABLE, UNREADABLE_TEST, Comparison
 from train.decontamination.journal import Journal, fingerprint_of
@@ -84,13 +83,10 @@ def main() -> None:
     parser = HfArgumentParser(
         DecontaminationArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
-    try:
+    with exit_on_error():
         (arguments,) = parser.parse_args_into_dataclasses()
         print(draw_table(decontaminate(arguments)))
         print(f"{arguments.output}, {arguments.report}")
-    except (OSError, ValueError, StrictDataclassError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

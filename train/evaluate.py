@@ -15,7 +15,6 @@ other settings it is refused.
 """
 
 import json
-import sys
 from argparse import RawDescriptionHelpFormatter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -24,9 +23,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser
 
+from conversion.commands import exit_on_error
 from conversion.writing import locked, write_file
 from train.evaluation.answering import AnswerSettings, check_settings
 from train.evaluation.evaluation import evaluate_rows
@@ -116,12 +115,9 @@ def main() -> None:
     parser = HfArgumentParser(
         (EvaluationArguments, AnswerSettings), description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
-    try:
+    with exit_on_error():
         arguments, settings = parser.parse_args_into_dataclasses()
         summary = evaluate(arguments, settings)
-    except (OSError, ValueError, StrictDataclassError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
     if summary is not None:
         print(draw_table(summary))
         print(arguments.output / "summary.json")

@@ -14,6 +14,7 @@ its latents replaced by noise or by those of other rows, and without steps. `tra
 
 import argparse
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from train.evaluation.answering import AnswerSettings, answer_batch
 from train.evaluation.evaluation import split_batches
 from train.hardware import hardware
 from train.reasoning_data import read_reasoning
+from train.tasks import check_task
 from train.tasks.families import family_of, tasks_of
 
 
@@ -356,6 +358,9 @@ def main() -> None:
     is_lare = build in (lare, lare_blind)
     if is_lare and args.language != "small":
         parser.error("`--language` is for DeepLatent and Vedas")
+    check_task(args.task)  # before the folder is bound to it
+    if not (args.scale > 0 and math.isfinite(args.scale)):
+        parser.error(f"`--scale` must be a finite number above 0, got {args.scale}")
     chosen = {} if is_lare else {"language": args.language}
     remember(args.output, task=args.task, scale=args.scale, language=args.language)
     run(build(args.output, args.task, args.scale, **chosen), args.output / "times.jsonl")

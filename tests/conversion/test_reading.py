@@ -116,6 +116,15 @@ def test_a_command_ends_with_one_line(capsys, error, monkeypatch):
         raise error
 
 
+def test_every_command_ends_with_one_line():
+    root = Path(__file__).resolve().parents[2]
+    files = [file for one in ("benchmarks", "conversion", "examples", "train") for file in (root / one).rglob("*.py")]
+    commands = {file: text for file in files if '__name__ == "__main__"' in (text := file.read_text(encoding="utf-8"))}
+    assert len(commands) > 25
+    wrong = [str(file.relative_to(root)) for file, text in commands.items() if "with exit_on_error():" not in text]
+    assert not wrong, f"these end bad input with a traceback: {wrong}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",

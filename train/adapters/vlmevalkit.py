@@ -17,6 +17,7 @@ from vlmeval.config import supported_VLM
 from vlmeval.run import main as run
 from vlmeval.vlm.base import BaseModel
 
+from conversion.commands import exit_on_error
 from train.adapters.answerer import Answerer, as_conversation
 from train.evaluation.answering import AnswerSettings
 
@@ -73,4 +74,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()
