@@ -10,6 +10,7 @@ its backbone until it is trained. The output loads with `AutoModel.from_pretrain
 
 from pathlib import Path
 
+from conversion.commands import exit_on_error
 from conversion.qwen_backbone import Architecture, convert_backbone, run_converter
 from conversion.reference_vedas import BACKBONES, convert_reference
 from modeling_latentvlm import VedasForConditionalGeneration
@@ -56,4 +57,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

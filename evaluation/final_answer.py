@@ -148,7 +148,7 @@ def read_choice(text: str, choices: Sequence[str] = ()) -> str | None:
         return None
     letter = next(part for part in found.groups() if part).upper()
     rest = text[found.end() :]
-    is_list = found["bare"] is not None and rest.startswith(",")
+    is_list = found["bare"] is not None and rest.lstrip(" ").startswith((",", "\n"))
     rest = rest.lstrip(".:,-) \n\t")
     if choices:
         if ord(letter) - ord("A") >= len(choices):

@@ -2,13 +2,15 @@
 
 `9^{9^{9}}` is a short text, and calculating it never ends: no time limit inside the process helps, since those of
 `math-verify` need signals, which a thread cannot have and which do not interrupt one long operation. So a worker process
-compares, one pair of texts at a time, and is killed where it takes longer than `LIMIT`. What could not be compared counts as
+compares, one pair of texts at a time, and is ended where it calculates longer than `LIMIT`. Its own time counts, not that on the
+wall: a right answer must not become a wrong one because the machine has other work to do. What could not be compared counts as
 different; that is logged. Every process has one worker, started when it is first needed (`worker_mathematics.py`).
 """
 
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +21,9 @@ from pathlib import Path
 from transformers.utils import logging
 
 
-LIMIT = 5.0  # seconds for one pair
+LIMIT = 5.0  # seconds of calculating for one pair
+# As long as the process waits for its turn on a busy machine. Without timers of its own (Windows) only the wall can tell.
+PATIENCE = 24 if hasattr(signal, "setitimer") else 1
 START_LIMIT = 300.0  # seconds until the worker has imported what it needs
 WORKER = Path(__file__).with_name("worker_mathematics.py")
 logger = logging.get_logger(__name__)
@@ -32,7 +36,8 @@ class Worker:
         self.lock, self.process = threading.Lock(), None
 
     def compare(self, answer: str, truth: str, limit: float) -> bool | None:
-        """Whether two texts are the same mathematics; None where the process did not say so within `limit` seconds."""
+        """Whether two texts are the same mathematics; None where the process did not say so within its `limit` seconds."""
+        patience = PATIENCE * limit
         with self.lock:
             if self.process is not None and self.process.poll() is not None:
                 self.stop()  # it died while nobody asked
@@ -45,12 +50,12 @@ class Worker:
                 if self.read(START_LIMIT) is None:
                     raise RuntimeError(f"The process that compares mathematics does not start: {' '.join(command)}")
             try:
-                self.process.stdin.write(json.dumps([answer, truth, limit]).encode() + b"\n")
+                self.process.stdin.write(json.dumps([answer, truth, limit, patience]).encode() + b"\n")
                 self.process.stdin.flush()
             except BrokenPipeError:
                 self.stop()
                 return None
-            return self.read(limit)
+            return self.read(patience)
 
     def read(self, limit: float) -> bool | None:
         """The next line of the process; it is killed after `limit` seconds."""
@@ -81,7 +86,7 @@ def stop_worker() -> None:
 
 
 def compare_mathematics(answer: str, truth: str) -> bool | None:
-    """Whether two texts are the same mathematics, at most `LIMIT` seconds later; None without `math-verify`."""
+    """Whether two texts are the same mathematics, after `LIMIT` seconds of work at most; None without `math-verify`."""
     if find_spec("math_verify") is None:
         return None
     return compare_within(answer, truth, LIMIT)

@@ -11,7 +11,7 @@ from math_verify import parse, verify
 
 
 MEMORY_LIMIT = 2**32  # bytes of address space: a tower of powers asks for more
-GRACE = 5.0  # seconds behind the limit of the parent, which then kills this process anyway
+GRACE = 5.0  # seconds behind the patience of the parent, which then kills this process anyway
 
 
 def limit_memory() -> None:
@@ -24,19 +24,24 @@ def limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
+def set_timers(work: float, patience: float) -> None:
+    """End this process by a signal, inside C code too: after `work` seconds of calculating, or `patience` of waiting; 0 is never."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, work)
+        signal.setitimer(signal.ITIMER_REAL, patience)
+
+
 def main() -> None:
     limit_memory()
     out, sys.stdout = sys.stdout, sys.stderr  # nothing that a library prints is an answer
     print("true", file=out, flush=True)
     for line in sys.stdin:
-        answer, truth, limit = json.loads(line)
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, limit + GRACE)  # its signal ends the process, inside C code too
-        # Without the time limits of `math-verify`, which set the same timer.
+        answer, truth, limit, patience = json.loads(line)
+        set_timers(limit, patience + GRACE)
+        # Without the time limits of `math-verify`, which set one of these timers.
         told, known = (parse(f"${text}$", parsing_timeout=None) for text in (answer, truth))
         same = bool(verify(known, told, timeout_seconds=None))
-        if hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        set_timers(0, 0)
         print(json.dumps(same), file=out, flush=True)
 
 

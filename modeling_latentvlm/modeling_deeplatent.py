@@ -90,6 +90,7 @@ class DeepLatentForConditionalGeneration(
     config: DeepLatentConfig
     config_class = DeepLatentConfig
     new_weights = NEW_WEIGHTS
+    _only_of_forward = ("labels", "latent_state_layers")
     # Small, and the seat of all latents: quantizers skip them, and float16 (which overflows where bfloat16 does not) too.
     _keep_in_fp32_modules = ["latent_control", "latent_blocks"]
     _no_split_modules = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock", "LatentBlockBuilder"]

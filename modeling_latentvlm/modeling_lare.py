@@ -44,7 +44,13 @@ from modeling_latentvlm.backbone_calls import FusedCall, check_answer_starts, fi
 from modeling_latentvlm.generation_rules import NeverWritten, check_settings, infer_attention_mask, stop_reasons
 from modeling_latentvlm.interventions import Intervention, check_intervention
 from modeling_latentvlm.latent_decoding import LatentDecodingMixin, check_mask, check_one_prompt, kept_columns
-from modeling_latentvlm.prompt_checks import check_image_labels, check_numbers, check_turns, end_tokens
+from modeling_latentvlm.prompt_checks import (
+    check_image_labels,
+    check_labels,
+    check_numbers,
+    check_turns,
+    end_tokens,
+)
 from modeling_latentvlm.refocus_decoding import Places, RefocusContext, RefocusDecoder
 from modeling_latentvlm.refocus_extractor import RefocusEmbedding, RefocusExtractor, RefocusNorm
 from modeling_latentvlm.row_images import collect_row_images
@@ -81,6 +87,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
     new_weights = ("refocus.",)
     accepts_loss_kwargs = False
     _supports_flex_attn = False  # steps need a row of attention, which its mask, a program, does not give
+    _only_of_forward = ("labels", "answer_starts")
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _no_split_modules = [
         "LlamaDecoderLayer",
@@ -158,6 +165,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         is_generating = latent_context is not None
         if not is_generating:
             check_intervention(latent_intervention, one_at_a_time=False)
+            check_labels(labels, input_ids)
             for name, value in (("position_ids", position_ids), (CACHE, cache)):
                 if value is not None:
                     raise ValueError(
@@ -168,6 +176,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
                 images, placeholders, intervention=latent_intervention, output_latents=output_latents
             )
         features = [row.features for row in latent_context.images if row is not None]
+        self._drop_unknown_outputs(kwargs)
         decoder = RefocusDecoder(self, latent_context, cache, use_cache, kwargs)
         is_prompt = latent_context.decode_step < 0
         if is_prompt:

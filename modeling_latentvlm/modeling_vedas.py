@@ -43,7 +43,14 @@ from modeling_latentvlm.backbone_calls import FusedCall, check_answer_starts, fi
 from modeling_latentvlm.generation_rules import NeverWritten, check_settings, infer_attention_mask, stop_reasons
 from modeling_latentvlm.interventions import Intervention, check_intervention
 from modeling_latentvlm.latent_decoding import LatentDecodingMixin, check_mask, check_one_prompt, kept_columns
-from modeling_latentvlm.prompt_checks import check_image_labels, check_numbers, check_turns, end_tokens
+from modeling_latentvlm.prompt_checks import (
+    check_image_labels,
+    check_labels,
+    check_not_within_image,
+    check_numbers,
+    check_turns,
+    end_tokens,
+)
 from modeling_latentvlm.qwen_inputs import QwenInputsMixin, rename_hub_weights
 from modeling_latentvlm.routing import (
     GATE_BIAS,
@@ -88,6 +95,8 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
     config_class = VedasConfig
     new_weights = (".router.",)
     accepts_loss_kwargs = False
+    # `num_latent_steps` of an answer are those of the config: `model.config.num_latent_steps` sets them.
+    _only_of_forward = ("labels", "answer_starts", "num_latent_steps")
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _no_split_modules = [
         "Qwen2VLDecoderLayer",
@@ -192,10 +201,12 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
             )
             latent_context.position_ids = self._rope_positions(input_ids, attention_mask, vision)
             latent_context.num_steps = self._count_steps(num_latent_steps)
+            check_labels(labels, input_ids)
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             answer_starts = self._find_answers(
                 input_ids, mask, latent_context.num_steps, answer_starts, labels, fused_call
             )
+        self._drop_unknown_outputs(kwargs)
         decoder = StepDecoder(self, latent_context, cache, use_cache, kwargs)
         embeds = self._embed_prompt(input_ids, latent_context, inputs_embeds)
         if latent_context.decode_step >= 0:
@@ -246,7 +257,9 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         if self.never_labels(input_ids).any() or not (num_steps or self.config.routed_layers):
             return None
         if answer_starts is not None:
-            return check_answer_starts(answer_starts, input_ids)
+            is_picture = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
+            check_not_within_image(check_answer_starts(answer_starts, input_ids), is_picture)
+            return answer_starts
         learned = labels if fused_call is None else fused_call.labels
         if num_steps and learned is not None:
             check_image_labels(learned, input_ids == self.config.image_token_id, "latent steps")

@@ -6,6 +6,7 @@ Shapes: B rows, S columns of `input_ids`, D hidden size.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -119,6 +120,28 @@ def end_tokens(*values) -> list[int]:
         value = value.tolist() if isinstance(value, Tensor) else value
         found += value if isinstance(value, list | tuple) else [] if value is None else [value]
     return sorted(set(found))
+
+
+def check_labels(labels: Tensor | None, input_ids: Tensor) -> None:
+    """Raise unless `labels`, where they are given, have the rows and columns of the tokens: they say where answers start."""
+    if labels is not None and labels.shape != input_ids.shape:
+        raise ValueError(
+            f"`labels` must have the rows and columns of `input_ids` {tuple(input_ids.shape)}, got {tuple(labels.shape)}."
+        )
+
+
+def check_not_within_image(answer_starts: Tensor, is_image: Tensor) -> None:
+    """Raise where an answer starts within an image: the steps before it would see a part of that image.
+
+    Args:
+        answer_starts: (B,) columns from 1 to S.
+        is_image: (B, S) bool, the columns of image tokens.
+    """
+    starts = answer_starts.to(is_image.device)[:, None]
+    is_parted = is_image.gather(1, starts - 1) & F.pad(is_image, (0, 1)).gather(1, starts)
+    rows = is_parted[:, 0].nonzero().flatten().tolist()
+    if rows:
+        raise ValueError(f"`answer_starts` must not lie within an image, but in rows {rows} they do.")
 
 
 def check_image_labels(labels: Tensor, is_image: Tensor, steps: str) -> None:

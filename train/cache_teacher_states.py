@@ -28,7 +28,7 @@ from train.deeplatent.teacher_states import (
     read_hidden_states,
 )
 from train.deeplatent.trajectories import Trajectories, picture_items
-from train.own_models import TRUST_HELP
+from train.own_models import TRUST_HELP, check_model_type
 
 
 @dataclass
@@ -86,6 +86,7 @@ def states_of(model, collator: DeepLatentCollator, samples: list[dict], layers) 
 def main(args: CacheArguments, data_args: DataArguments) -> None:
     number, count = this_process(args)
     folder = local_folder(args.model)
+    check_model_type(folder, "deeplatent", args.trust_remote_code)
     config = load_config(folder, args.config_overrides, args.trust_remote_code)
     processor = load_processor(folder, config, args.trust_remote_code)
     data = data_args.read(config, processor)

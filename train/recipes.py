@@ -14,6 +14,7 @@ its latents replaced by noise or by another picture's, and without steps. `train
 
 import argparse
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from train.evaluation.evaluation import evaluate_rows
 from train.evaluation.report import describe
 from train.evaluation.rows import read_evaluation
 from train.hardware import hardware
+from train.tasks import check_task
 from train.tasks.families import family_of, tasks_of
 
 
@@ -351,6 +353,9 @@ def main() -> None:
     is_lare = build in (lare, lare_blind)
     if is_lare and args.language != "small":
         parser.error("`--language` is for DeepLatent and Vedas")
+    check_task(args.task)  # before the folder is bound to it
+    if not (args.scale > 0 and math.isfinite(args.scale)):
+        parser.error(f"`--scale` must be a finite number above 0, got {args.scale}")
     chosen = {} if is_lare else {"language": args.language}
     remember(args.output, task=args.task, scale=args.scale, language=args.language)
     run(build(args.output, args.task, args.scale, **chosen), args.output / "times.jsonl")

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
 
 from conversion.commands import exit_on_error
-from conversion.reading import check_config_file
 from train.deeplatent_rl.dump import RolloutDump
 from train.deeplatent_rl.grpo_trainer import GRPOTrainer, GRPOTrainingArguments
 from train.deeplatent_rl.judge import JudgeArguments
@@ -24,7 +23,7 @@ from train.deeplatent_rl.objective import GRPOObjective, ObjectiveArguments
 from train.deeplatent_rl.policy import AdapterArguments, check_policy, prepare_policy
 from train.deeplatent_rl.rewards import RewardArguments, WeightedRewards
 from train.deeplatent_rl.rollouts import QuestionCollator, RolloutArguments
-from train.own_models import TRUST_HELP
+from train.own_models import TRUST_HELP, check_model_type
 from train.reasoning_data import ReasoningSample, read_reasoning
 from train.trained_sizes import record_image_sizes
 from train.training_model import TrainingModel, run_training
@@ -59,7 +58,7 @@ def main(
 ) -> GRPOTrainer:
     set_seed(training_args.seed)
     rewards = WeightedRewards(reward_args, judge)
-    check_config_file(script.model_path)
+    check_model_type(script.model_path, "deeplatent", script.trust_remote_code)
     processor = AutoProcessor.from_pretrained(script.model_path, trust_remote_code=script.trust_remote_code)
     given = {"attn_implementation": script.attn_implementation} if script.attn_implementation else {}
     model = AutoModel.from_pretrained(

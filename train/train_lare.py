@@ -27,11 +27,10 @@ from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArg
 
 from conversion.backbone import parse_overrides
 from conversion.commands import exit_on_error
-from conversion.reading import check_config_file
 from train.config_overrides import load_config
 from train.lare.data import LaReCollator, check_rows, from_reasoning, read_llava
 from train.lare.objective import LaReObjective, LatentLossArguments
-from train.own_models import TRUST_HELP
+from train.own_models import TRUST_HELP, check_model_type
 from train.reasoning_data import read_reasoning
 from train.training_model import LatentTrainer, TrainingModel, load_objective, run_training
 
@@ -227,7 +226,7 @@ def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: T
     set_seed(training_args.seed)
     stage = STAGES[args.stage]
     complete_arguments(args, training_args)
-    check_config_file(args.model_path)
+    check_model_type(args.model_path, "lare", args.trust_remote_code)
     processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=args.trust_remote_code)
     model = load_model(args)
     check_stage(model, args)

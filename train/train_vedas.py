@@ -16,10 +16,9 @@ from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArg
 
 from configuration_latentvlm.transformers_contract import check_contract
 from conversion.commands import exit_on_error
-from conversion.reading import check_config_file
 from train.curriculum import Curriculum, CurriculumCollator
 from train.gradient_dynamics import GradientDynamics
-from train.own_models import TRUST_HELP
+from train.own_models import TRUST_HELP, check_model_type
 from train.reasoning_data import ReasoningSample, read_reasoning
 from train.replay import ReplayArguments, ReplayObjective
 from train.trained_sizes import record_image_sizes
@@ -139,7 +138,7 @@ def prepare_weights(model, args: ScriptArguments, training_args: TrainingArgumen
 
 def main(args: ScriptArguments, replay_args: ReplayArguments, training_args: TrainingArguments) -> LatentTrainer:
     set_seed(training_args.seed)
-    check_config_file(args.model_path)
+    check_model_type(args.model_path, "vedas", args.trust_remote_code)
     processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=args.trust_remote_code)
     model = load_model(args)
     stages = plan_stages(args, training_args, model.config.num_latent_steps)

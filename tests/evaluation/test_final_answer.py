@@ -176,7 +176,23 @@ CHOICES = [
         for text in ("A", "(A)", "A.", "A. red", "(A) red", r"\text{A}", "A, I think", "A: B", "A. Vitamin B")
     ),
     *((text, "D") for text in ("D", "d)", "(D) none of these", "D. All of the above")),
-    *((text, None) for text in ("A, B", "A,B", "A, B, C", "A and B", "A or B", "A/B", "A & B", "A B", "AB", "A; B")),
+    *(
+        (text, None)
+        for text in (
+            "A, B",
+            "A,B",
+            "A, B, C",
+            "A and B",
+            "A or B",
+            "A/B",
+            "A & B",
+            "A B",
+            "AB",
+            "A; B",
+            "A\nB",
+            "A \nB.",
+        )
+    ),
     *((text, None) for text in ("A, B.", "(A), (B)", "(A)(B)", "(A) and (C)", "(A) or (B)", "A, C and D", "[A] [B]")),
     *(
         (text, None)

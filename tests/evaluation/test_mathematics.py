@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -18,35 +19,43 @@ pytest.importorskip("math_verify")
 ENDLESS = "9^{9^{9}}"
 
 
-@pytest.fixture(autouse=True)
-def patient(monkeypatch) -> None:
-    """A machine with other work to do may take seconds for what ends."""
-    monkeypatch.setattr(mathematics, "LIMIT", 60.0)
+@pytest.fixture
+def limit(monkeypatch) -> float:
+    monkeypatch.setattr(mathematics, "LIMIT", 1.0)
     mathematics.compare_within.cache_clear()
+    return 1.0
 
 
-def test_an_answer_that_never_ends_is_wrong_in_time(monkeypatch):
-    said = []
-    monkeypatch.setattr(mathematics.logger, "warning", said.append)
-    with monkeypatch.context() as patch:
-        patch.setattr(mathematics, "LIMIT", 1.0)
-        began = time.perf_counter()
-        assert not is_right(ENDLESS, "3") and not is_right(ENDLESS, "3")  # the second time it is known
-        assert time.perf_counter() - began < 30
-    assert len(said) == 1 and f"'{ENDLESS}' could not be compared with '3' within 1 s" in said[0]
+def test_an_answer_that_never_ends_is_wrong_in_time(limit, caplog):
+    began = time.perf_counter()
+    assert not is_right(ENDLESS, "3") and not is_right(ENDLESS, "3")  # the second time it is known
+    assert time.perf_counter() - began < mathematics.PATIENCE * limit + 10
     assert is_right(r"\frac{1}{2}", "0.5") and not is_right(r"\frac{1}{2}", "0.25")  # by a new process
 
 
 def test_a_process_without_a_clock_of_its_own_is_killed(tmp_path, monkeypatch):
-    """Where there are no signals (Windows), nothing but the kill ends it; this one would answer after 20 seconds."""
+    """Where there are no timers (Windows), nothing but the kill ends it; this one would answer after 20 seconds."""
     stub = tmp_path / "worker.py"
     stub.write_text("import time\nprint('true', flush=True)\ninput()\ntime.sleep(20)\nprint('true', flush=True)\n")
     monkeypatch.setattr(mathematics, "WORKER", stub)
+    monkeypatch.setattr(mathematics, "PATIENCE", 1)
     worker = mathematics.Worker()
     assert worker.compare("1", "1", 0.5) is None and worker.process is None
 
 
-def test_a_process_that_dies_is_started_anew():
+@pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs signals")
+def test_a_process_that_has_to_wait_is_not_given_up(limit):
+    """On a busy machine: two seconds without a turn made `4x + 1` and `1 + 4x` different."""
+    assert is_right("2x + 2", "2 + 2x")
+    pid = mathematics.WORKERS[os.getpid()].process.pid
+    os.kill(pid, signal.SIGSTOP)
+    wake = threading.Timer(2 * limit, os.kill, (pid, signal.SIGCONT))
+    wake.start()
+    assert is_right("4x + 1", "1 + 4x")
+    wake.join()
+
+
+def test_a_process_that_dies_is_started_anew(limit):
     assert is_right("2x + 1", "1 + 2x")
     worker = mathematics.WORKERS[os.getpid()]
     worker.process.kill()
@@ -54,16 +63,7 @@ def test_a_process_that_dies_is_started_anew():
     assert is_right("3x + 1", "1 + 3x") and not is_right("3x + 1", "1 + 4x")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs prlimit")
-def test_a_process_cannot_take_all_memory():
-    import resource
-
-    assert is_right("4x + 1", "1 + 4x")
-    pid = mathematics.WORKERS[os.getpid()].process.pid
-    assert 0 < resource.prlimit(pid, resource.RLIMIT_AS)[0] <= 2**32
-
-
-def test_threads_take_turns():
+def test_threads_take_turns(limit):
     found = {}
 
     def ask(number: int) -> None:
@@ -85,7 +85,7 @@ def answer_in_child(queue) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_fork_has_a_worker_of_its_own():
+def test_a_fork_has_a_worker_of_its_own(limit):
     assert is_right(r"\frac{3}{2}", "1.5")
     context = multiprocessing.get_context("fork")
     queue = context.Queue()

@@ -18,6 +18,7 @@ from lmms_eval.models import MODEL_REGISTRY_V2
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
+from conversion.commands import exit_on_error
 from train.adapters.answerer import Answerer, as_conversation, cut, generation_settings
 from train.evaluation.processes import Processes
 
@@ -89,4 +90,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

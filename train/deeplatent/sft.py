@@ -14,7 +14,7 @@ from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.distillation import SftObjective
 from train.deeplatent.teacher_states import TeacherCache, choose_layers, make_fingerprint
 from train.deeplatent.trajectories import CHAINS_OF_THOUGHT, WITHOUT_PICTURES, Trajectories
-from train.own_models import TRUST_HELP
+from train.own_models import TRUST_HELP, check_model_type
 from train.trained_sizes import record_image_sizes
 from train.training_model import LatentTrainer, TrainingModel, run_training
 
@@ -197,6 +197,7 @@ def train_sft(args: SftArguments, data_args: DataArguments, training_args: Train
     set_seed(training_args.seed)
     folder = local_folder(args.model_path)
     trust = args.trust_remote_code
+    check_model_type(folder, "deeplatent", trust)
     config = load_config(folder, args.config_overrides, trust)
     processor = load_processor(folder, config, trust)
     data = data_args.read(config, processor)
@@ -221,6 +222,7 @@ def train_sft(args: SftArguments, data_args: DataArguments, training_args: Train
         if collator.has_live_teacher:
             teacher_folder = local_folder(args.teacher_path)
             dtype = "bfloat16" if training_args.bf16 else args.dtype  # it takes no updates that could get lost
+            check_model_type(teacher_folder, "deeplatent", trust)
             teacher_config = load_config(teacher_folder, trust_remote_code=trust)
             teacher = load_model(
                 teacher_folder, teacher_config, dtype, args.attn_implementation, trust_remote_code=trust

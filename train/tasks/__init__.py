@@ -191,7 +191,8 @@ def _save(sample: Sample, output: Path) -> dict:
     return record
 
 
-def _validate(task: str, split: str, image_size: int, level: str, questions: str = "one") -> None:
+def check_task(task: str) -> None:
+    """Raise a ValueError unless `task` names tasks or families, with commas and shares or without."""
     known = (ALL, *FAMILIES, *TASKS, *PRETRAINING)
     known = tuple(dict.fromkeys(known))  # a family with one task may have its name
     named = [one.strip().partition(":") for one in task.split(",")]
@@ -199,11 +200,15 @@ def _validate(task: str, split: str, image_size: int, level: str, questions: str
         raise ValueError(f"`task` must be one of {', '.join(known)}, or several with commas; got {task!r}.")
     if any(colon and not (share.isdecimal() and int(share)) for _, colon, share in named):
         raise ValueError(f"A task's share, as in `search_color:4,jigsaw`, must be a number above 0; got {task!r}.")
+
+
+def _validate(task: str, split: str, image_size: int, level: str, questions: str = "one") -> None:
+    check_task(task)
     if split not in SPLITS:
         raise ValueError(f"`split` must be one of {', '.join(SPLITS)}; got {split!r}.")
     if level not in LEVELS:
         raise ValueError(f"`level` must be one of {', '.join(LEVELS)}; got {level!r}.")
-    for name, _, _ in named:
+    for name in (one.strip().partition(":")[0] for one in task.split(",")):
         if not tasks_of(name, level):
             raise ValueError(f"`level` must be easy for task {name}, which has no other; got {level!r}.")
     if questions not in QUESTIONS:
