@@ -11,9 +11,10 @@ For the large scenes of 224 pixels and more, with a cell per merged patch:
 
 Language-model losses alone teach a small tower very slowly: an answer is one word about one of many things. Here linear
 heads on its features name color, shape and digit of each cell, and what else the data say about cells: the corner at
-which a jigsaw piece is at home, the walls of a maze, the value of a bar. The heads are thrown away. The folder is replaced:
-a Qwen2.5-VL backbone (`train.small_backbone`), whose merged patches must be the cells, or a CLIP tower
-(`train.lare.small`), whose patches must lie whole in them; CLIP's last layer but one is trained, as LLaVA reads it.
+which a jigsaw piece is at home, the walls of a maze, the value of a bar, the color of the next tile, lines and the beads at their
+ends. The heads are thrown away. The folder is replaced: a Qwen2.5-VL backbone (`train.small_backbone`), whose merged patches must be the cells, or a
+CLIP tower (`train.lare.small`), whose patches must lie whole in them; CLIP's last layer but one is trained, as LLaVA reads
+it.
 """
 
 import argparse
@@ -31,18 +32,26 @@ from conversion.reading import read_json_lines
 from conversion.writing import replaced_folder
 from modeling_latentvlm.complete_weights import load_complete
 from processing_latentvlm.pictures import open_picture, read_size
+from train.tasks.arrows import DIRECTIONS
 from train.tasks.chart import VALUES
+from train.tasks.lines import LINES
 from train.tasks.maze import OPEN, WALLS
-from train.tasks.shapes import COLORS, DIGITS, GRID, QUADRANTS, SHAPES
+from train.tasks.shapes import COLORS, DIGITS, GRID, MORE_COLORS, QUADRANTS, SHAPES
 
 
+BEADS = tuple(f"{color} {shape}" for color in (*COLORS, *MORE_COLORS) for shape in ("square", "circle"))
 NAMES = {
-    "color": ("", *COLORS),
+    "color": ("", *COLORS, *MORE_COLORS),
     "shape": ("", *SHAPES),
     "digit": ("", *DIGITS),
     "home": ("", *QUADRANTS),
     "walls": ("", OPEN, *WALLS),
     "value": ("", *VALUES["easy"]),
+    "next": ("", *COLORS, *MORE_COLORS),
+    "arrow": ("", *DIRECTIONS),
+    "lines": ("", *LINES),
+    "side_bead": ("", *BEADS),
+    "end_bead": ("", *BEADS),
     "place": ("", *QUADRANTS),  # of the cell itself
 }
 ALWAYS = 3  # so many of them are learned even where the data have none
@@ -130,6 +139,12 @@ def place_labels(grid: int) -> Tensor:
     return labels.masked_fill(is_middle[:, None] | is_middle, 0)
 
 
+def num_classes(kind: str, labels: Tensor) -> int:
+    """How many names of a kind there are to learn: those of a hard level's colors only where there are any."""
+    has_few = kind == "color" and labels.max() <= len(COLORS)
+    return 1 + len(COLORS) if has_few else len(NAMES[kind])
+
+
 def load_images(paths: list[Path]) -> list[Image.Image]:
     return [open_picture(path, f"the image {path}") for path in paths]
 
@@ -158,7 +173,9 @@ def pretrain(
     kinds = [number for number in range(len(NAMES)) if number < ALWAYS or labels[..., number].any()]
     names = [list(NAMES)[number] for number in kinds]
     labels = labels[..., kinds]
-    heads = nn.ModuleList([nn.Linear(tower.size, len(NAMES[name])) for name in names])
+    heads = nn.ModuleList(
+        [nn.Linear(tower.size, num_classes(name, labels[..., number])) for number, name in enumerate(names)]
+    )
     optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], learning_rate, weight_decay=0.01)
     steps = epochs * (len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 1))

@@ -14,13 +14,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from conversion.writing import recover_folder, replaced_folder
+from train.tasks.arrows import ARROWS
 from train.tasks.chart import ask_compare, ask_largest, ask_value
-from train.tasks.families import FAMILIES, LEVELS, SEARCH, SYNTHESIS, family_of, tasks_of
+from train.tasks.families import FAMILIES, LEVELS, SEARCH, SERIAL, SYNTHESIS, family_of, tasks_of
+from train.tasks.hops import HOPS
 from train.tasks.jigsaw import ask_jigsaw
 from train.tasks.maze import ask_goal, ask_length, ask_move
 from train.tasks.photos import PHOTOS
 from train.tasks.relation import ask_beside, ask_side
-from train.tasks.sample import PATCH_MULTIPLE, Request, Sample, Step
+from train.tasks.sample import PATCH_MULTIPLE, Request, Sample, SerialAnswer, Step, continue_from
 from train.tasks.search import (
     ask_search_color,
     ask_search_count,
@@ -28,21 +30,28 @@ from train.tasks.search import (
     ask_search_text,
     describe_large_scene,
 )
+from train.tasks.serial import QUESTIONS, SerialTask
 from train.tasks.shapes import ask_color, ask_count, ask_digit, ask_position, describe_scene
+from train.tasks.trace import TRACE
 
 
 __all__ = [
     "FAMILIES",
     "LEVELS",
     "MIN_IMAGE_SIZE",
+    "QUESTIONS",
     "SEARCH",
+    "SERIAL",
     "SPLITS",
     "SYNTHESIS",
     "TASKS",
     "Request",
     "Sample",
+    "SerialAnswer",
     "Step",
+    "continue_from",
     "family_of",
+    "generate_questions",
     "generate_sample",
     "tasks_of",
     "write_dataset",
@@ -66,6 +75,9 @@ TASKS: dict[str, Callable[[Request], Sample]] = {
     "chart_compare": ask_compare,
     "relation_color": ask_beside,
     "relation_side": ask_side,
+    "hops": HOPS,
+    "arrows": ARROWS,
+    "trace": TRACE,
 }
 PRETRAINING = {  # no part of "all"
     "describe": describe_scene,
@@ -91,14 +103,36 @@ def generate_sample(
         ValueError: unknown task, split or level, a level that the task does not have, negative index, image size too
             small (for the level, too) or no multiple of 28.
     """
-    _validate(task, split, image_size, level)
+    return generate_questions(task, seed, index, split, image_size, level)[0]
+
+
+def generate_questions(
+    task: str,
+    seed: int,
+    index: int,
+    split: str = "train",
+    image_size: int = 224,
+    level: str = "easy",
+    questions: str = "one",
+) -> list[Sample]:
+    """Return samples that ask different questions about one picture, that of `generate_sample`.
+
+    Args:
+        questions: "one" is the question of `generate_sample`. Serial tasks can ask more: "steps" is one question for
+            every number of moves from the same start, "all" is one for every number of moves from every start.
+
+    Raises:
+        ValueError: as for `generate_sample`; also unknown `questions`, or more than one of a task that is not serial.
+    """
+    _validate(task, split, image_size, level, questions)
     if index < 0:
         raise ValueError(f"`index` must be >= 0, got {index}.")
     dealt = tasks_of(task, level)
     rounds, turn = divmod(index, len(dealt))
     name = dealt[turn]
     index = rounds * dealt.count(name) + dealt[:turn].count(name)
-    return (TASKS | PRETRAINING)[name](Request(name, split, seed, index, image_size, level))
+    request, ask = Request(name, split, seed, index, image_size, level), (TASKS | PRETRAINING)[name]
+    return [ask(request)] if questions == "one" else ask.questions(request, every_start=questions == "all")
 
 
 def write_dataset(
@@ -111,8 +145,12 @@ def write_dataset(
     level: str = "easy",
     force: bool = False,
     progress: bool = False,
+    questions: str = "one",
 ) -> Path:
     """Write samples 0 to `n - 1` as `output/data.jsonl` and `output/images/*.png`; return the path of the first.
+
+    With more than one of the `questions` about a picture (see `generate_questions`) these are pictures 0 to `n - 1`, with
+    one row for each question. A picture is saved once.
 
     The folder appears, or takes the place of the one that was there, when everything is written, and never before.
 
@@ -123,7 +161,7 @@ def write_dataset(
         ValueError: as for `generate_sample`; also when `n < 1`, or `output` is a file or, without `force`, not empty, or
             another process writes it.
     """
-    _validate(task, split, image_size, level)
+    _validate(task, split, image_size, level, questions)
     if n < 1:
         raise ValueError(f"`n` must be >= 1, got {n}.")
     output = Path(output)
@@ -139,20 +177,21 @@ def write_dataset(
         (folder / "images").mkdir()
         with (folder / "data.jsonl").open("w", encoding="utf-8") as lines:
             for index in tqdm(range(n), desc=f"{task} {split}", unit="sample", disable=not progress):
-                sample = generate_sample(task, seed, index, split, image_size, level)
-                lines.write(json.dumps(_save(sample, folder)) + "\n")
+                for sample in generate_questions(task, seed, index, split, image_size, level, questions):
+                    lines.write(json.dumps(_save(sample, folder)) + "\n")
     return output / "data.jsonl"
 
 
 def _save(sample: Sample, output: Path) -> dict:
     record = sample.record()
-    sample.image.save(output / record["image"])
-    for path, image in zip(record["assistant_images"], sample.assistant_images):
-        image.save(output / path)
+    paths = [record["image"], *record["assistant_images"]]
+    for path, image in zip(paths, [sample.image, *sample.assistant_images], strict=True):
+        if not (output / path).exists():  # the folder is new: another question about the same picture has written it
+            image.save(output / path)
     return record
 
 
-def _validate(task: str, split: str, image_size: int, level: str) -> None:
+def _validate(task: str, split: str, image_size: int, level: str, questions: str = "one") -> None:
     known = (ALL, *FAMILIES, *TASKS, *PRETRAINING)
     known = tuple(dict.fromkeys(known))  # a family with one task may have its name
     named = [one.strip().partition(":") for one in task.split(",")]
@@ -167,6 +206,13 @@ def _validate(task: str, split: str, image_size: int, level: str) -> None:
     for name, _, _ in named:
         if not tasks_of(name, level):
             raise ValueError(f"`level` must be easy for task {name}, which has no other; got {level!r}.")
+    if questions not in QUESTIONS:
+        raise ValueError(f"`questions` must be one of {', '.join(QUESTIONS)}; got {questions!r}.")
+    others = [name for name in tasks_of(task, level) if not isinstance(TASKS.get(name), SerialTask)]
+    if questions != "one" and others:
+        raise ValueError(
+            f"`questions` must be one for task {others[0]}, which asks one question about a picture; got {questions!r}."
+        )
     if image_size < MIN_IMAGE_SIZE or image_size % PATCH_MULTIPLE:
         raise ValueError(
             f"`image_size` must be a multiple of {PATCH_MULTIPLE} and at least {MIN_IMAGE_SIZE} pixels, "

@@ -2,13 +2,14 @@
 
 python -m train.tasks --task color --n 1000 --seed 0 --output data/color
 python -m train.tasks --task all --n 2000 --split test --output data/test --gallery
+python -m train.tasks --task hops --n 6000 --questions steps --image-size 112 --output data/hops
 """
 
 import argparse
 from time import process_time
 
 from conversion.commands import exit_on_error
-from train.tasks import FAMILIES, LEVELS, MIN_IMAGE_SIZE, SPLITS, TASKS, write_dataset
+from train.tasks import FAMILIES, LEVELS, MIN_IMAGE_SIZE, QUESTIONS, SPLITS, TASKS, write_dataset
 from train.tasks.gallery import write_gallery
 
 
@@ -18,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     families = f"a family ({', '.join(FAMILIES)}) for an even mix of its tasks, or all; several with commas, and shares: search_color:4,jigsaw"
     parser.add_argument("--task", required=True, help=f"{', '.join(TASKS)}; {families}")
-    parser.add_argument("--n", type=int, required=True, help="number of samples")
+    parser.add_argument("--n", type=int, required=True, help="number of samples (of pictures, with --questions)")
     parser.add_argument("--seed", type=int, default=0, help="the same seed writes the same bytes (default: 0)")
     parser.add_argument("--output", required=True, help="new or empty folder")
     parser.add_argument(
@@ -30,6 +31,12 @@ def main(arguments: list[str] | None = None) -> None:
         "--image-size", type=int, default=224, help=f"pixels, a multiple of 28, >= {MIN_IMAGE_SIZE} (default: 224)"
     )
     parser.add_argument("--level", default="easy", help=f"{' or '.join(LEVELS)}; shapes is easy only (default: easy)")
+    parser.add_argument(
+        "--questions",
+        default="one",
+        help=f"{', '.join(QUESTIONS)}: about each picture of a serial task, one question, one for every number of moves from "
+        "its start, or one for every number of moves from every start (default: one)",
+    )
     parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")
     parser.add_argument("--gallery", action="store_true", help="also write gallery.html, one page to look at")
     options = vars(parser.parse_args(arguments))
@@ -38,8 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
         data = write_dataset(**options, progress=True)
     except ValueError as error:
         parser.error(str(error))
-    n = options["n"]
-    print(f"{n} samples in {data} ({n / (process_time() - start):.0f} samples/s of one core)")
+    n, kind = options["n"], "samples" if options["questions"] == "one" else "pictures"
+    print(f"{n} {kind} in {data} ({n / (process_time() - start):.0f} {kind}/s of one core)")
     if has_gallery:
         print(f"Gallery in {write_gallery(data)}")
 

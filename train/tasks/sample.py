@@ -1,8 +1,9 @@
 """What every task produces: one question with its answer, its reasoning steps and the pictures between them."""
 
 import hashlib
+import itertools
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from random import Random
 from typing import Any, NamedTuple
@@ -19,12 +20,72 @@ PATCH_MULTIPLE = 28
 class Step(NamedTuple):
     """One sentence of the rationale, and the picture the model looks at right after it.
 
-    A picture comes with the box of the question's image that it shows.
+    A picture comes with the box of the question's image that it shows. Steps of several questions about one image that show
+    the same picture give it the same name, so that it is saved once.
     """
 
     text: str
     image: Image.Image | None = None
     box: tuple[int, int, int, int] | None = None  # left, top, right, bottom in pixels
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class SerialAnswer:
+    """Where every way through a picture leads, for questions that ask what stands where one is after so many moves.
+
+    A state is a place to be in, named as every other picture of the task and level names it: a state that was reached in one
+    picture can be continued in another (`continue_from`).
+
+    Args:
+        start: the state in which the asked way begins.
+        num_steps: the moves that are asked for.
+        way: the states from the start on, `way[num_steps]` being the one asked for; it goes on beyond it.
+        following: the state after each state. A state without one is an end.
+        contents: what stands at each state, which is how it is asked for and named in the rationale.
+    """
+
+    start: str
+    num_steps: int
+    way: tuple[str, ...]
+    following: dict[str, str]
+    contents: dict[str, str]
+
+
+def continue_from(record: dict[str, Any], state: str, num_steps: int | None) -> str:
+    """Return what the answer would be in the picture of a row of `data.jsonl`, `num_steps` moves after `state`.
+
+    `continue_from(row, row["serial"]["start"], row["serial"]["num_steps"])` is the row's answer. Another row's
+    `row["serial"]["way"][i]` is the state in which that row is after i moves.
+
+    Args:
+        num_steps: None goes on to the end of the way, which is what `trace` asks for whatever the number of moves.
+
+    Raises:
+        ValueError: a row of a task that is not serial, an unknown state, a way that ends before, or without an end.
+    """
+    serial = record.get("serial")
+    if serial is None:
+        raise ValueError(f"Row {record.get('id')} must be of a serial task, but task {record.get('task')} is none.")
+    if state not in serial["contents"]:
+        known = ", ".join(serial["contents"])
+        raise ValueError(f"`state` must be one of {known} for row {record.get('id')}; got {state!r}.")
+    if num_steps is not None and num_steps < 0:
+        raise ValueError(f"`num_steps` must be >= 0, got {num_steps}.")
+    for done in itertools.count() if num_steps is None else range(num_steps):
+        if state not in serial["following"]:
+            if num_steps is None:
+                break
+            raise ValueError(
+                f"`num_steps` must be at most {done} from the given state of row {record.get('id')}, where its way ends; "
+                f"got {num_steps}."
+            )
+        if done > len(serial["following"]) and num_steps is None:
+            raise ValueError(
+                f"`num_steps` must be a number for row {record.get('id')}: its way goes round without end."
+            )
+        state = serial["following"][state]
+    return serial["contents"][state]
 
 
 @dataclass(frozen=True)
@@ -65,6 +126,8 @@ class Sample:
     """A question about `image`. `objects` says what was drawn where, for tests and for measures of attention.
 
     `grid` is the number of cells a side in which the objects stand, each in cells of its own; None where they stand freely.
+    `serial` says where other ways would have led, in the tasks that ask for the end of one. `variant` tells the questions
+    about one picture apart.
     """
 
     request: Request
@@ -75,9 +138,16 @@ class Sample:
     steps: list[Step]
     objects: list[dict[str, Any]] = field(default_factory=list)
     grid: int | None = None
+    serial: SerialAnswer | None = None
+    variant: str | None = None
 
     @property
     def id(self) -> str:
+        return self.picture_id if self.variant is None else f"{self.picture_id}-{self.variant}"
+
+    @property
+    def picture_id(self) -> str:
+        """The same for all questions about one picture."""
         level = "" if self.request.level == "easy" else f"-{self.request.level}"
         return f"{self.request.task}{level}-{self.request.split}-{self.request.seed}-{self.request.index:06d}"
 
@@ -117,9 +187,13 @@ class Sample:
 
     def record(self) -> dict[str, Any]:
         """Return the line of `data.jsonl`, with pictures as paths relative to it."""
-        image = f"images/{self.id}.png"
-        assistant_images = [f"images/{self.id}_crop{number}.png" for number in range(len(self.assistant_images))]
-        return {
+        image = f"images/{self.picture_id}.png"
+        names = [step.name for step in self.steps if step.image is not None]
+        assistant_images = [
+            f"images/{self.id}_crop{number}.png" if name is None else f"images/{self.picture_id}_{name}.png"
+            for number, name in enumerate(names)
+        ]
+        record = {
             "id": self.id,
             "task": self.request.task,
             "family": family_of(self.request.task),
@@ -138,6 +212,9 @@ class Sample:
             "grid": self.grid,
             "messages": self.messages(image, assistant_images),
         }
+        if self.serial is not None:  # other rows stay what they were
+            record["serial"] = {**asdict(self.serial), "way": list(self.serial.way)}
+        return record
 
 
 def zoom_step(text: str, image: Image.Image, box: tuple[int, int, int, int], context: float = 1.7) -> Step:
