@@ -5,7 +5,7 @@ import test_lare
 import test_vedas
 import torch
 from conftest import CHAT_TEMPLATE, build_model, build_tokenizer, encode
-from helpers import GREEDY, open_at, step_logits, vision
+from helpers import GREEDY, open_at, step_logits
 from toy_subject import ToyModel, ToyProcessor, toy_rows
 
 from modeling_latentvlm import interventions

@@ -20,13 +20,16 @@ from train.faithfulness.collapse import measure_collapse
 from train.faithfulness.compute import measure_compute
 from train.faithfulness.interventions_report import measure_interventions
 from train.faithfulness.items import NotApplicable
+from train.faithfulness.need import measure_need
 from train.faithfulness.norms import measure_norms
 from train.faithfulness.observation import Observed, observe
 from train.faithfulness.probe import measure_probe
 from train.faithfulness.replacement import measure_replacement
 from train.faithfulness.result import Result
 from train.faithfulness.slots import measure_slots
+from train.faithfulness.step_content import measure_step_content
 from train.faithfulness.subject import Subject
+from train.faithfulness.whose_answer import measure_whose_answer
 
 
 class Study:
@@ -50,6 +53,9 @@ DIAGNOSTICS: dict[str, tuple[str, Callable[[Study], Result]]] = {
     "D8": ("norms", lambda study: measure_norms(study.observed)),
     "D9": ("attention", lambda study: measure_attention(study.subject, study.observed)),
     "D13": ("matched compute", lambda study: measure_compute(study.subject)),
+    "D14": ("count against need", lambda study: measure_need(study.subject)),
+    "D15": ("whose answer", lambda study: measure_whose_answer(study.subject)),
+    "D16": ("which step holds what", lambda study: measure_step_content(study.subject)),
 }
 
 
