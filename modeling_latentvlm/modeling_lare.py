@@ -42,7 +42,7 @@ from configuration_latentvlm.configuration_lare import LaReConfig
 from configuration_latentvlm.transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache, take_cache
 from modeling_latentvlm.backbone_calls import FusedCall, check_answer_starts, find_answers, guard_backbone
 from modeling_latentvlm.generation_rules import NeverWritten, check_settings, infer_attention_mask, stop_reasons
-from modeling_latentvlm.interventions import Intervention, check_intervention
+from modeling_latentvlm.interventions import Intervention, prepare_intervention
 from modeling_latentvlm.latent_decoding import LatentDecodingMixin, check_mask, check_one_prompt, kept_columns
 from modeling_latentvlm.prompt_checks import (
     check_image_labels,
@@ -164,7 +164,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         input_ids = self._find_ids(input_ids, inputs_embeds, latent_context)
         is_generating = latent_context is not None
         if not is_generating:
-            check_intervention(latent_intervention, one_at_a_time=False)
+            latent_intervention = prepare_intervention(latent_intervention, one_at_a_time=False)
             check_labels(labels, input_ids)
             for name, value in (("position_ids", position_ids), (CACHE, cache)):
                 if value is not None:
@@ -352,7 +352,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         cache = take_cache(kwargs)
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         check_settings(settings, kwargs, output_latents, self.device)
-        check_intervention(latent_intervention, one_at_a_time=False)
+        latent_intervention = prepare_intervention(latent_intervention, one_at_a_time=False)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         input_ids = self._check_prompt(input_ids, kwargs)
         prompt_ids = self._find_ids(input_ids, kwargs.get("inputs_embeds"))

@@ -41,7 +41,7 @@ from configuration_latentvlm.configuration_vedas import VedasConfig
 from configuration_latentvlm.transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache, take_cache
 from modeling_latentvlm.backbone_calls import FusedCall, check_answer_starts, find_answers, guard_backbone
 from modeling_latentvlm.generation_rules import NeverWritten, check_settings, infer_attention_mask, stop_reasons
-from modeling_latentvlm.interventions import Intervention, check_intervention
+from modeling_latentvlm.interventions import Intervention, prepare_intervention
 from modeling_latentvlm.latent_decoding import LatentDecodingMixin, check_mask, check_one_prompt, kept_columns
 from modeling_latentvlm.prompt_checks import (
     check_image_labels,
@@ -190,7 +190,7 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
             "second_per_grid_ts": second_per_grid_ts,
         }
         if latent_context is None:
-            check_intervention(latent_intervention, one_at_a_time=True)
+            latent_intervention = prepare_intervention(latent_intervention, one_at_a_time=True)
             if position_ids is not None:
                 raise ValueError("`position_ids` cannot be given: latent steps take positions of their own.")
             if cache is not None:
@@ -306,7 +306,7 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         cache = take_cache(kwargs)
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         check_settings(settings, kwargs, output_latents, self.device)
-        check_intervention(latent_intervention, one_at_a_time=True)
+        latent_intervention = prepare_intervention(latent_intervention, one_at_a_time=True)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         input_ids = self._check_prompt(input_ids, kwargs)
         prompt_ids = self._find_ids(input_ids, kwargs.get("inputs_embeds"))

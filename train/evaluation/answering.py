@@ -4,7 +4,9 @@
     latent_intervention=X     latents are replaced before they enter the language model (`interventions.py`). "swap" is done
                               here (`swapping.py`): donors come from the whole data (`donors`), and norms are kept. A row
                               without a donor keeps its latents and says so: `not_swapped`. "noise" and "shuffle" are drawn for
-                              each row by itself. With `repeats` other donors, or other noise, are drawn each time
+                              each row by itself. With `repeats` other donors, or other noise, are drawn each time. "swap:2"
+                              changes block or step 2 alone, counted from 0, "noise:1.3" latent 3 of block 1; an answer that took
+                              no such latent keeps its own and says so: `not_reached`
     direct=True               no reasoning in words: the answer begins with `ANSWER_PREFIX`, behind the latents that come first
                               anyway (DeepLatent: those of min_latent_blocks), and ends where the box does
 
@@ -26,7 +28,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 
 from conversion.backbone import parse_overrides
 from evaluation.final_answer import find_box
-from modeling_latentvlm.interventions import DRAWN, INTERVENTIONS, draw_by_row
+from modeling_latentvlm.interventions import DRAWN, INTERVENTIONS, ChangeAt, draw_by_row, parse_intervention
 from modeling_latentvlm.trace import LatentStep
 from train.answers import conversation_of, encode_conversations
 from train.config_overrides import fields_of
@@ -54,7 +56,11 @@ class AnswerSettings:
 
     latents: str = field(default="on", metadata={"help": "on, or off: the same weights without latents."})
     latent_intervention: str | None = field(
-        default=None, metadata={"help": f"Replace the latents: one of {sorted(INTERVENTIONS)}."}
+        default=None,
+        metadata={
+            "help": f"Replace the latents: one of {sorted(INTERVENTIONS)}; of some blocks or steps alone (swap:2, zero:0,2, from 0 "
+            "on) or of one latent in a block (noise:1.3)."
+        },
     )
     donors: str = field(
         default="task",
@@ -80,10 +86,8 @@ class AnswerSettings:
     def __post_init__(self):
         if self.latents not in ("on", "off"):
             raise ValueError(f"`latents` must be on or off, got {self.latents!r}.")
-        if self.latent_intervention is not None and self.latent_intervention not in INTERVENTIONS:
-            raise ValueError(
-                f"`latent_intervention` must be one of {sorted(INTERVENTIONS)}, got {self.latent_intervention!r}."
-            )
+        if self.latent_intervention is not None:
+            parse_intervention(self.latent_intervention)
         if self.latents == "off" and self.latent_intervention is not None:
             raise ValueError(
                 f"`latents=off` leaves none to change, but `latent_intervention` is {self.latent_intervention!r}."
@@ -93,7 +97,7 @@ class AnswerSettings:
                 raise ValueError(f"`{name}` must be >= 1, got {getattr(self, name)}.")
         if self.donors not in KINDS:
             raise ValueError(f"`donors` must be one of {list(KINDS)}, got {self.donors!r}.")
-        if self.donors != "task" and self.latent_intervention != "swap":
+        if self.donors != "task" and self.intervention != "swap":
             raise ValueError(
                 f"`donors` belong to `latent_intervention=swap`, but that is {self.latent_intervention!r} and `donors` is "
                 f"{self.donors!r}."
@@ -103,19 +107,24 @@ class AnswerSettings:
             raise ValueError(
                 f"`generate` cannot give {taken}: the evaluation sets them, or has options for them (a `temperature` samples)."
             )
-        is_drawn = is_sampled(parse_overrides(self.generate)) or self.latent_intervention in RANDOM_INTERVENTIONS
+        is_drawn = is_sampled(parse_overrides(self.generate)) or self.intervention in RANDOM_INTERVENTIONS
         if self.repeats > 1 and not is_drawn:
             raise ValueError(
                 f"`repeats` is {self.repeats}, but greedy answers are all the same: `generate` must give a `temperature`, or "
                 f"`latent_intervention` be one of {sorted(RANDOM_INTERVENTIONS)}."
             )
 
+    @property
+    def intervention(self) -> str | None:
+        """The name of the intervention, without the places that it acts on."""
+        return None if self.latent_intervention is None else parse_intervention(self.latent_intervention)[0]
+
     def to_dict(self) -> dict[str, Any]:
         """What the answers follow from. Where nothing is swapped or drawn it is what earlier versions wrote, whose runs go on."""
         settings = {one.name: getattr(self, one.name) for one in fields(self)}
-        if self.latent_intervention != "swap":
+        if self.intervention != "swap":
             del settings["donors"]
-        if self.latent_intervention in RANDOM_INTERVENTIONS:
+        if self.intervention in RANDOM_INTERVENTIONS:
             settings["draws"] = "by row"
         return settings
 
@@ -157,6 +166,7 @@ class Answer:
     num_latents: int
     stop_reason: str
     not_swapped: bool = False  # under "swap": the data hold no donor for this row, which kept its own latents
+    not_reached: bool = False  # the intervention names a latent that this answer did not take
 
 
 class AnswerPrefix(LogitsProcessor):
@@ -204,8 +214,28 @@ def check_settings(model, settings: AnswerSettings) -> None:
         steps = LATENT_STEPS[model.config.model_type] or "max_latent_blocks"
         if given.get(steps, 0) != 0:
             raise ValueError(f"`latents=off` takes no latents, but `{steps}` is set to {given[steps]}.")
+    if settings.latent_intervention is not None:
+        check_places(model, settings)
     with changed_config(model, settings):
         model.config.validate()  # a field that is set alone is held to its type, not to the other fields
+
+
+def check_places(model, settings: AnswerSettings) -> None:
+    """Raise where an intervention names a block or step that no answer can take.
+
+    Raises:
+        ValueError: it is not among those that the settings allow.
+    """
+    places = parse_intervention(settings.latent_intervention)[1]
+    name = LATENT_STEPS[model.config.model_type] or "max_latent_blocks"
+    given = parse_overrides(settings.set) | parse_overrides(settings.generate)
+    most = given.get(name, getattr(model.config, name))
+    beyond = [step for step, _ in places if isinstance(most, int) and step >= most]
+    if beyond:
+        raise ValueError(
+            f"`latent_intervention={settings.latent_intervention}` acts on block or step {beyond[0]}, counted from 0, but `{name}` "
+            f"is {most}."
+        )
 
 
 @contextmanager
@@ -257,28 +287,49 @@ def answer_batch(
     inputs = encode_for(model, processor, conversations)
     length = inputs["input_ids"].shape[1]
     wanted = arguments_of(model, processor, settings, length, generate)
-    if settings.latent_intervention == "swap":
+    change = make_change(model, settings, conversations, names, lent, wanted)
+    if change is not None:
+        wanted["latent_intervention"] = change
+    with changed_config(model, settings):
+        torch.manual_seed(seed)
+        output = model.generate(**inputs, **wanted, return_dict_in_generate=True)
+    answers = account(model, processor, output, length, settings.direct)
+    if settings.intervention == "swap":
+        for answer, steps in zip(answers, lent):
+            answer.not_swapped = steps is None
+    if isinstance(change, ChangeAt):
+        beams = num_beams(model, wanted)
+        for row, answer in enumerate(answers):
+            answer.not_reached = not any(change.has_reached(row * beams + beam) for beam in range(beams))
+    return answers
+
+
+def make_change(model, settings: AnswerSettings, conversations, names, lent, wanted: dict):
+    """The `latent_intervention` of a batch, None where latents stay. Arguments as in `answer_batch`.
+
+    Raises:
+        ValueError: a swap without latents to lend.
+    """
+    if settings.latent_intervention is None:
+        return None
+    name, places = parse_intervention(settings.latent_intervention)
+    if name == "swap":
         if lent is None or len(lent) != len(conversations):
             raise ValueError(
                 f"`latent_intervention=swap` needs `lent`, the latents of a donor for each of {len(conversations)} conversations, "
                 f"got {None if lent is None else len(lent)}. `evaluate_rows` and `train.evaluate` find donors in their data."
             )
         given = {row: steps for row, steps in enumerate(lent) if steps is not None}
-        wanted["latent_intervention"] = Swap(given, getattr(model.config, "latent_mode", None))
-    elif settings.latent_intervention in DRAWN:
+        change = Swap(given, getattr(model.config, "latent_mode", None))
+    elif name in DRAWN:
         names = names if names is not None else [describe_conversation(one) for one in conversations]
-        seeds = [draw_seed(settings.seed, name) for name in names for _ in range(num_beams(model, wanted))]
-        wanted["latent_intervention"] = draw_by_row(settings.latent_intervention, seeds)
-    elif settings.latent_intervention is not None:
-        wanted["latent_intervention"] = settings.latent_intervention
-    with changed_config(model, settings):
-        torch.manual_seed(seed)
-        output = model.generate(**inputs, **wanted, return_dict_in_generate=True)
-    answers = account(model, processor, output, length, settings.direct)
-    if settings.latent_intervention == "swap":
-        for answer, steps in zip(answers, lent):
-            answer.not_swapped = steps is None
-    return answers
+        seeds = [draw_seed(settings.seed, one) for one in names for _ in range(num_beams(model, wanted))]
+        change = draw_by_row(name, seeds)
+    elif not places:
+        return name
+    else:
+        change = INTERVENTIONS[name]
+    return ChangeAt(change, places) if places else change
 
 
 def encode_for(model, processor, conversations: Sequence[list[dict]]):
@@ -296,7 +347,7 @@ def arguments_of(model, processor, settings: AnswerSettings, prompt_length: int,
         ValueError: a swap with beams, of which the donor's pass keeps one a row.
     """
     wanted = decoding_of(settings, generate)
-    if settings.latent_intervention == "swap" and num_beams(model, wanted) > 1:
+    if settings.intervention == "swap" and num_beams(model, wanted) > 1:
         raise ValueError(
             f"`latent_intervention=swap` is done without beams, but `num_beams` is {num_beams(model, wanted)}."
         )

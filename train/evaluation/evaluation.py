@@ -58,7 +58,7 @@ def evaluate_rows(
     check_settings(model, settings)
     batches = split_batches(rows, settings)
     known, lender = known_answers(rows), None
-    if settings.latent_intervention == "swap":
+    if settings.intervention == "swap":
         take = partial(take_latents, model, processor, settings=settings)
         lender = Lender(rows, settings.donors, settings.seed, take, settings.batch_size)
     work = [(repeat, number) for repeat in range(settings.repeats) for number in range(len(batches))]

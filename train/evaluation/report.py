@@ -39,14 +39,16 @@ def share(values: list[bool], name: str, repeats: int = 1) -> dict:
 def describe(records: list[dict]) -> dict:
     """The numbers of one group of answers.
 
-    Rows that a swap could not swap are counted as `not_swapped` and are in no other number of right answers. Rows without latents
+    Rows that a swap could not swap are counted as `not_swapped`, those without the latents that an intervention names as
+    `not_reached`, and neither are in any other number of right answers. Rows without latents
     are also shown by themselves: nothing that is done to latents can change them. `accuracy_valid` is that of the answers that
     the question allows.
 
     Where questions were asked several times, `accuracy_std` says how much the accuracy differs from repeat to repeat.
     """
     repeats = 1 + max(record.get("repeat", 0) for record in records)
-    counted = [record for record in records if not record.get("not_swapped", False)]
+    swapped = [record for record in records if not record.get("not_swapped", False)]
+    counted = [record for record in swapped if not record.get("not_reached", False)]
     repeated = {}
     if repeats > 1 and counted:
         shares = [[record["correct"] for record in counted if record["repeat"] == one] for one in range(repeats)]
@@ -63,7 +65,8 @@ def describe(records: list[dict]) -> dict:
         "rows_with_latents": sum(record["num_latents"] > 0 for record in records),
         **describe_latents(counted, repeats),
         # Results of an earlier version do not say: there such a row ended the evaluation.
-        "not_swapped": (len(records) - len(counted)) // repeats,
+        "not_swapped": (len(records) - len(swapped)) // repeats,
+        "not_reached": (len(swapped) - len(counted)) // repeats,
         **describe_donors(counted, repeats),
         "stop_reasons": dict(sorted(Counter(record["stop_reason"] for record in records).items())),
         "seconds": mean(record["seconds"] for record in records),
@@ -163,6 +166,8 @@ def notes(numbers: dict) -> list[str]:
             f"{kept} rows were not swapped and are not counted: the data hold no donor for them (another picture and another "
             "true answer, by `donors`) that takes latents."
         )
+    if missed := numbers.get("not_reached", 0):
+        lines.append(f"{missed} rows took no latent of those that the intervention names, and are not counted.")
     without = numbers.get("accuracy_without_latents", {"answers": 0})
     if without["answers"] > 0 and numbers["rows_with_latents"]:
         lines.append(

@@ -5,7 +5,7 @@ borrows; a donor that takes no latents is passed over for the next one. A row wi
 `not_swapped`, and does not count.
 """
 
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -33,7 +33,6 @@ class Swap:
     def __init__(self, given: dict[int, list[LatentStep]], latent_mode: str | None):
         self.given = given
         self.is_one_by_one = latent_mode == "autoregressive"
-        self.taken: Counter = Counter()
 
     def __call__(self, latents: Tensor, step: LatentStep) -> Tensor:
         if step.row not in self.given:
@@ -42,8 +41,7 @@ class Swap:
         # A row that now takes more blocks than its donor took gets the donor's last one again.
         donor = blocks[min(step.index, len(blocks) - 1)]
         if self.is_one_by_one:
-            at = self.taken[step.row, step.index] % len(donor.latents)
-            self.taken[step.row, step.index] += 1
+            at = step.offset % len(donor.latents)
             values = donor.latents[at : at + 1]
         else:
             values = resize_latents(donor.latents, donor.grid, step.grid)

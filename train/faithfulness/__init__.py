@@ -13,9 +13,12 @@ Each file here is one diagnostic or one thing that several need:
     probe.py                                 D5   can the answer be read off them
     latent_only.py, attention_cut.py         D6   can the question be answered from the latents alone
     retrieval.py, lens.py, parity.py         D7, D10, D11   like their oracle; read as words; trained as they are run
-    patching.py                              D17  latents exchanged between pictures that differ in one object
     norms.py, attention.py                   D8, D9   how large they are, who looks at them
     audit.py, compute.py                     D12, D13   are they made at all; what the same compute does without them
+    need.py, whose_answer.py                 D14, D15   latents given against steps needed; whose answer a swap gives
+    step_content.py, looked_at.py            D16  which latent holds which step, and looks where
+    patching.py                              D17  latents exchanged between pictures that differ in one object
+    serial_items.py                          the way to the answer of questions that need one step after the other
     columns.py, observation.py               what stands in each column; attention rows, norms and states of one reading
     statistics.py, result.py, report.py, plots.py, run.py   intervals; what is found; the page; what is done already
     controls.py                              a model that must react, and one that must not

@@ -37,7 +37,11 @@ CALLED = (
     "evaluation/report.py",
     "evaluation/rows.py",
     "evaluation/scoring.py",
+    "tasks/sample.py",
 )  # of `train`, that diagnostics call
+
+
+SAID = ("D1", "D14", "D15", "D16")  # diagnostics whose notes are printed
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -136,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def summary(results) -> str:
-    """What a terminal has room for: D1's arms and what was left out."""
+    """What a terminal has room for: D1's arms, the notes of some diagnostics, and what was left out."""
     lines = []
     for result in results:
         for row in result.tables.get("arms", []) if result.name == "D1" else []:
@@ -146,7 +150,7 @@ def summary(results) -> str:
                 f"{row['arm']:16s} {row['items']:4d} items {row['accuracy']:5.1f} % {change:24s} {pairs:24s} flips "
                 f"{row['flip rate']:.3f}  KL {row['KL']:.4f}"
             )
-        lines += [f"{result.name} {note}" for note in result.notes if result.name == "D1"]
+        lines += [f"{result.name} {note}" for note in result.notes if result.name in SAID]
         lines += [f"{result.name} {part}: not applicable: {reason}" for part, reason in result.not_applicable.items()]
     return "\n".join(lines)
 

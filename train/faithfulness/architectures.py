@@ -64,6 +64,12 @@ class Architecture:
         with changed_fields(self.config, **fields):
             yield {}
 
+    @contextmanager
+    def with_steps(self, count: int) -> Iterator[dict]:
+        """Take `count` steps, or open at most so many blocks; gives settings of `generate`."""
+        with self.with_latents(count) as settings:
+            yield settings
+
     def sweep(self) -> list[tuple[str, int]]:
         """(label, count for `with_latents`) of the K sweep (D13: 0..20)."""
         return [(f"{count} steps", count) for count in SWEEP]
@@ -170,6 +176,10 @@ class DeepLatentArchitecture(Architecture):
             return
         is_parallel = self.config.latent_mode == "parallel"
         yield self.settings() | {"latent_grid": (count if is_parallel else 1, count)}
+
+    @contextmanager
+    def with_steps(self, count: int) -> Iterator[dict]:
+        yield {"max_latent_blocks": count, "min_latent_blocks": min(count, self.min_latent_blocks)}
 
     def sweep(self) -> list[tuple[str, int]]:
         if self.config.latent_mode == "parallel":

@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass, field
+from dataclasses import fields as fields_of_class
 from functools import cached_property
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from train.evaluation.donors import Candidate, digest_images
 from train.evaluation.rows import EvaluationRow, build_row, fields_of
 from train.evaluation.scoring import truth_form
 from train.reasoning_data import ReasoningSample, adapt, read_rows
+from train.tasks.sample import SerialAnswer
 
 
 NO_ID = "-"
@@ -25,12 +27,14 @@ class Item:
 
     Attributes:
         row: how its answers are read and compared, as in `train.evaluate`; without one the answer is a text of the task "all".
+        serial: what the data say of the way to its answer (`train/tasks/sample.py`, `SerialAnswer`).
     """
 
     sample: ReasoningSample
     boxes: list[Box] = field(default_factory=list)  # what has to be looked at
     assistant_images: list[str] = field(default_factory=list)  # pictures looked at on the way, in order
     row: EvaluationRow | None = None
+    serial: dict | None = None
 
     def __post_init__(self):
         if self.row is None:
@@ -89,6 +93,33 @@ def scored_row(row: dict, sample: ReasoningSample, data_format: str, path: Path)
     return build_row(fields, path, sample.origin, None, None)
 
 
+def read_serial(row: dict, origin: str) -> dict | None:
+    """What a row says of the way to its answer; None where it says nothing.
+
+    Raises:
+        ValueError: it does not say it as `SerialAnswer` does, or the way does not lead to the answer.
+    """
+    serial = row.get("serial")
+    if serial is None:
+        return None
+    wanted = {one.name for one in fields_of_class(SerialAnswer)}
+    if not isinstance(serial, dict) or set(serial) != wanted:
+        got = sorted(serial) if isinstance(serial, dict) else type(serial).__name__
+        raise ValueError(f"{origin}: `serial` must hold {sorted(wanted)}, got {got}.")
+    way, need = serial["way"], serial["num_steps"]
+    if not isinstance(need, int) or not 1 <= need < len(way) or not set(way) <= set(serial["contents"]):
+        raise ValueError(
+            f"{origin}: `serial` must have a `num_steps` from 1 to the moves of its `way`, whose states all are in `contents`; got "
+            f"{need!r} and a way of {len(way) - 1} moves."
+        )
+    if serial["contents"][way[need]] != row.get("answer"):
+        raise ValueError(
+            f"{origin}: `serial` must lead to the answer {row.get('answer')!r}, but after {need} moves there is "
+            f"{serial['contents'][way[need]]!r}."
+        )
+    return serial
+
+
 def read_items(path: str | Path, data_format: str, split: str, limit: int | None) -> list[Item]:
     """The first `limit` questions that have an image.
 
@@ -106,7 +137,8 @@ def read_items(path: str | Path, data_format: str, split: str, limit: int | None
         missing = [name for name in pictures if not Path(name).is_file()]
         if missing:
             raise ValueError(f"{origin}: `assistant_images` must name files that are there, but {missing[0]} is not.")
-        items.append(Item(sample, boxes, pictures, scored_row(row, sample, data_format, path)))
+        serial = read_serial(row, origin)
+        items.append(Item(sample, boxes, pictures, scored_row(row, sample, data_format, path), serial))
         if limit is not None and len(items) == limit:
             break
     if len(items) < 4:

@@ -22,6 +22,7 @@ from train.faithfulness.interventions_report import measure_interventions
 from train.faithfulness.items import NotApplicable
 from train.faithfulness.latent_only import measure_latent_only
 from train.faithfulness.lens import measure_lens
+from train.faithfulness.need import measure_need
 from train.faithfulness.norms import measure_norms
 from train.faithfulness.observation import Observed, observe
 from train.faithfulness.parity import measure_parity
@@ -31,7 +32,9 @@ from train.faithfulness.replacement import measure_replacement
 from train.faithfulness.result import Result
 from train.faithfulness.retrieval import measure_retrieval
 from train.faithfulness.slots import measure_slots
+from train.faithfulness.step_content import measure_step_content
 from train.faithfulness.subject import Subject
+from train.faithfulness.whose_answer import measure_whose_answer
 
 
 class Study:
@@ -59,6 +62,9 @@ DIAGNOSTICS: dict[str, tuple[str, Callable[[Study], Result]]] = {
     "D10": ("latents read as words", lambda study: measure_lens(study.subject, study.observed)),
     "D11": ("training is generation", lambda study: measure_parity(study.subject)),
     "D13": ("matched compute", lambda study: measure_compute(study.subject)),
+    "D14": ("count against need", lambda study: measure_need(study.subject)),
+    "D15": ("whose answer", lambda study: measure_whose_answer(study.subject)),
+    "D16": ("which step holds what", lambda study: measure_step_content(study.subject)),
     "D17": ("patching between minimal pairs", lambda study: measure_patching(study.subject)),
 }
 

@@ -198,7 +198,14 @@ class Subject:
                 answers += self.generate(self.encode(samples), arm, batch, **(inner or {}) | settings)
         return answers
 
-    def generate(self, inputs: dict, arm: Arm, numbers: list[int], **settings) -> list[Answer]:
+    def generate(
+        self, inputs: dict, arm: Arm, numbers: list[int], keeps_maps: bool = False, **settings
+    ) -> list[Answer]:
+        """Answer a batch.
+
+        Args:
+            keeps_maps: keep where latents looked, too.
+        """
         settings = self.architecture.settings() | settings
         output = self.model.generate(
             **inputs,
@@ -213,7 +220,8 @@ class Subject:
         answers = []
         for row, tokens in enumerate(written.tolist()):
             tokens = self.trimmed(tokens)
-            steps = [replace(step, **UNUSED) for step in trace.row(row) if len(step.latents)]
+            unused = {} if keeps_maps else UNUSED
+            steps = [replace(step, **unused) for step in trace.row(row) if len(step.latents)]
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             answers.append(Answer(tokens, text, steps, output.stop_reason[row]))
         return answers
