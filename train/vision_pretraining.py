@@ -32,19 +32,21 @@ from conversion.reading import read_json_lines
 from conversion.writing import replaced_folder
 from modeling_latentvlm.complete_weights import load_complete
 from processing_latentvlm.pictures import open_picture, read_size
+from train.tasks.arrows import DIRECTIONS
 from train.tasks.chart import VALUES
 from train.tasks.maze import OPEN, WALLS
-from train.tasks.shapes import COLORS, DIGITS, GRID, QUADRANTS, SHAPES
+from train.tasks.shapes import COLORS, DIGITS, GRID, MORE_COLORS, QUADRANTS, SHAPES
 
 
 NAMES = {
-    "color": ("", *COLORS),
+    "color": ("", *COLORS, *MORE_COLORS),
     "shape": ("", *SHAPES),
     "digit": ("", *DIGITS),
     "home": ("", *QUADRANTS),
     "walls": ("", OPEN, *WALLS),
     "value": ("", *VALUES["easy"]),
-    "next": ("", *COLORS),
+    "next": ("", *COLORS, *MORE_COLORS),
+    "arrow": ("", *DIRECTIONS),
     "place": ("", *QUADRANTS),  # of the cell itself
 }
 ALWAYS = 3  # so many of them are learned even where the data have none
@@ -132,6 +134,12 @@ def place_labels(grid: int) -> Tensor:
     return labels.masked_fill(is_middle[:, None] | is_middle, 0)
 
 
+def num_classes(kind: str, labels: Tensor) -> int:
+    """The names of a kind, without the colors that few data have where these have none of them."""
+    has_few = kind in ("color", "next") and labels.max() <= len(COLORS)
+    return 1 + len(COLORS) if has_few else len(NAMES[kind])
+
+
 def load_images(paths: list[Path]) -> list[Image.Image]:
     return [open_picture(path, f"the image {path}") for path in paths]
 
@@ -160,7 +168,9 @@ def pretrain(
     kinds = [number for number in range(len(NAMES)) if number < ALWAYS or labels[..., number].any()]
     names = [list(NAMES)[number] for number in kinds]
     labels = labels[..., kinds]
-    heads = nn.ModuleList([nn.Linear(tower.size, len(NAMES[name])) for name in names])
+    heads = nn.ModuleList(
+        [nn.Linear(tower.size, num_classes(name, labels[..., number])) for number, name in enumerate(names)]
+    )
     optimizer = torch.optim.AdamW([*tower.parameters(), *heads.parameters()], learning_rate, weight_decay=0.01)
     steps = epochs * (len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=max(steps, 1))

@@ -14,6 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from conversion.writing import recover_folder, replaced_folder
+from train.tasks.arrows import ARROWS
 from train.tasks.chart import ask_compare, ask_largest, ask_value
 from train.tasks.families import FAMILIES, LEVELS, SEARCH, SERIAL, SYNTHESIS, family_of, tasks_of
 from train.tasks.hops import HOPS
@@ -74,6 +75,7 @@ TASKS: dict[str, Callable[[Request], Sample]] = {
     "relation_color": ask_beside,
     "relation_side": ask_side,
     "hops": HOPS,
+    "arrows": ARROWS,
 }
 PRETRAINING = {  # no part of "all"
     "describe": describe_scene,

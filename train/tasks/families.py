@@ -8,14 +8,14 @@ FAMILIES = {
     "maze": ("maze_goal", "maze_move", "maze_length"),
     "chart": ("chart_value", "chart_largest", "chart_compare"),
     "relation": ("relation_color", "relation_side"),
-    "serial": ("hops",),
+    "serial": ("hops", "arrows"),
 }
 SEARCH = ("search", "chart", "relation")  # families: the answer stands in a small part of the picture
 SYNTHESIS = ("jigsaw", "maze")  # families: the answer stands in a picture that has to be made first
 SERIAL = ("serial",)  # families: the answer stands at the end of a way of so many moves
 PRETRAINING = ("describe", "describe_search")  # tasks that teach to see; no part of "all"
 LEVELS = ("easy", "hard")
-ONE_LEVEL = ("shapes", "serial")  # families that have no hard level
+ONE_LEVEL = ("shapes",)  # families that have no hard level
 
 
 def tasks_of(name: str, level: str = "easy") -> tuple[str, ...]:

@@ -26,7 +26,17 @@ COLORS = {
     "white": (250, 250, 250),
     "black": (15, 15, 15),
 }
-LIGHT_COLORS = {"orange", "yellow", "white"}
+MORE_COLORS = {  # for pictures in which eight are too few
+    "pink": (255, 160, 200),
+    "brown": (120, 70, 25),
+    "gray": (130, 130, 130),
+    "cyan": (60, 220, 240),
+    "magenta": (240, 40, 190),
+    "lime": (160, 245, 70),
+    "teal": (0, 120, 130),
+    "beige": (235, 205, 150),
+}
+LIGHT_COLORS = {"orange", "yellow", "white", "pink", "cyan", "lime", "beige"}
 DIGITS = tuple("0123456789")
 COUNTS = tuple("1234")
 DESCRIBED = ("5", "6", "7", "8", "9", "10")
@@ -108,7 +118,7 @@ def _draw_patch(thing: Thing, side: int) -> Image.Image:
     draw = ImageDraw.Draw(patch)
     for width, ink in ((2 * (OUTLINE + HALO), "white"), (2 * OUTLINE, "black")):
         draw.line(corners + corners[:2], fill=ink, width=round(width * large), joint="curve")
-    draw.polygon(corners, fill=COLORS[thing.color])
+    draw.polygon(corners, fill=(COLORS | MORE_COLORS)[thing.color])
     if thing.digit is not None:
         ink, rim = ("black", "white") if thing.color in LIGHT_COLORS else ("white", "black")
         draw.text(
