@@ -99,4 +99,4 @@ def opening_token(processor) -> int:
 def start_delimiters(model: nn.Module, processor) -> None:
     """Give `<bot>` and `<eot>` the embedding of the token behind which the plain model begins its answer."""
     weight, config = model.get_input_embeddings().weight, model.config
-    weight[[config.bot_token_id, config.eot_token_id]] = weight[opening_token(processor)]
+    weight[[config.bot_token_id, config.eot_token_id]] = weight[opening_token(processor)].clone()
