@@ -46,7 +46,10 @@ def prepare(output: Path, task: str) -> list[tuple[str, str]]:
     texts = f"{output}/train/data.jsonl"
     return [
         (texts, f"train.tasks --task {task} --n {NUM_PICTURES} --split train {sets} steps --output {output}/train"),
-        (f"{output}/test/data.jsonl", f"train.tasks --task {task} --n 480 --split test {sets} one --output {output}/test"),
+        (
+            f"{output}/test/data.jsonl",
+            f"train.tasks --task {task} --n 480 --split test {sets} one --output {output}/test",
+        ),
         (
             f"{output}/clip/vae/config.json",
             f"train.lare.small --data {texts} --output {output}/clip --image-size {IMAGE_SIZE} --patch-size 28",
@@ -82,9 +85,15 @@ def commands_of(output: Path, task: str, names: list[str]) -> list[tuple[str, st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--task", default="hops", help="a serial task of `train.tasks` with as many moves (default: hops)")
     parser.add_argument(
-        "--models", nargs="+", choices=["latents", "direct", "shorter"], default=["latents"], help="beside the words' model"
+        "--task", default="hops", help="a serial task of `train.tasks` with as many moves (default: hops)"
+    )
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=["latents", "direct", "shorter"],
+        default=["latents"],
+        help="beside the words' model",
     )
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

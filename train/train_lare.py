@@ -87,7 +87,9 @@ class ScriptArguments:
     )
     curriculum: list[int] | None = field(
         default=None,
-        metadata={"help": "How many steps the reasoning loses, stage by stage; the last number is `num_refocus_steps`."},
+        metadata={
+            "help": "How many steps the reasoning loses, stage by stage; the last number is `num_refocus_steps`."
+        },
     )
     epochs_per_stage: list[int] = field(
         default_factory=lambda: [1], metadata={"help": "Of the curriculum: epochs of all its stages or of each."}

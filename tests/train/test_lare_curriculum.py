@@ -1,7 +1,5 @@
 """LaRe's curriculum: what every stage shows, which steps it takes, how it begins, and what it refuses."""
 
-import json
-
 import pytest
 import torch
 from torch.testing import assert_close
@@ -113,7 +111,9 @@ def test_batches_follow_the_stage(loaded, data, takes_steps):
         said = [processor.tokenizer.decode(row[row >= 0]) for row in batch["labels"]]
         kept = ["\n".join([*one.steps[stage:], ""]) for one in samples]
         assert [text.split("The answer")[0] for text in said] == kept
-        given = [processor.tokenizer.decode(ids[mask]) for ids, mask in zip(batch["reasoning_ids"], batch["reasoning_mask"])]
+        given = [
+            processor.tokenizer.decode(ids[mask]) for ids, mask in zip(batch["reasoning_ids"], batch["reasoning_mask"])
+        ]
         assert given == ["\n".join(one.steps[:stage]) for one in samples]
         lengths.append(batch["input_ids"].shape[1])
     assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) == 3
@@ -197,24 +197,30 @@ def test_a_template_that_writes_nothing_before_the_answer_is_refused(loaded):
         opening_token(processor)
 
 
-def test_stages_end_by_accuracy_and_the_rate_decays_in_the_last(run, tmp_path):
-    """All rows are right by any measure of 0.0001: each stage but the last ends after one epoch of three."""
+def test_stages_end_by_accuracy_and_the_rate_decays_in_the_last(run, tmp_path, monkeypatch):
+    """A model that is always right takes one of three epochs in each stage, and all in the last."""
+    seen = []
+
+    def average(predictions) -> dict:
+        seen.append(predictions.predictions.shape)
+        return {"answer_accuracy": 1.0, "turn_accuracy": 0.0}
+
+    monkeypatch.setattr(train_lare.AnswerAccuracy, "average", staticmethod(average))
     trainer = run(
         tmp_path,
         epochs_per_stage=(3, 3, 2),
         eval_share=0.25,
-        stage_accuracy=0.0001,
+        stage_accuracy=0.9,
         decay_last_stage=True,
         lr_scheduler_type="constant",
         warmup_steps=0,
         start_delimiters=True,
     )
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    stages = [log["stage"] for log in logs]
-    assert stages == sorted(stages) and set(stages) == {0, 1, 2}
-    assert "eval_answer_accuracy" in json.dumps(trainer.state.log_history)
+    assert [log["stage"] for log in logs] == [0, 0, 1, 1, 2, 2, 2, 2]  # two batches an epoch
+    assert set(seen) == {(4, 2)}  # the questions of one picture; the answer, and the whole turn
     last = [log["learning_rate"] for log in logs if log["stage"] == 2]
-    assert last == sorted(last, reverse=True) and last[-1] < last[0]
+    assert last == sorted(last, reverse=True) and last[-1] < last[0] == logs[0]["learning_rate"]
     assert AutoModel.from_pretrained(tmp_path, trust_remote_code=False).config.num_refocus_steps == 2
 
 

@@ -250,7 +250,9 @@ def hide_windows(model: nn.Module, share: float) -> None:
         ValueError: the model has no Extractor.
     """
     if model.refocus is None:
-        raise ValueError("`hidden_windows` hides windows from the Extractor, which this model has not (`use_extractor`).")
+        raise ValueError(
+            "`hidden_windows` hides windows from the Extractor, which this model has not (`use_extractor`)."
+        )
 
     def hide(module: nn.Module, args: tuple) -> tuple | None:
         if not module.training:
