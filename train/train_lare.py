@@ -28,8 +28,10 @@ Every argument of `transformers.TrainingArguments` works; a run that was killed 
 The loss terms are in `train/lare/objective.py`; heads and U-Net lie in `training/` beside a checkpoint, never in it.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
@@ -40,6 +42,7 @@ from train.config_overrides import load_config
 from train.lare.curriculum import RefocusCurriculumCollator, shorten, start_delimiters
 from train.lare.data import LaReCollator, check_rows, from_reasoning, read_llava
 from train.lare.objective import LaReObjective, LatentLossArguments
+from train.lare.tower_cache import encode_pictures
 from train.own_models import TRUST_HELP
 from train.reasoning_data import read_reasoning
 from train.stages import AnswerAccuracy, Curriculum, RowsUpTo, StageArguments, hold_out, plan_epochs, shown_rows
@@ -102,6 +105,13 @@ class ScriptArguments:
     )
     fresh_objective: bool = field(
         default=False, metadata={"help": "Start stage 3 or 4 with new heads and a new U-Net."}
+    )
+    cache_image_features: float = field(
+        default=0.0,
+        metadata={
+            "help": "GiB of main memory, of each process, for the features of all pictures, which the frozen vision tower then "
+            "computes once. 0 computes them in every step."
+        },
     )
     dtype: str = field(
         default="float32", metadata={"help": "Of the weights; `--bf16` computes in bfloat16 either way."}
@@ -279,6 +289,29 @@ def find_objective(objective: LaReObjective, args: ScriptArguments) -> None:
         )
 
 
+def keep_features(
+    model: nn.Module, objective: LaReObjective, collator, rows: list, args: ScriptArguments, training_args
+) -> None:
+    """Compute the features of all pictures as training would, and let the model look them up.
+
+    Raises:
+        ValueError: the pixels of pictures are needed too, or see `encode_pictures`.
+    """
+    if objective.image_reconstruction is not None:
+        raise ValueError("`cache_image_features` keeps no pixels, which L_image needs: set `image_loss_weight` to 0.")
+    model.model.vision_tower.to(training_args.device)
+    half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
+
+    def context():
+        return nullcontext() if half is None else torch.autocast(training_args.device.type, half)
+
+    of_rows = collator.collate if isinstance(collator, RefocusCurriculumCollator) else collator
+    image_processor = of_rows.processor.image_processor
+    cache = encode_pictures(model, image_processor, rows, args.cache_image_features, context)
+    cache.install(model)
+    objective.cache = of_rows.cache = cache
+
+
 def check_negatives(objective: LaReObjective, data: list, training_args: TrainingArguments, collator) -> None:
     """Raise a `ValueError` where no batch of a run can hold two rows that the alignment could tell apart.
 
@@ -327,6 +360,8 @@ def main(
     collator = make_collator(processor, args)
     data, eval_data = read_rows(args, stage_args, collator, training_args.seed)
     check_negatives(objective, data, training_args, collator)
+    if args.cache_image_features:
+        keep_features(model, objective, collator, [*data, *(eval_data or [])], args, training_args)
     rows, eval_rows = shown_rows(data, eval_data, stage_args, training_args.seed)
     callbacks = []
     if args.curriculum is not None:

@@ -4,7 +4,7 @@ Rows of the batch come from `LaReCollator`. A term whose weight is zero has no m
 first term alone.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -118,6 +118,7 @@ class LaReObjective(nn.Module):
         super().__init__()
         config, self.arguments, self.has_latents = model.config, arguments, has_latents
         size = config.get_text_config().hidden_size
+        self.cache = None  # a `TowerCache`, where batches hold numbers of pictures
         self.alignment = self.image_reconstruction = self.delimiters = None
         if not has_latents:
             return
@@ -144,17 +145,20 @@ class LaReObjective(nn.Module):
         """Whether a micro-batch has to know the others of its optimizer step: then `forward` is given a `part`."""
         return self.alignment is not None
 
-    def forward(self, model: nn.Module, part: StepPart | None = None, **batch) -> dict:
+    def forward(
+        self, model: nn.Module, part: StepPart | None = None, image_numbers: Tensor | None = None, **batch
+    ) -> dict:
         """`loss`, `logits`, and the terms by name, detached, as `losses`.
 
         Args:
             part: which part of an optimizer step the batch is. While `part.others` are not known yet, only what they will
                 be of the other parts is computed, as `rows`.
+            image_numbers: of the batch's pictures in `cache`, in place of their pixels.
             batch: of `LaReCollator`; a curriculum adds `num_refocus_steps`, by default the model's.
         """
-        if part is None:
-            return self.compute(model, None, **batch)
-        with part.random_state(batch["input_ids"].device):
+        shown = nullcontext() if image_numbers is None else self.cache.showing(image_numbers)
+        drawn = nullcontext() if part is None else part.random_state(batch["input_ids"].device)
+        with shown, drawn:
             return self.compute(model, part, **batch)
 
     def compute(
