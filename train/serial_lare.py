@@ -20,7 +20,7 @@ PORTION = 1600  # questions between two looks at the held-out ones: 100 steps
 # A tile is one token: the window is one too, and a smaller Extractor than the default's learns as much.
 SIZES = f"num_refocus_steps={NUM_STEPS} window_size=1 extractor_hidden_size=128 extractor_num_heads=4 extractor_num_layers=1"
 TRAINING = (
-    f"--data_format steps --samples_per_epoch {PORTION} --eval_share 0.02 --stage_measure turn "
+    f"--data_format steps --samples_per_epoch {PORTION} --eval_share 0.02 --stage_measure turn --cache_image_features 1 "
     "--per_device_train_batch_size 16 --global_batch_size 16 --per_device_eval_batch_size 64 "
     "--lr_scheduler_type constant_with_warmup --warmup_steps 50 --adam_beta2 0.98 --decay_last_stage "
     f"--disable_tqdm true {SHARED}"
