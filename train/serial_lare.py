@@ -27,9 +27,9 @@ TRAINING = (
 )
 # Where a number of words is left out, the largest number of epochs that it takes; the last stage takes all of its own.
 WORDS = "--curriculum 0 0 --epochs_per_stage 16 2 --stage_accuracy 0.98"
-LATENTS = "--curriculum 1 2 3 4 --epochs_per_stage 6 10 12 12 --stage_accuracy 0.97"
-SHORTER = "--curriculum 1 2 3 4 --epochs_per_stage 6 10 12 12 --stage_accuracy 0.97"
-DIRECT = "--curriculum 4 4 4 4 --epochs_per_stage 6 10 12 12 --stage_accuracy 0.97 --stage_longest 1 2 3 4"
+LATENTS = "--curriculum 1 2 3 4 --epochs_per_stage 16 10 12 12 --stage_accuracy 0.97"
+SHORTER = "--curriculum 1 2 3 4 --epochs_per_stage 16 10 12 12 --stage_accuracy 0.97"
+DIRECT = "--curriculum 4 4 4 4 --epochs_per_stage 16 10 12 12 --stage_accuracy 0.97 --stage_longest 1 2 3 4"
 
 
 def stage(output: Path, before: str, after: str, number: int, options: str) -> tuple[str, str]:
