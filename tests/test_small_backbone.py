@@ -9,10 +9,10 @@ from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
 
 from conversion.convert_vedas import convert_vedas
 from train.lare.small import write_small
-from train.small_backbone import texts_of, write_backbone
+from train.small_backbone import texts_of, train_tokenizer, write_backbone
 from train.tasks import generate_sample, write_dataset
 from train.tasks.shapes import COLORS, DIGITS, GRID, SHAPES
-from train.vision_pretraining import NAMES, CellFeatures, cell_labels, place_labels, pretrain
+from train.vision_pretraining import NAMES, CellFeatures, cell_labels, place_labels, pretrain, read_scenes
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +100,20 @@ def test_the_folder_converts_like_a_published_one(backbone, tmp_path):
 def test_sizes_that_cannot_be(sizes, tmp_path):
     with pytest.raises(ValueError, match="hidden_size"):
         write_backbone(["text"], tmp_path / "no", **sizes)
+
+
+def test_the_roles_of_a_chat_are_one_token_each(data):
+    """Where they stand as words; and what they are part of keeps its letters."""
+    tokenizer = train_tokenizer(texts_of(data), 400)
+    header = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(header)[:2] == ["<|im_start|>", "assistant"] and len(header) == 3
+    assert tokenizer("user", add_special_tokens=False)["input_ids"] == [tokenizer.convert_tokens_to_ids("user")]
+    for text in ("a user, an assistant", "superusers and assistants", "the user\nuser"):
+        assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    assert "user" not in tokenizer.tokenize("superusers")
+
+
+def test_a_picture_that_several_rows_ask_about_is_seen_once(tmp_path):
+    questions = write_dataset("hops", 3, 0, tmp_path, image_size=112, questions="steps")
+    images, labels = read_scenes(questions)
+    assert len(images) == len(set(images)) == len(labels) == 3 and len(questions.read_text().splitlines()) == 12

@@ -25,12 +25,13 @@ from train.curriculum import Curriculum, CurriculumCollator, merge_steps
 from train.reasoning_data import ReasoningSample, read_reasoning
 from train.replay import ReplayArguments, ReplayObjective
 from train.small_backbone import texts_of, write_backbone
+from train.stages import StageArguments
 from train.tasks import write_dataset
 from train.train_vedas import ScriptArguments, VedasTrainingArguments, plan_stages
 from train.training_model import OBJECTIVE_FILE, LatentTrainer, TrainingModel, last_complete_checkpoint
 
 
-PARSER = HfArgumentParser((ScriptArguments, ReplayArguments, VedasTrainingArguments))
+PARSER = HfArgumentParser((ScriptArguments, ReplayArguments, VedasTrainingArguments, StageArguments))
 SMALL = {"num_latent_steps": 2, "num_replay_tokens": 4, "routed_layers": [0, 1], "alpha": 6, "step_alpha": 3}
 LORA = {"lora": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 

@@ -1,14 +1,19 @@
 """The curriculum of Vedas: in stage k the first k reasoning steps become k latent steps.
 
 Stage 0 is plain chain of thought, the last stage thinks in latents alone. Rationales that are longer than the model has
-latent steps are merged evenly into as many, shorter ones are used up earlier: stage k is k latents for every sample.
+latent steps are merged evenly into as many, shorter ones are used up earlier: stage k is k latents for every sample. A model
+that has its answer before the last of them learns to hold it. `train/stages.py` says when stages end.
 """
 
 import torch
-from transformers import TrainerCallback
 
 from train.data import TrajectoryCollator
+from train.feature_cache import FeatureCache
 from train.reasoning_data import ReasoningSample
+from train.stages import ANSWER_HEADER, Curriculum
+
+
+__all__ = ["Curriculum", "CurriculumCollator", "answer_text", "merge_steps"]
 
 
 def merge_steps(steps: list[str], count: int) -> list[str]:
@@ -20,7 +25,7 @@ def merge_steps(steps: list[str], count: int) -> list[str]:
 
 
 def answer_text(answer: str) -> str:
-    return f"The answer is \\boxed{{{answer}}}."
+    return f"{ANSWER_HEADER} \\boxed{{{answer}}}."
 
 
 class CurriculumCollator:
@@ -30,11 +35,21 @@ class CurriculumCollator:
         processor: of the model that is trained.
         rationale_steps: how many steps a longer rationale is merged into.
         keep_images: hand the images on as `original_images`, for the crop branch.
+        latents_per_step: latent steps in place of a reasoning step; with 0 nothing stands in its place.
+        cache: has the features of all images, which are then not decoded.
     """
 
-    def __init__(self, processor, rationale_steps: int, keep_images: bool = True):
-        self.collate = TrajectoryCollator(processor, "drop")
+    def __init__(
+        self,
+        processor,
+        rationale_steps: int,
+        keep_images: bool = True,
+        latents_per_step: int = 1,
+        cache: FeatureCache | None = None,
+    ):
+        self.collate = TrajectoryCollator(processor if cache is None else cache.processor(processor), "drop")
         self.rationale_steps, self.keep_images = rationale_steps, keep_images
+        self.latents_per_step, self.cache = latents_per_step, cache
         # Shared, so that worker processes that live through several epochs follow it.
         self._stage = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -46,12 +61,19 @@ class CurriculumCollator:
     def stage(self, stage: int) -> None:
         self._stage.fill_(stage)
 
+    @property
+    def num_latents(self) -> int:
+        """Latent steps before the answer of every sample, however short its rationale is."""
+        return self.latents_per_step * self.stage
+
     def __call__(self, samples: list[ReasoningSample]) -> dict:
-        images = [sample.load_images() for sample in samples]
-        batch = self.collate([self.conversation(sample, image) for sample, image in zip(samples, images)])
+        is_decoded = self.cache is None or self.keep_images
+        images = [sample.load_images() if is_decoded else sample.images for sample in samples]
+        shown = images if self.cache is None else [sample.images for sample in samples]
+        batch = self.collate([self.conversation(sample, image) for sample, image in zip(samples, shown)])
         if self.keep_images:
             batch["original_images"] = images
-        if self.stage == 0:
+        if self.num_latents == 0:
             batch["num_latent_steps"] = 0  # without slots the model would take its own number of steps
         return batch
 
@@ -62,26 +84,5 @@ class CurriculumCollator:
             *({"type": "image", "image": image} for image in images),
             {"type": "text", "text": sample.question},
         ]
-        answer = [{"type": "latent", "steps": self.stage}, {"type": "text", "text": text}]
+        answer = [{"type": "latent", "steps": self.num_latents}, {"type": "text", "text": text}]
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-
-
-class Curriculum(TrainerCallback):
-    """Sets the collator's stage at every epoch; a resumed run finds its stage by its epoch.
-
-    Args:
-        stages: the stages in their order.
-        epochs_per_stage: after the last of them, the last stage goes on.
-    """
-
-    def __init__(self, collator: CurriculumCollator, stages: list[int], epochs_per_stage: int):
-        self.collator, self.stages, self.epochs_per_stage = collator, stages, epochs_per_stage
-
-    def stage_of(self, epoch: float) -> int:
-        return self.stages[min(int(epoch) // self.epochs_per_stage, len(self.stages) - 1)]
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.stage = self.stage_of(state.epoch or 0)
-
-    def log_terms(self) -> dict[str, float]:
-        return {"stage": self.collator.stage}

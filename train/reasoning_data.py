@@ -54,7 +54,10 @@ class ReasoningSample:
         Raises:
             ValueError: one cannot be read.
         """
-        return [read_size(image, self.name_of(image)) for image in self.images]
+        return [self.read_size(image) for image in self.images]
+
+    def read_size(self, image: str | Image.Image) -> tuple[int, int]:
+        return read_size(image, self.name_of(image))
 
     def name_of(self, image: str | bytes | Image.Image) -> str:
         return f"{self.origin}: the image {image if isinstance(image, str) else 'in it'}"
@@ -202,7 +205,7 @@ def read_reasoning(
 
     Args:
         drop_incomplete: leave out rows without steps or answer, and say how many; else they are errors.
-        check_images: decode every image once.
+        check_images: decode every image once, also one that several rows name.
         needs_steps: a row without a rationale cannot be used; reinforcement learning asks for none.
 
     Raises:
@@ -223,8 +226,13 @@ def read_reasoning(
     if not samples:
         raise ValueError(f"{path} holds no sample.")
     if check_images:
+        images = {
+            image if isinstance(image, str) else id(image): (sample, image)
+            for sample in samples
+            for image in sample.images
+        }
         with ThreadPoolExecutor() as pool:
-            checks = pool.map(ReasoningSample.load_images, samples)
-            for _ in tqdm(checks, total=len(samples), desc="checking images", leave=False):
+            checks = pool.map(lambda one: one[0].load_image(one[1]), images.values())
+            for _ in tqdm(checks, total=len(images), desc="checking images", leave=False):
                 pass
     return samples

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -29,6 +29,7 @@ SPECIAL_TOKENS = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
+ROLES = ("user", "assistant")  # every chat holds them: one token each, where questions alone would never teach them
 # `generation` marks what the assistant writes, for losses on nothing else (TRL's `assistant_only_loss`).
 CHAT_TEMPLATE = (
     "{% macro render(content) %}"
@@ -46,7 +47,7 @@ PATCH = 14
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with Qwen's special tokens: any text goes in and comes out."""
+    """A byte-level BPE with Qwen's special tokens and the roles of a chat: any text goes in and comes out."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -58,6 +59,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left"
     )
     fast.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+    fast.add_tokens([AddedToken(role, single_word=True, normalized=False) for role in ROLES])
     return fast
 
 

@@ -4,24 +4,34 @@
     python -m train.train_vedas --model_path out/vedas --data_path data/tasks/data.jsonl --output_dir out/vedas-trained \
         --lora --bf16 --attn_implementation sdpa --per_device_train_batch_size 8
 
-Every argument of `transformers.TrainingArguments` works. A run that was killed goes on with `--resume_from_checkpoint last`,
+Every argument of `transformers.TrainingArguments` works. Stages last `--epochs_per_stage` epochs, or end by accuracy
+(`train/stages.py`):
+
+    ... --stages 0 1 2 3 --epochs_per_stage 10 --samples_per_epoch 800 --stage_accuracy 0.97 --eval_share 0.02 \
+        --freeze_vision --cache_image_features 0.1
+
+A run that was killed goes on with `--resume_from_checkpoint last`,
 in the same stage and with the same data. What the steps look at is trained by the crop branch (`train/replay.py`), the
 data formats are in `train/reasoning_data.py`. `output_dir` becomes a whole checkpoint; with `--lora` the adapter is merged
 into it, and also lies in `adapter/`.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
+import torch
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
 from configuration_latentvlm.transformers_contract import check_contract
 from conversion.commands import exit_on_error
 from conversion.reading import check_config_file
 from train.curriculum import Curriculum, CurriculumCollator
+from train.feature_cache import FeatureCache, encode_pictures
 from train.gradient_dynamics import GradientDynamics
 from train.own_models import TRUST_HELP
 from train.reasoning_data import ReasoningSample, read_reasoning
 from train.replay import ReplayArguments, ReplayObjective
+from train.stages import AnswerAccuracy, EpochPortions, RowsUpTo, StageArguments, hold_out
 from train.trained_sizes import record_image_sizes
 from train.training_model import (
     LatentTrainer,
@@ -43,9 +53,17 @@ class ScriptArguments:
     drop_incomplete: bool = field(default=False, metadata={"help": "Leave out rows without steps or answer."})
     eval_data_path: str | None = field(default=None, metadata={"help": "For `--eval_strategy`, at the current stage."})
     stages: list[int] | None = field(default=None, metadata={"help": "By default 0 to `num_latent_steps`."})
-    epochs_per_stage: int = field(default=4, metadata={"help": "Epochs before the next stage."})
+    epochs_per_stage: list[int] = field(
+        default_factory=lambda: [4], metadata={"help": "Epochs before the next stage, of all stages or of each."}
+    )
+    latents_per_step: int = field(
+        default=1,
+        metadata={
+            "help": "Latent steps in place of a reasoning step. 0: nothing stands in its place (a twin without latents)."
+        },
+    )
     rationale_steps: int | None = field(
-        default=None, metadata={"help": "Longer rationales are merged into so many; by default `num_latent_steps`."}
+        default=None, metadata={"help": "Longer rationales are merged into so many; by default the largest stage."}
     )
     num_latent_steps: int | None = field(default=None, metadata={"help": "In place of the checkpoint's."})
     backprop_through_latents: bool | None = field(default=None, metadata={"help": "In place of the checkpoint's."})
@@ -54,6 +72,13 @@ class ScriptArguments:
     lora_alpha: int = field(default=16, metadata={"help": "Scale; alpha / r multiplies the adapter."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the adapters."})
     freeze_vision: bool = field(default=False, metadata={"help": "Leave the vision tower as it is (`--lora` does)."})
+    cache_image_features: float = field(
+        default=0.0,
+        metadata={
+            "help": "GiB of main memory, of each process, for the features of all pictures, which a frozen vision tower then "
+            "computes once. 0 computes them in every step."
+        },
+    )
     dtype: str = field(
         default="float32", metadata={"help": "Of the weights; `--bf16` computes in bfloat16 either way."}
     )
@@ -91,25 +116,45 @@ def plan_stages(args: ScriptArguments, training_args: TrainingArguments, num_lat
     Raises:
         ValueError: stages that do not lead to the model's latent steps, or epochs that end before the last of them.
     """
-    stages = list(range(num_latent_steps + 1)) if args.stages is None else args.stages
-    if not stages or min(stages) < 0 or stages[-1] != num_latent_steps or max(stages) > num_latent_steps:
+    stages, each = args.stages, args.latents_per_step
+    if each < 0:
+        raise ValueError(f"`latents_per_step` must be >= 0, got {each}.")
+    if stages is None:
+        if not each and not num_latent_steps:
+            raise ValueError("`latents_per_step` 0 needs `stages`: the number of latent steps does not tell them.")
+        stages = list(range(num_latent_steps // max(1, each) + 1))
+    if not stages or min(stages) < 0 or stages[-1] != max(stages) or stages[-1] * each != num_latent_steps:
+        unit = "" if each == 1 else f" at {each} latent steps each"
         raise ValueError(
-            f"`stages` must lie within 0 and `num_latent_steps` ({num_latent_steps}) and end there, since `generate` takes "
+            f"`stages` must lie within 0 and `num_latent_steps` ({num_latent_steps}) and end there{unit}, since `generate` takes "
             f"that many steps, got {stages}."
         )
-    if args.epochs_per_stage < 1:
-        raise ValueError(f"`epochs_per_stage` must be >= 1, got {args.epochs_per_stage}.")
     if args.rationale_steps is not None and args.rationale_steps < 1:
         raise ValueError(f"`rationale_steps` must be >= 1, got {args.rationale_steps}.")
-    needed = len(stages) * args.epochs_per_stage
+    epochs = plan_epochs(args, len(stages))
     if not training_args.num_train_epochs:
-        training_args.num_train_epochs = float(needed)
-    if training_args.num_train_epochs <= needed - args.epochs_per_stage and training_args.max_steps <= 0:
+        training_args.num_train_epochs = float(sum(epochs))
+    if training_args.num_train_epochs <= sum(epochs[:-1]) and training_args.max_steps <= 0:
         raise ValueError(
             f"`num_train_epochs` ({training_args.num_train_epochs}) ends before the last of {len(stages)} stages of "
-            f"{args.epochs_per_stage} epochs."
+            f"{epochs[0] if len(set(epochs)) == 1 else epochs} epochs."
         )
     return stages
+
+
+def plan_epochs(args: ScriptArguments, num_stages: int) -> list[int]:
+    """The epochs of every stage.
+
+    Raises:
+        ValueError: there are not as many numbers as stages, or one is below 1.
+    """
+    given = args.epochs_per_stage
+    given = [given] if isinstance(given, int) else list(given)
+    if len(given) not in (1, num_stages) or min(given) < 1:
+        raise ValueError(
+            f"`epochs_per_stage` must be >= 1, one number or one for each of {num_stages} stages, got {args.epochs_per_stage}."
+        )
+    return given * num_stages if len(given) == 1 else given
 
 
 def prepare_weights(model, args: ScriptArguments, training_args: TrainingArguments):
@@ -137,36 +182,86 @@ def prepare_weights(model, args: ScriptArguments, training_args: TrainingArgumen
     return model
 
 
-def main(args: ScriptArguments, replay_args: ReplayArguments, training_args: TrainingArguments) -> LatentTrainer:
+def keep_features(model, processor, samples: list, limit_gib: float, training_args: TrainingArguments) -> FeatureCache:
+    """Compute the features of all pictures as training would, and let the model look them up."""
+    device = training_args.device
+    model.model.visual.to(device)
+    half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
+
+    def context():
+        return nullcontext() if half is None else torch.autocast(device.type, half)
+
+    cache = encode_pictures(model, processor, samples, limit_gib, context)
+    cache.install(model)
+    return cache
+
+
+def read_data(args: ScriptArguments, stage_args: StageArguments, seed: int) -> tuple[list, list | None]:
+    """Questions to learn from, and held-out ones where there are any."""
+    data = read_reasoning(args.data_path, args.data_format, args.split, args.drop_incomplete)
+    if stage_args.eval_share:
+        return hold_out(data, stage_args.eval_share, seed)
+    return data, read_reasoning(args.eval_data_path, args.data_format, args.split) if args.eval_data_path else None
+
+
+def shown_rows(data: list, eval_data: list | None, stage_args: StageArguments, seed: int) -> tuple:
+    """The data as `Trainer` gets them; wrapped where epochs are short or stages show a part."""
+    if stage_args.samples_per_epoch is None and stage_args.stage_longest is None:
+        return data, eval_data
+    rows = EpochPortions(data, stage_args.samples_per_epoch or len(data), seed)
+    return rows, None if eval_data is None else RowsUpTo(eval_data)
+
+
+def main(
+    args: ScriptArguments,
+    replay_args: ReplayArguments,
+    training_args: TrainingArguments,
+    stage_args: StageArguments | None = None,
+) -> LatentTrainer:
+    stage_args = stage_args or StageArguments()
     set_seed(training_args.seed)
     check_config_file(args.model_path)
     processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=args.trust_remote_code)
     model = load_model(args)
     stages = plan_stages(args, training_args, model.config.num_latent_steps)
-    data = read_reasoning(args.data_path, args.data_format, args.split, args.drop_incomplete)
-    eval_data = read_reasoning(args.eval_data_path, args.data_format, args.split) if args.eval_data_path else None
+    stage_args.prepare(training_args, len(stages), args.eval_data_path is not None)
+    data, eval_data = read_data(args, stage_args, training_args.seed)
     objective = ReplayObjective(model.config, processor.image_processor, replay_args)
     load_objective(objective, args.model_path)
-    record_image_sizes(processor, data, ReasoningSample.image_sizes)
-    rationale_steps = args.rationale_steps or max(1, model.config.num_latent_steps)
-    collator = CurriculumCollator(processor, rationale_steps, keep_images=objective.weight > 0)
-    callbacks = [Curriculum(collator, stages, args.epochs_per_stage)]
+    record_image_sizes(processor, [*data, *(eval_data or [])], ReasoningSample.image_sizes)
+    prepared = prepare_weights(model, args, training_args)
+    cache = None
+    if args.cache_image_features:
+        cache = keep_features(model, processor, [*data, *(eval_data or [])], args.cache_image_features, training_args)
+    collator = CurriculumCollator(
+        processor,
+        args.rationale_steps or max(1, *stages),
+        keep_images=objective.weight > 0,
+        latents_per_step=args.latents_per_step,
+        cache=cache,
+    )
+    rows, eval_rows = shown_rows(data, eval_data, stage_args, training_args.seed)
+    wrapped = tuple(one for one in (rows, eval_rows) if isinstance(one, RowsUpTo))
+    callbacks = [Curriculum(collator, stages, plan_epochs(args, len(stages)), stage_args, wrapped)]
     if args.gradient_dynamics_steps:
         callbacks.append(GradientDynamics(training_args.output_dir, args.gradient_dynamics_steps))
+    measure = AnswerAccuracy(processor.tokenizer, model.config.latent_token_id)
     trainer = LatentTrainer(
-        model=TrainingModel(prepare_weights(model, args, training_args), objective),
+        model=TrainingModel(prepared, objective),
         args=training_args,
-        train_dataset=data,
-        eval_dataset=eval_data,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
         data_collator=collator,
         processing_class=processor,
         callbacks=callbacks,
+        preprocess_logits_for_metrics=measure.reduce,
+        compute_metrics=measure.average,
     )
-    run_training(trainer)
+    run_training(trainer, keeps_log=stage_args.stage_accuracy is not None)
     return trainer
 
 
 if __name__ == "__main__":
     with exit_on_error():
-        parser = HfArgumentParser((ScriptArguments, ReplayArguments, VedasTrainingArguments))
+        parser = HfArgumentParser((ScriptArguments, ReplayArguments, VedasTrainingArguments, StageArguments))
         main(*parser.parse_args_into_dataclasses())

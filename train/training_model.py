@@ -7,6 +7,7 @@ synchronised like all others. A checkpoint holds the model where users look for 
 
 import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +18,7 @@ import torch
 from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
@@ -126,6 +128,15 @@ def map_tensors(function: Callable, values):
     return tuple(map_tensors(function, value) for value in values)
 
 
+def scaled(rate: Callable[[int], float], callbacks: list) -> Callable[[int], float]:
+    """The learning rate of a step with the factors of callbacks. A function: a checkpoint stores nothing of it."""
+
+    def scale(step: int) -> float:
+        return rate(step) * math.prod(callback.scale_rate(step) for callback in callbacks)
+
+    return scale
+
+
 def last_complete_checkpoint(folder: str | Path) -> str | None:
     """The newest `checkpoint-N` of a run that was written to its end: the trainer's state is what comes last."""
     found = {}
@@ -141,7 +152,8 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
 class LatentTrainer(Trainer):
     """`Trainer` for a `TrainingModel`: logs every loss term, saves and loads model and objective apart.
 
-    A callback may add to the logs by a method `log_terms`, and see the gradients by a method `before_clipping`.
+    A callback may add to the logs by a method `log_terms`, see the gradients by a method `before_clipping`, put a factor on the
+    learning rate of a step by a method `scale_rate`, and say by `is_finished` that a run that is resumed was at its end.
     """
 
     def __init__(self, *args, **kwargs):
@@ -156,7 +168,21 @@ class LatentTrainer(Trainer):
             max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
         )
         # transformers would begin the epoch that `max_steps` lies in again, and take one step before it looks.
-        return (num_train_epochs, 0) if self.state.global_step >= max_steps else (epochs, batches)
+        is_finished = self.state.global_step >= max_steps or any(
+            callback.is_finished(self.state) for callback in self._callbacks_with("is_finished")
+        )
+        return (num_train_epochs, 0) if is_finished else (epochs, batches)
+
+    def _callbacks_with(self, method: str) -> list:
+        return [callback for callback in self.callback_handler.callbacks if hasattr(callback, method)]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        is_new = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        scaling = self._callbacks_with("scale_rate")
+        if is_new and scaling and isinstance(scheduler, LambdaLR):
+            scheduler.lr_lambdas = [scaled(rate, scaling) for rate in scheduler.lr_lambdas]
+        return scheduler
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -196,9 +222,8 @@ class LatentTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _clip_grad_norm(self, model: nn.Module):
-        for callback in self.callback_handler.callbacks:
-            if hasattr(callback, "before_clipping"):
-                callback.before_clipping(self.model)
+        for callback in self._callbacks_with("before_clipping"):
+            callback.before_clipping(self.model)
         return super()._clip_grad_norm(model)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -207,8 +232,8 @@ class LatentTrainer(Trainer):
             for name in [name for name in self._terms if name.startswith("eval_") == is_eval]:
                 mean = torch.stack(self._terms.pop(name)).mean()
                 logs[name] = float(self.accelerator.reduce(mean, "mean"))
-            for callback in self.callback_handler.callbacks:
-                logs |= callback.log_terms() if hasattr(callback, "log_terms") else {}
+            for callback in self._callbacks_with("log_terms"):
+                logs |= callback.log_terms()
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

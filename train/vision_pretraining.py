@@ -93,13 +93,15 @@ def cell_labels(objects: list[dict], image_size: int, grid: int = GRID) -> Tenso
 
 
 def read_scenes(data: str | Path | list[str | Path]) -> tuple[list[Path], Tensor]:
-    """The pictures of one or more JSONL files, and the labels of their cells, (rows, grid, grid, len(NAMES)).
+    """The pictures of one or more JSONL files, and the labels of their cells, (pictures, grid, grid, len(NAMES)).
+
+    A picture that several rows ask about is read once.
 
     Raises:
         ValueError: no row, things that do not stand in cells, or pictures or grids of several sizes.
     """
     paths = [Path(one) for one in (data if isinstance(data, list) else [data])]
-    images, labels, sizes = [], [], set()
+    images, labels, sizes = {}, [], set()
     rows = ((path, origin, row) for path in paths for origin, row in read_json_lines(path))
     for path, origin, row in rows:
         if (
@@ -112,14 +114,17 @@ def read_scenes(data: str | Path | list[str | Path]) -> tuple[list[Path], Tensor
             raise ValueError(
                 f"{row['id']} of {path} cannot teach about cells: its things stand freely (a hard level)."
             )
-        images.append(path.parent / row["image"])
-        size = read_size(images[-1], f"the image {images[-1]}")
+        image = path.parent / row["image"]
+        if image in images:
+            continue
+        images[image] = None
+        size = read_size(image, f"the image {image}")
         sizes.add((size, grid))
         labels.append(cell_labels(row["objects"], size[0], grid))
     if len(sizes) != 1:
         found = ", ".join(f"{size[0]} x {size[1]} pixels with {grid} x {grid} cells" for size, grid in sorted(sizes))
         raise ValueError(f"Pictures and their grids must all be of one size, got {found or 'no picture'}.")
-    return images, torch.stack(labels)
+    return list(images), torch.stack(labels)
 
 
 def place_labels(grid: int) -> Tensor:
