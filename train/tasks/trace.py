@@ -1,12 +1,15 @@
 """Trace: lines that cross and bend, with a square at one end and a circle at the other. Where does a line end?
 
 Every merged patch (28 pixels) of the board holds two pieces of line: two straight ones that cross, or two bends. A line goes
-straight on where it crosses another. At the border each line has a small square at one end and a circle at the other. A line
-from a square has to be followed: its end is as far away as that of any other line, which is seen to in the same way as in
-`arrows.py`. Whether a line from one end to another passes an even or an odd number of crossings is known without following it, so
-circles stand, where they can, at ends that the asked number of crossings allows. The number of steps is the number of crossings that the line passes; one line passes none twice. What is named
-after each crossing is where the line leads from there: to the next crossing, by its place (`b3` is column b, row 3), or to
-the circle. The assistant's pictures show these places, with the way up to there drawn. The layout (see `layout.py`) is the lines.
+straight on where it crosses another. At the border each line has a small square at one end and a circle at the other.
+
+The number of steps is the number of crossings that the line passes; none is passed twice. What is named after each
+crossing is where the line leads from there: to the next crossing, by its place (`b3` is column b, row 3), or to the circle.
+The assistant's pictures show these places, with the way up to there drawn.
+
+A line has to be followed: like a tile of `arrows.py`, its end stands where any end may. Whether a line between two ends passes an
+even or an odd number of crossings is known without following it, so circles stand, where they can, at ends that the asked
+number allows. The layout (see `layout.py`) is the lines.
 """
 
 import math
