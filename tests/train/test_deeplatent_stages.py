@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from helpers import assert_near
-from test_train_deeplatent import SAMPLES, logged, train
+from test_train_deeplatent import SAMPLES, cache, logged, train
 from transformers import AutoModel, AutoProcessor
 
 from conversion.convert_deeplatent import convert_deeplatent
@@ -89,6 +89,17 @@ def test_students_lose_texts_and_teachers_keep_them(hops, stage):
         assert student.count("<|latent_start|>") == teacher.count("<|vision_start|>") == len(steps) == row + 1
         assert "The answer is" in student
     assert batch["teacher_inputs"]["columns"].sum() == batch["latent_grid_hw"].prod(1).sum() == 4 * (1 + 2 + 3 + 4)
+
+
+def test_teachers_say_the_same_in_every_stage(hops, tmp_path, unsaved):
+    """States from a disk cache, which was written once, and those of a teacher that runs beside the student."""
+    states = cache(hops[0], hops[1], tmp_path / "states", states_dtype="float32", samples_per_shard=4)
+    settings = {"stages": [2, 4], "samples_per_epoch": 8, "eval_share": 0.25, "seed": 1}
+    settings |= {"attn_implementation": "sdpa", "learning_rate": 1e-3}
+    runs = {"teacher_states": str(states)}, {"teacher_path": str(hops[0]), "cache_image_features": 0.01}
+    stored, live = (train("sft2", *hops, tmp_path / str(n), **settings, **run) for n, run in enumerate(runs))
+    assert len(logged(stored, "align_loss")) == 4
+    assert logged(stored, "align_loss") == pytest.approx(logged(live, "align_loss"), abs=1e-4)
 
 
 def test_stages_end_by_accuracy_and_show_short_answers(hops, tmp_path, unsaved, monkeypatch):
