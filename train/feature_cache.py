@@ -69,13 +69,15 @@ class NumberingProcessor:
     def apply_chat_template(
         self, conversations: list[list[dict]], processor_kwargs: dict, **kwargs
     ) -> dict[str, Tensor]:
-        items = [item for messages in conversations for message in messages for item in message["content"]]
+        contents = [message["content"] for messages in conversations for message in messages]
+        items = [item for content in contents if not isinstance(content, str) for item in content]
         pictures = [self.cache.key_of(item["image"]) for item in items if item["type"] == "image"]
         numbers = torch.tensor([self.cache.numbers[key] for key in pictures], dtype=torch.long)
         grids = self.cache.grids[numbers]
         texts = self.whole.apply_chat_template(
             [list(map(without_image, one)) for one in conversations], tokenize=False
         )
+        texts, more = self.expand(texts)
         counts = iter((grids.prod(dim=-1) // self.cache.merge_size**2).tolist())
         token = self.whole.image_token
         parts = [text.split(token) for text in texts]
@@ -85,10 +87,16 @@ class NumberingProcessor:
         if len(numbers):
             inputs["pixel_values"] = numbers.repeat_interleave(grids.prod(dim=-1))[:, None]
             inputs["image_grid_thw"] = grids
-        return inputs
+        return inputs | more
+
+    def expand(self, texts: list[str]) -> tuple[list[str], dict[str, Tensor]]:
+        """What the processor itself makes of rendered texts, and further inputs that it reads off them."""
+        return texts, {}
 
 
 def without_image(message: dict) -> dict:
+    if isinstance(message["content"], str):
+        return message
     content = [{"type": "image"} if item["type"] == "image" else item for item in message["content"]]
     return message | {"content": content}
 

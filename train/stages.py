@@ -9,6 +9,7 @@ stands in the log history of the trainer's checkpoints, so that a resumed run go
 Shapes: B rows, S columns.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -103,10 +104,14 @@ class StageArguments:
 
 
 class RowsUpTo(Dataset):
-    """The rows that a stage shows: those with rationales of at most so many steps. The curriculum sets the limit."""
+    """The rows that a stage shows: those with rationales of at most so many steps. The curriculum sets the limit.
 
-    def __init__(self, rows: list):
-        self.rows = rows
+    Args:
+        lengths: steps of every row; by default those of its `steps`.
+    """
+
+    def __init__(self, rows: Sequence, lengths: Sequence[int] | None = None):
+        self.rows, self.lengths = rows, lengths
         # Shared, so that worker processes that live through several epochs follow: the limit (0: none), the epoch.
         self._now = torch.zeros(2, dtype=torch.long).share_memory_()
         self._shown: tuple[int, list[int]] = (0, list(range(len(rows))))
@@ -124,7 +129,8 @@ class RowsUpTo(Dataset):
     def shown(self) -> list[int]:
         longest = int(self._now[0])
         if self._shown[0] != longest:
-            short = [number for number, row in enumerate(self.rows) if len(row.steps) <= longest]
+            lengths = [len(row.steps) for row in self.rows] if self.lengths is None else self.lengths
+            short = [number for number, length in enumerate(lengths) if length <= longest]
             self._shown = longest, short if longest else list(range(len(self.rows)))
         return self._shown[1]
 
@@ -143,8 +149,8 @@ class EpochPortions(RowsUpTo):
         seed: of the shuffles.
     """
 
-    def __init__(self, rows: list, size: int, seed: int):
-        super().__init__(rows)
+    def __init__(self, rows: Sequence, size: int, seed: int, lengths: Sequence[int] | None = None):
+        super().__init__(rows, lengths)
         self.size, self.seed = size, seed
         self._orders: dict[tuple[int, int], list[int]] = {}
 
@@ -173,7 +179,13 @@ def hold_out(samples: list, share: float, seed: int) -> tuple[list, list]:
     Raises:
         ValueError: nothing would be left on one of the sides.
     """
-    keys = [tuple(image if isinstance(image, str) else id(image) for image in sample.images) for sample in samples]
+    sides = split_by_pictures([sample.images for sample in samples], share, seed)
+    return tuple([samples[number] for number in side] for side in sides)
+
+
+def split_by_pictures(images: Sequence[Sequence], share: float, seed: int) -> tuple[list[int], list[int]]:
+    """(numbers of questions to learn from, of held-out ones), by the images of each question; see `hold_out`."""
+    keys = [tuple(image if isinstance(image, str) else id(image) for image in shown) for shown in images]
     keys = [key or (number,) for number, key in enumerate(keys)]  # a question without a picture stands alone
     pictures = list(dict.fromkeys(keys))
     count = round(share * len(pictures))
@@ -184,8 +196,8 @@ def hold_out(samples: list, share: float, seed: int) -> tuple[list, list]:
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed_of(seed, len(pictures))))
     held = {pictures[number] for number in order[:count].tolist()}
     sides = ([], [])
-    for key, sample in zip(keys, samples):
-        sides[key in held].append(sample)
+    for number, key in enumerate(keys):
+        sides[key in held].append(number)
     return sides
 
 

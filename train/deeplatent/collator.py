@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from processing_latentvlm.pictures import open_picture
+from processing_latentvlm.pictures import open_picture, read_size
 from train.data import TrajectoryCollator, fit_grid
+from train.deeplatent.kept_features import KeptPicture, NumberingBlockProcessor
 from train.deeplatent.teacher_states import TeacherCache, pool_states
+from train.deeplatent.trajectories import drop_texts
+from train.feature_cache import FeatureCache
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,15 @@ class PictureSizes:
         """(height, width) in merged patches of an assistant's picture of (width, height) pixels."""
         return self.fixed or fit_grid(*size, self.largest, self.patch, self.least)
 
-    def resize_assistant(self, picture: Image.Image) -> Image.Image:
-        height, width = self.grid_of(picture.size)
-        target = (width * self.patch, height * self.patch)
+    def size_of(self, size: tuple[int, int], role: str) -> tuple[int, int]:
+        """(width, height) in pixels of what a picture in a message of a role is resized to."""
+        if role != "assistant":
+            return self.question_size_of(size)
+        height, width = self.grid_of(size)
+        return width * self.patch, height * self.patch
+
+    def resize(self, picture: Image.Image, role: str) -> Image.Image:
+        target = self.size_of(picture.size, role)
         return picture if picture.size == target else picture.resize(target, Image.Resampling.BICUBIC)
 
     def question_size_of(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -66,10 +75,6 @@ class PictureSizes:
         scale = math.sqrt(self.max_question_pixels / (width * height))
         return max(1, math.floor(width * scale)), max(1, math.floor(height * scale))
 
-    def resize_question(self, picture: Image.Image) -> Image.Image:
-        target = self.question_size_of(picture.size)
-        return picture if picture.size == target else picture.resize(target, Image.Resampling.BICUBIC)
-
 
 class DeepLatentCollator(TrajectoryCollator):
     """Batches of one stage.
@@ -78,6 +83,10 @@ class DeepLatentCollator(TrajectoryCollator):
         assistant_images: "image" (SFT 1 and the teacher) or "latent" (SFT 2).
         teacher_states: where the teacher's states are read from; with "latent" only.
         has_live_teacher: add the teacher's own inputs as `teacher_inputs`; with "latent" only.
+
+    In stage j of a curriculum the first j texts of an assistant's message are left out, and its pictures stay: what a model
+    has put into words it learns to hold in its blocks. The teacher reads all texts, so that its states are the same in
+    every stage.
     """
 
     def __init__(
@@ -90,18 +99,33 @@ class DeepLatentCollator(TrajectoryCollator):
         has_live_teacher: bool = False,
     ):
         super().__init__(processor, assistant_images, config.latent_grid_size)
+        self.features: FeatureCache | None = None
         self.sizes = PictureSizes.of(config, processor, max_question_pixels)
         self.latents_of_block = config.num_autoregressive_latents if config.latent_mode == "autoregressive" else None
         self.cache, self.has_live_teacher = teacher_states, has_live_teacher
+        # Shared, so that worker processes that live through several epochs follow it.
+        self._stage = torch.zeros((), dtype=torch.long).share_memory_()
         # `open` has resized the pictures. A processor of an older checkpoint does not resize them, and knows no such argument.
         self.as_they_are = {"resize_images": False} if hasattr(processor, "trained_image_sizes") else {}
         # Never targets (eq. 5): the inside of a picture or block, and what closes it.
         names = (*processor.latent_tokens[1:], processor.image_token, "<|vision_end|>")
         self.not_text = torch.tensor(processor.tokenizer.convert_tokens_to_ids(list(names)))
 
+    @property
+    def stage(self) -> int:
+        return int(self._stage)
+
+    @stage.setter
+    def stage(self, stage: int) -> None:
+        self._stage.fill_(stage)
+
     def __call__(self, samples: list[dict]) -> dict:
         opened = [self.open(sample) for sample in samples]
-        batch, grids = self.encode(opened, self.assistant_images)
+        shown = [
+            sample | {"messages": [drop_texts(message, self.stage) for message in sample["messages"]]}
+            for sample in opened
+        ]
+        batch, grids = self.encode(shown, self.assistant_images)
         batch["labels"] = self.labels(batch["input_ids"], batch["attention_mask"])
         if self.assistant_images == "latent" and self.cache is not None:
             read = [self.read_states(sample, row) for sample, row in zip(samples, grids)]
@@ -111,6 +135,10 @@ class DeepLatentCollator(TrajectoryCollator):
         if self.assistant_images == "latent" and self.has_live_teacher:
             batch["teacher_inputs"] = self.teacher_inputs(opened)
         return {name: value for name, value in batch.items() if value is not None}
+
+    def look_up(self, features: FeatureCache) -> None:
+        """Take the numbers of pictures, whose features are kept, in place of their pixels."""
+        self.features, self.processor = features, NumberingBlockProcessor(self.processor, features)
 
     def teacher_inputs(self, opened: list[dict]) -> dict:
         """What the teacher reads, and where its assistant's pictures lie in it."""
@@ -127,23 +155,24 @@ class DeepLatentCollator(TrajectoryCollator):
         return labels.masked_fill(torch.isin(input_ids, self.not_text), -100)
 
     def open(self, sample: dict) -> dict:
-        """Decode and resize the pictures of a sample.
+        """Decode and resize the pictures of a sample, or name them where their features are kept.
 
         Raises:
             ValueError: one cannot be read any more; the message names the sample.
         """
 
-        def read(image) -> Image.Image:
-            name = image if isinstance(image, str) else "in it"
-            return open_picture(image, f"{sample['origin']}: the image {name}")
+        def read(image, role: str) -> Image.Image | KeptPicture:
+            name = f"{sample['origin']}: the image {image if isinstance(image, str) else 'in it'}"
+            if self.features is not None:
+                return KeptPicture.of(role, image, self.sizes.size_of(read_size(image, name), role))
+            return self.sizes.resize(open_picture(image, name), role)
 
         messages = []
         for message in sample["messages"]:
             content = message["content"]
-            resize = self.sizes.resize_assistant if message["role"] == "assistant" else self.sizes.resize_question
             if not isinstance(content, str):
                 content = [
-                    item | {"image": resize(read(item["image"]))} if item["type"] == "image" else item
+                    item | {"image": read(item["image"], message["role"])} if item["type"] == "image" else item
                     for item in content
                 ]
             messages.append(message | {"content": content})

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from torch.utils.data import Subset
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -12,9 +13,11 @@ from modeling_latentvlm.modeling_deeplatent import NEW_WEIGHTS
 from train.config_overrides import load_config
 from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.distillation import SftObjective
+from train.deeplatent.kept_features import keep_features
 from train.deeplatent.teacher_states import TeacherCache, choose_layers, make_fingerprint
-from train.deeplatent.trajectories import CHAINS_OF_THOUGHT, WITHOUT_PICTURES, Trajectories
+from train.deeplatent.trajectories import CHAINS_OF_THOUGHT, WITHOUT_PICTURES, Trajectories, picture_items
 from train.own_models import TRUST_HELP, check_model_type
+from train.stages import AnswerAccuracy, Curriculum, EpochPortions, RowsUpTo, StageArguments, split_by_pictures
 from train.trained_sizes import record_image_sizes
 from train.training_model import LatentTrainer, TrainingModel, run_training
 
@@ -80,6 +83,23 @@ class SftArguments:
     )
     align_loss_weight: float = field(default=4.0, metadata={"help": "Of L_align; 0 trains without distillation."})
     align_layers: list[int] | None = field(default=None, metadata={"help": "By default 4 evenly spaced ones."})
+    stages: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "A curriculum: in stage j the first j texts of an answer but its last are left out, and its pictures or blocks "
+            "stay. By default all texts stay."
+        },
+    )
+    epochs_per_stage: list[int] = field(
+        default_factory=lambda: [1], metadata={"help": "With `--stages`: of all stages or of each."}
+    )
+    cache_image_features: float = field(
+        default=0.0,
+        metadata={
+            "help": "GiB of main memory, of each process, for the features of all pictures, which the frozen vision tower then "
+            "computes once. 0 computes them in every step."
+        },
+    )
     lora: bool = field(default=False, metadata={"help": "Adapters on the language model; latent modules in full."})
     lora_r: int = field(default=64, metadata={"help": "Rank."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale; alpha / r multiplies the adapter."})
@@ -193,13 +213,89 @@ def prepare_teacher(args: SftArguments, data: Trajectories, sizes, processor, la
     return None
 
 
-def train_sft(args: SftArguments, data_args: DataArguments, training_args: TrainingArguments) -> LatentTrainer:
+def load_teacher(args: SftArguments, training_args: TrainingArguments):
+    """The SFT-1 model that runs beside the student."""
+    folder = local_folder(args.teacher_path)
+    check_model_type(folder, "deeplatent", args.trust_remote_code)
+    dtype = "bfloat16" if training_args.bf16 else args.dtype  # it takes no updates that could get lost
+    config = load_config(folder, trust_remote_code=args.trust_remote_code)
+    return load_model(folder, config, dtype, args.attn_implementation, trust_remote_code=args.trust_remote_code)
+
+
+def plan_stages(
+    args: SftArguments, training_args: TrainingArguments, stage_args: StageArguments, chain_of_thought: str
+) -> list[int]:
+    """The epochs of every stage; sets those of the training.
+
+    Raises:
+        ValueError: stages that cannot be, or epochs that do not fit them.
+    """
+    stages, given = args.stages, args.epochs_per_stage
+    if stages is None:
+        if given != [1]:
+            raise ValueError("`epochs_per_stage` belongs to `stages`; without them, give `num_train_epochs`.")
+        if stage_args.stage_accuracy is not None or stage_args.decay_last_stage:
+            raise ValueError("`stage_accuracy` and `decay_last_stage` belong to `stages`, which are not given.")
+        return []
+    if not stages or min(stages) < 0:
+        raise ValueError(f"`stages` must be whole numbers >= 0, how many texts are left out, got {stages}.")
+    if max(stages) and chain_of_thought != "interleaved":
+        raise ValueError(
+            f"`stages` leave texts out of interleaved answers: leave `chain_of_thought` ({chain_of_thought}) out."
+        )
+    if len(given) not in (1, len(stages)) or min(given) < 1:
+        raise ValueError(
+            f"`epochs_per_stage` must be >= 1, one number or one for each of {len(stages)} stages, got {given}."
+        )
+    epochs = given * len(stages) if len(given) == 1 else given
+    if training_args.num_train_epochs not in (1, sum(epochs)):
+        raise ValueError(
+            f"`num_train_epochs` ({training_args.num_train_epochs:g}) is not what `stages` take ({sum(epochs)}): leave it out."
+        )
+    training_args.num_train_epochs = float(sum(epochs))
+    return epochs
+
+
+def split_data(data: Trajectories, eval_data: Trajectories | None, stage_args: StageArguments, seed: int) -> tuple:
+    """(rows to learn from, held-out ones or None), of which a stage may show a part."""
+    lengths, eval_lengths = data.num_steps, eval_data and eval_data.num_steps
+    rows = data
+    if stage_args.eval_share:
+        asked = [
+            [message for message in data[n]["messages"] if message["role"] != "assistant"] for n in range(len(data))
+        ]
+        images = [[item["image"] for item in picture_items(messages)] for messages in asked]
+        sides = split_by_pictures(images, stage_args.eval_share, seed)
+        rows, eval_data = (Subset(data, side) for side in sides)
+        lengths, eval_lengths = ([data.num_steps[number] for number in side] for side in sides)
+    if stage_args.samples_per_epoch is None and stage_args.stage_longest is None:
+        return rows, eval_data
+    rows = EpochPortions(rows, stage_args.samples_per_epoch or len(rows), seed, lengths)
+    return rows, None if eval_data is None else RowsUpTo(eval_data, eval_lengths)
+
+
+def make_callbacks(args: SftArguments, stage_args: StageArguments, epochs: list[int], collator, *data) -> list:
+    wrapped = tuple(one for one in data if isinstance(one, RowsUpTo))
+    if args.stages is None and not wrapped:
+        return []
+    return [Curriculum(collator, args.stages or [0], epochs or [1], stage_args, wrapped)]
+
+
+def train_sft(
+    args: SftArguments,
+    data_args: DataArguments,
+    training_args: TrainingArguments,
+    stage_args: StageArguments | None = None,
+) -> LatentTrainer:
+    stage_args = stage_args or StageArguments()
     set_seed(training_args.seed)
     folder = local_folder(args.model_path)
     trust = args.trust_remote_code
     check_model_type(folder, "deeplatent", trust)
     config = load_config(folder, args.config_overrides, trust)
     processor = load_processor(folder, config, trust)
+    epochs = plan_stages(args, training_args, stage_args, data_args.chain_of_thought)
+    stage_args.prepare(training_args, len(epochs) or 1, args.eval_data_path is not None)
     data = data_args.read(config, processor)
     eval_data = data_args.read(config, processor, args.eval_data_path) if args.eval_data_path else None
     is_aligned = (
@@ -220,28 +316,32 @@ def train_sft(args: SftArguments, data_args: DataArguments, training_args: Train
         collator.cache = prepare_teacher(args, data, collator.sizes, processor, layers)
         collator.has_live_teacher = collator.cache is None
         if collator.has_live_teacher:
-            teacher_folder = local_folder(args.teacher_path)
-            dtype = "bfloat16" if training_args.bf16 else args.dtype  # it takes no updates that could get lost
-            check_model_type(teacher_folder, "deeplatent", trust)
-            teacher_config = load_config(teacher_folder, trust_remote_code=trust)
-            teacher = load_model(
-                teacher_folder, teacher_config, dtype, args.attn_implementation, trust_remote_code=trust
-            )
+            teacher = load_teacher(args, training_args)
     model = load_model(folder, config, args.dtype, args.attn_implementation, bool(args.config_overrides), trust)
+    prepared = prepare_weights(model, args, training_args)
+    if args.cache_image_features:
+        samples = (one[number] for one in (data, eval_data) if one is not None for number in range(len(one)))
+        others = () if teacher is None else (teacher,)
+        keep_features(model, collator, samples, args.cache_image_features, training_args, others)
     objective = SftObjective(model.config, args.align_loss_weight if is_aligned else 0.0, layers, teacher)
+    rows, eval_rows = split_data(data, eval_data, stage_args, training_args.seed)
+    measure = AnswerAccuracy(processor.tokenizer, model.config.latent_pad_token_id)
     trainer = LatentTrainer(
-        model=TrainingModel(prepare_weights(model, args, training_args), objective),
+        model=TrainingModel(prepared, objective),
         args=training_args,
-        train_dataset=data,
-        eval_dataset=eval_data,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
         data_collator=collator,
         processing_class=processor,
+        callbacks=make_callbacks(args, stage_args, epochs, collator, rows, eval_rows),
+        preprocess_logits_for_metrics=measure.reduce if args.stages else None,
+        compute_metrics=measure.average if args.stages else None,
     )
-    run_training(trainer)
+    run_training(trainer, keeps_log=stage_args.stage_accuracy is not None)
     return trainer
 
 
-PARSER = HfArgumentParser((SftArguments, DataArguments, SftTrainingArguments))
+PARSER = HfArgumentParser((SftArguments, DataArguments, SftTrainingArguments, StageArguments))
 
 
 def run(arguments: list[str]) -> None:

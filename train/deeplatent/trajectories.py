@@ -188,6 +188,26 @@ def shorten(message: dict, chain_of_thought: str) -> dict:
     }
 
 
+def drop_texts(message: dict, count: int) -> dict:
+    """Leave out the first `count` texts of an assistant's message, but never its last one. All pictures stay.
+
+    Of a trajectory in which every step is a text and a picture, that leaves the pictures alone of the first steps.
+    """
+    content = message["content"]
+    if message["role"] != "assistant" or not count or isinstance(content, str):
+        return message
+    texts = [number for number, item in enumerate(content) if item["type"] == "text"]
+    dropped = set(texts[: min(count, len(texts) - 1)])
+    return message | {"content": [item for number, item in enumerate(content) if number not in dropped]}
+
+
+def count_steps(messages: list[dict]) -> int:
+    """The steps of a trajectory's answers: texts but the last of each, or pictures where these are more."""
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    kinds = [[item["type"] for item in content] for content in answers if isinstance(content, list)]
+    return sum(max(one.count("text") - 1, one.count("image")) for one in kinds)
+
+
 def check_messages(messages: list[dict], max_blocks: int, reserved: Sequence[str]) -> None:
     """Raise unless a model can learn from these messages.
 
@@ -222,8 +242,11 @@ def check_messages(messages: list[dict], max_blocks: int, reserved: Sequence[str
             )
 
 
-def digest_messages(messages: list[dict]) -> str:
+def digest_messages(messages: list[dict], opened: set[str] | None = None) -> str:
     """A hash of the texts, and of the images' content whatever file it comes from.
+
+    Args:
+        opened: paths of images that were decoded before, which is not done again; others are added.
 
     Raises:
         ValueError: an image cannot be read.
@@ -240,10 +263,15 @@ def digest_messages(messages: list[dict]) -> str:
                 add(item["text"].encode())
                 continue
             image = item["image"]
+            if isinstance(image, str) and opened is not None and image in opened:
+                add(Path(image).read_bytes())
+                continue
             name = image if isinstance(image, str) else "given as bytes or pixels"
             pixels = open_picture(image, f"the image {name}")
             content = Path(image).read_bytes() if isinstance(image, str) else image
             add(content if isinstance(content, bytes) else repr(pixels.size).encode() + pixels.tobytes())
+            if isinstance(image, str) and opened is not None:
+                opened.add(image)
     return digest.hexdigest()
 
 
@@ -260,7 +288,9 @@ def open_rows(path: Path, split: str) -> Sequence[tuple[str, Any]]:
 
 
 class Trajectories(Dataset):
-    """A checked data set. Every image is decoded once, and again when its sample is asked for.
+    """A checked data set. Every image is decoded once, however many rows name it, and again when its sample is asked for.
+
+    `num_steps` says of how many steps each answer is: its texts but the last, or its pictures where these are more.
 
     Args:
         chain_of_thought: "interleaved", "text", "visual" or "none", see `shorten`.
@@ -294,6 +324,7 @@ class Trajectories(Dataset):
         self.max_blocks, self.reserved = max_blocks, tuple(reserved)
         self.rows = open_rows(path, split)
         self.kept = range(len(self.rows))  # numbers of the rows that are used
+        self._opened: set[str] = set()  # paths of images, which several rows may name
         with ThreadPoolExecutor() as pool:
             inspected = pool.map(self.inspect, self.kept)
             found = list(tqdm(inspected, total=len(self.rows), desc="checking trajectories", leave=False))
@@ -304,6 +335,7 @@ class Trajectories(Dataset):
             print(f"{len(wrong)} of {len(found)} rows of {path} were left out, the first: {wrong[0]}")
         self.kept = [number for number, (_, _, error) in enumerate(found) if not error]
         self.digests = [found[number][0] for number in self.kept]
+        self.num_steps = [count_steps(self[number]["messages"]) for number in range(len(self.kept))]
         if not self.kept:
             raise ValueError(f"{path} holds no trajectory.")
         if chain_of_thought not in WITHOUT_PICTURES and not any(found[number][1] for number in self.kept):
@@ -321,7 +353,7 @@ class Trajectories(Dataset):
         try:
             messages = self[number]["messages"]
             check_messages(messages, self.max_blocks, self.reserved)
-            return digest_messages(messages), len(picture_items(messages, "assistant")), ""
+            return digest_messages(messages, self._opened), len(picture_items(messages, "assistant")), ""
         except ValueError as error:
             return "", 0, f"{origin}: {error}."
 

@@ -22,7 +22,7 @@ from train.tasks.jigsaw import ask_jigsaw
 from train.tasks.maze import ask_goal, ask_length, ask_move
 from train.tasks.photos import PHOTOS
 from train.tasks.relation import ask_beside, ask_side
-from train.tasks.sample import PATCH_MULTIPLE, Request, Sample, SerialAnswer, Step, continue_from
+from train.tasks.sample import PATCH_MULTIPLE, Request, Sample, SerialAnswer, Step, continue_from, join_pictures
 from train.tasks.search import (
     ask_search_color,
     ask_search_count,
@@ -39,6 +39,7 @@ __all__ = [
     "FAMILIES",
     "LEVELS",
     "MIN_IMAGE_SIZE",
+    "PICTURES",
     "QUESTIONS",
     "SEARCH",
     "SERIAL",
@@ -85,6 +86,7 @@ PRETRAINING = {  # no part of "all"
 }
 ALL = "all"
 SPLITS = tuple(PHOTOS)
+PICTURES = ("steps", "joined")  # in the answers; see `write_dataset`
 MIN_IMAGE_SIZE = 112  # pixels; below it the digits are no longer legible
 
 
@@ -146,6 +148,7 @@ def write_dataset(
     force: bool = False,
     progress: bool = False,
     questions: str = "one",
+    pictures: str = "steps",
 ) -> Path:
     """Write samples 0 to `n - 1` as `output/data.jsonl` and `output/images/*.png`; return the path of the first.
 
@@ -155,6 +158,7 @@ def write_dataset(
     The folder appears, or takes the place of the one that was there, when everything is written, and never before.
 
     Args:
+        pictures: "steps" leaves every step its picture, "joined" makes one picture of them (`join_pictures`).
         force: write into a folder that is not empty. Files of the same names are replaced, others stay.
 
     Raises:
@@ -162,6 +166,8 @@ def write_dataset(
             another process writes it.
     """
     _validate(task, split, image_size, level, questions)
+    if pictures not in PICTURES:
+        raise ValueError(f"`pictures` must be one of {', '.join(PICTURES)}; got {pictures!r}.")
     if n < 1:
         raise ValueError(f"`n` must be >= 1, got {n}.")
     output = Path(output)
@@ -178,6 +184,7 @@ def write_dataset(
         with (folder / "data.jsonl").open("w", encoding="utf-8") as lines:
             for index in tqdm(range(n), desc=f"{task} {split}", unit="sample", disable=not progress):
                 for sample in generate_questions(task, seed, index, split, image_size, level, questions):
+                    sample = join_pictures(sample) if pictures == "joined" else sample
                     lines.write(json.dumps(_save(sample, folder)) + "\n")
     return output / "data.jsonl"
 

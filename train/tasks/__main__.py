@@ -9,7 +9,7 @@ import argparse
 from time import process_time
 
 from conversion.commands import exit_on_error
-from train.tasks import FAMILIES, LEVELS, MIN_IMAGE_SIZE, QUESTIONS, SPLITS, TASKS, write_dataset
+from train.tasks import FAMILIES, LEVELS, MIN_IMAGE_SIZE, PICTURES, QUESTIONS, SPLITS, TASKS, write_dataset
 from train.tasks.gallery import write_gallery
 
 
@@ -36,6 +36,11 @@ def main(arguments: list[str] | None = None) -> None:
         default="one",
         help=f"{', '.join(QUESTIONS)}: about each picture of a serial task, one question, one for every number of moves from "
         "its start, or one for every number of moves from every start (default: one)",
+    )
+    parser.add_argument(
+        "--pictures",
+        default="steps",
+        help=f"{' or '.join(PICTURES)}: every step of an answer has its picture, or they are one, side by side (default: steps)",
     )
     parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")
     parser.add_argument("--gallery", action="store_true", help="also write gallery.html, one page to look at")

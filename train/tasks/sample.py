@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from random import Random
 from typing import Any, NamedTuple
@@ -215,6 +215,24 @@ class Sample:
         if self.serial is not None:  # other rows stay what they were
             record["serial"] = {**asdict(self.serial), "way": list(self.serial.way)}
         return record
+
+
+def join_pictures(sample: Sample) -> Sample:
+    """Return the sample with the pictures of all its steps as one, side by side in their order, behind its last step.
+
+    A model that draws in one block draws the whole way at once. The box of the picture is that of the whole image.
+    """
+    shown = [step.image for step in sample.steps if step.image is not None]
+    if not shown:
+        return sample
+    joined = Image.new("RGB", (sum(one.width for one in shown), max(one.height for one in shown)), (128, 128, 128))
+    left = 0
+    for one in shown:
+        joined.paste(one, (left, 0))
+        left += one.width
+    steps = [Step(step.text) for step in sample.steps]
+    steps[-1] = Step(steps[-1].text, joined, (0, 0, *sample.image.size))
+    return replace(sample, steps=steps)
 
 
 def zoom_step(text: str, image: Image.Image, box: tuple[int, int, int, int], context: float = 1.7) -> Step:
