@@ -18,7 +18,7 @@ from .generation_rules import (
     infer_attention_mask,
     stop_reasons,
 )
-from .interventions import Intervention, check_intervention
+from .interventions import Intervention, prepare_intervention
 from .latent_decoding import LatentDecodingMixin
 from .prompt_checks import check_numbers
 from .row_images import drop_cached_items
@@ -107,6 +107,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
             latent_context=context,
             **kwargs,
         )
+        context.check_reached(len(context.images) * expansion(settings))
         cache = kwargs.get(CACHE) if isinstance(output, Tensor) else output.get(CACHE)
         if hasattr(cache, "latent_state"):
             cache.latent_state.follow_undone_token(cache)
@@ -144,7 +145,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
 
     def _new_generation_context(self, grid, intervention, noise: bool, output_latents: bool, max_blocks: int):
         """What this call wants of its blocks, checked."""
-        check_intervention(intervention, self.config.latent_mode == "autoregressive")
+        intervention = prepare_intervention(intervention, self.config.latent_mode == "autoregressive")
         if grid is not None:
             if not isinstance(grid, tuple | list):
                 raise ValueError(f"`latent_grid` must be (height, width) in whole numbers, got {grid!r}.")

@@ -42,7 +42,7 @@ from .transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache
 from .backbone_calls import FROM_FORWARD, FusedCall, guard_backbone
 from .block_decoding import BlockDecoder, LatentContext
 from .block_sites import find_block_sites
-from .interventions import Intervention, check_intervention
+from .interventions import Intervention, check_reached, prepare_intervention
 from .latent_decoding import NO_VIRTUAL_TOKENS, check_one_prompt, kept_columns
 from .latent_former import LatentBlockBuilder, initialize_latent_module
 from .latent_generation import LatentGenerationMixin
@@ -90,6 +90,7 @@ class DeepLatentForConditionalGeneration(
     config: DeepLatentConfig
     config_class = DeepLatentConfig
     new_weights = NEW_WEIGHTS
+    _only_of_forward = ("labels", "latent_state_layers")
     # Small, and the seat of all latents: quantizers skip them, and float16 (which overflows where bfloat16 does not) too.
     _keep_in_fp32_modules = ["latent_control", "latent_blocks"]
     _no_split_modules = ["Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock", "LatentBlockBuilder"]
@@ -168,8 +169,10 @@ class DeepLatentForConditionalGeneration(
             "video_grid_thw": video_grid_thw,
             "second_per_grid_ts": second_per_grid_ts,
         }
-        if latent_context is None:
-            check_intervention(latent_intervention, self.config.latent_mode == "autoregressive")
+        is_generating = latent_context is not None
+        if not is_generating:
+            is_one_at_a_time = self.config.latent_mode == "autoregressive"
+            latent_intervention = prepare_intervention(latent_intervention, is_one_at_a_time)
         state = find_state(cache) if latent_context is None else None
         sites = self._find_sites(input_ids, latent_grid_hw, latent_context)
         lockstep, idle = None, []
@@ -185,6 +188,9 @@ class DeepLatentForConditionalGeneration(
                 )
         has_blocks = any(sites) or bool(lockstep and lockstep.block_steps)
         if latent_context is None and state is None and not has_blocks:
+            check_reached(latent_intervention, 0)
+            if pixel_values is not None:  # while decoding, `generate` gives the grids alone
+                self._check_vision(vision)
             if mm_token_type_ids is None and input_ids is not None:
                 mm_token_type_ids = self._token_types(input_ids)
             output = self.model(
@@ -219,6 +225,8 @@ class DeepLatentForConditionalGeneration(
             position_ids = self._rope_positions(input_ids, attention_mask, vision)
         decoder = BlockDecoder(self, latent_context, cache, use_cache, kwargs)
         decoded = decoder.run(input_ids, inputs_embeds, attention_mask, position_ids, sites)
+        if not is_generating:
+            latent_context.check_reached(len(input_ids))
         if fused_call is not None:
             scale_loss = decoded.scale_loss()
             fused_call.latent_loss = None if scale_loss is None else self.config.scale_loss_weight * scale_loss

@@ -6,6 +6,7 @@ Shapes: B rows, S columns of `input_ids`, D hidden size.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -60,6 +61,35 @@ def check_numbers(**tensors) -> None:
             raise ValueError(f"`{name}` must be finite, but holds NaN or infinity, first at index {first}.")
 
 
+def check_grids(grid_thw, kind: str, merge_size: int) -> list[tuple[int, int, int]]:
+    """The rows (t, h, w) of `image_grid_thw` or `video_grid_thw`, in patches, as numbers: one read of the device.
+
+    Raises:
+        ValueError: no tensor of whole numbers of the shape (items, 3), or a side that cannot be merged.
+    """
+    name = f"{kind}_grid_thw"
+    if (
+        not isinstance(grid_thw, Tensor)
+        or grid_thw.is_floating_point()
+        or grid_thw.ndim != 2
+        or grid_thw.shape[1] != 3
+    ):
+        got = (
+            f"{grid_thw.dtype} of {tuple(grid_thw.shape)}" if isinstance(grid_thw, Tensor) else type(grid_thw).__name__
+        )
+        raise ValueError(
+            f"`{name}` must be a tensor of whole numbers (t, h, w) for every {kind}, shape (items, 3), got {got}."
+        )
+    grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
+    for item, (frames, height, width) in enumerate(grids):
+        if min(frames, height, width) < 1 or height % merge_size or width % merge_size:
+            raise ValueError(
+                f"`{name}` must hold t >= 1 and h and w that are multiples of {merge_size} (patches that are merged), but "
+                f"{kind} {item} has {(frames, height, width)}."
+            )
+    return grids
+
+
 def check_turns(is_place: Tensor, input_ids: Tensor, mask: Tensor | None, eos: list[int], what: str) -> None:
     """Raise where latents of an earlier turn would be all that a row gets: behind their place a turn has ended.
 
@@ -90,6 +120,28 @@ def end_tokens(*values) -> list[int]:
         value = value.tolist() if isinstance(value, Tensor) else value
         found += value if isinstance(value, list | tuple) else [] if value is None else [value]
     return sorted(set(found))
+
+
+def check_labels(labels: Tensor | None, input_ids: Tensor) -> None:
+    """Raise unless `labels`, where they are given, have the rows and columns of the tokens: they say where answers start."""
+    if labels is not None and labels.shape != input_ids.shape:
+        raise ValueError(
+            f"`labels` must have the rows and columns of `input_ids` {tuple(input_ids.shape)}, got {tuple(labels.shape)}."
+        )
+
+
+def check_not_within_image(answer_starts: Tensor, is_image: Tensor) -> None:
+    """Raise where an answer starts within an image: the steps before it would see a part of that image.
+
+    Args:
+        answer_starts: (B,) columns from 1 to S.
+        is_image: (B, S) bool, the columns of image tokens.
+    """
+    starts = answer_starts.to(is_image.device)[:, None]
+    is_parted = is_image.gather(1, starts - 1) & F.pad(is_image, (0, 1)).gather(1, starts)
+    rows = is_parted[:, 0].nonzero().flatten().tolist()
+    if rows:
+        raise ValueError(f"`answer_starts` must not lie within an image, but in rows {rows} they do.")
 
 
 def check_image_labels(labels: Tensor, is_image: Tensor, steps: str) -> None:

@@ -146,10 +146,14 @@ def check_answer_starts(answer_starts: Tensor, input_ids: Tensor) -> Tensor:
     """`answer_starts` as given.
 
     Raises:
-        ValueError: they are no column of every row.
+        ValueError: they are no tensor with a column of every row.
     """
     rows, length = input_ids.shape
-    if answer_starts.shape != (rows,) or answer_starts.is_floating_point():
+    if not isinstance(answer_starts, Tensor):
+        raise ValueError(
+            f"`answer_starts` must be a tensor of {rows} whole numbers, got {type(answer_starts).__name__}."
+        )
+    if answer_starts.shape != (rows,) or answer_starts.is_floating_point() or answer_starts.dtype == torch.bool:
         raise ValueError(
             f"`answer_starts` must be {rows} whole numbers, one for each row, got shape {tuple(answer_starts.shape)} of "
             f"{answer_starts.dtype}."

@@ -42,9 +42,15 @@ from .configuration_lare import LaReConfig
 from .transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache, take_cache
 from .backbone_calls import FusedCall, check_answer_starts, find_answers, guard_backbone
 from .generation_rules import NeverWritten, check_settings, infer_attention_mask, stop_reasons
-from .interventions import Intervention, check_intervention
+from .interventions import Intervention, prepare_intervention
 from .latent_decoding import LatentDecodingMixin, check_mask, check_one_prompt, kept_columns
-from .prompt_checks import check_image_labels, check_numbers, check_turns, end_tokens
+from .prompt_checks import (
+    check_image_labels,
+    check_labels,
+    check_numbers,
+    check_turns,
+    end_tokens,
+)
 from .refocus_decoding import Places, RefocusContext, RefocusDecoder
 from .refocus_extractor import RefocusEmbedding, RefocusExtractor, RefocusNorm
 from .row_images import collect_row_images
@@ -81,6 +87,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
     new_weights = ("refocus.",)
     accepts_loss_kwargs = False
     _supports_flex_attn = False  # steps need a row of attention, which its mask, a program, does not give
+    _only_of_forward = ("labels", "answer_starts")
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _no_split_modules = [
         "LlamaDecoderLayer",
@@ -157,7 +164,8 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         input_ids = self._find_ids(input_ids, inputs_embeds, latent_context)
         is_generating = latent_context is not None
         if not is_generating:
-            check_intervention(latent_intervention, one_at_a_time=False)
+            latent_intervention = prepare_intervention(latent_intervention, one_at_a_time=False)
+            check_labels(labels, input_ids)
             for name, value in (("position_ids", position_ids), (CACHE, cache)):
                 if value is not None:
                     raise ValueError(
@@ -168,6 +176,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
                 images, placeholders, intervention=latent_intervention, output_latents=output_latents
             )
         features = [row.features for row in latent_context.images if row is not None]
+        self._drop_unknown_outputs(kwargs)
         decoder = RefocusDecoder(self, latent_context, cache, use_cache, kwargs)
         is_prompt = latent_context.decode_step < 0
         if is_prompt:
@@ -343,7 +352,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         cache = take_cache(kwargs)
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         check_settings(settings, kwargs, output_latents, self.device)
-        check_intervention(latent_intervention, one_at_a_time=False)
+        latent_intervention = prepare_intervention(latent_intervention, one_at_a_time=False)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         input_ids = self._check_prompt(input_ids, kwargs)
         prompt_ids = self._find_ids(input_ids, kwargs.get("inputs_embeds"))

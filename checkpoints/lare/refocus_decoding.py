@@ -95,6 +95,7 @@ class RefocusDecoder(SegmentDecoder):
         else:
             hidden = self.refocus_and_answer(input_ids == self.config.image_token_id, embeds, mask, places)
         self.context.check_latents()
+        self.context.check_reached(rows)
         self.state.remember(input_ids, length)
         self.context.decode_step += 1
         return hidden

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .block_sites import special_columns
 from .latent_former import RowImages
+from .prompt_checks import check_grids
 
 
 @dataclass
@@ -108,17 +109,17 @@ def drop_cached_items(input_ids: Tensor, seen: int, vision: dict, config, merge_
         grid_thw = vision[f"{kind}_grid_thw"]
         if grid_thw is None:
             continue
-        patches = grid_thw.prod(dim=-1)
-        sizes = (patches // merge_size**2).tolist()
+        patches = [t * h * w for t, h, w in check_grids(grid_thw, kind, merge_size)]
+        sizes = [count // merge_size**2 for count in patches]
         is_placeholder = input_ids == token
         if sum(sizes) == int(is_placeholder[:, seen:].sum()):
             continue
-        if len(vision[pixels]) != sum(patches.tolist()):
+        if len(vision[pixels]) != sum(patches):
             raise ValueError(
-                f"`{kind}_grid_thw` names {sum(patches.tolist())} patches, but the {kind}s have {len(vision[pixels])}."
+                f"`{kind}_grid_thw` names {sum(patches)} patches, but the {kind}s have {len(vision[pixels])}."
             )
         keep = new_items(sizes, is_placeholder[:, :seen].sum(dim=1).tolist(), is_placeholder.sum(dim=1).tolist())
-        parts = vision[pixels].split(patches.tolist())
+        parts = vision[pixels].split(patches)
         vision[f"{kind}_grid_thw"] = grid_thw[keep] if keep else None
         vision[pixels] = torch.cat([parts[index] for index in keep]) if keep else None
         if kind == "video" and vision["second_per_grid_ts"] is not None:

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
 from .transformers_api import CACHE, cache_keyword
-from .interventions import Intervention, intervene
+from .interventions import Intervention, check_reached, intervene
 from .latent_former import RowImages
 from .segments import LatentState, first_segment_cache, next_segment_cache
 from .trace import LatentStep
@@ -66,6 +66,10 @@ class DecodingContext:
         if self.finite is not None:
             self.finite += [([step.row], values.isfinite().all()[None]) for step, values in zip(steps, changed)]
         return changed
+
+    def check_reached(self, num_rows: int) -> None:
+        """Raise where the intervention names latents that none of the rows has."""
+        check_reached(self.intervention, num_rows)
 
     def check_latents(self) -> None:
         """Raise unless all latents since the last check are finite: what follows others would be garbage.

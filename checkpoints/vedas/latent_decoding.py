@@ -63,12 +63,18 @@ class LatentDecodingMixin(BackboneCallsMixin, KnownAnswersMixin):
         """Where inputs belong: offloaded weights lie on `meta` and are fetched to where the caller put the inputs."""
         return inputs.device if self.device.type == "meta" else self.device
 
+    # Arguments of `forward` that transformers would hand through `generate`, where they would move or drop latents.
+    _only_of_forward: tuple[str, ...] = ("labels",)
+
     def _check_prompt(self, input_ids, kwargs: dict) -> Tensor | None:
         """The ids of a prompt as 64-bit integers, (B, S); None where only embeddings are given, which must be finite.
 
         Raises:
-            ValueError: tokens or embeddings that cannot be a prompt.
+            ValueError: tokens or embeddings that cannot be a prompt, or arguments that `generate` could not honour.
         """
+        wrong = [name for name in self._only_of_forward if kwargs.get(name) is not None]
+        if wrong:
+            raise ValueError(f"`generate` cannot be given {wrong}: they are arguments of `forward`.")
         check_numbers(inputs_embeds=kwargs.get("inputs_embeds"))
         if input_ids is None or (kwargs.get("inputs_embeds") is not None and not input_ids.numel()):
             return input_ids
@@ -94,6 +100,14 @@ class LatentDecodingMixin(BackboneCallsMixin, KnownAnswersMixin):
             more = f" and {latents[row]} latents" if latents[row] else ""
             raise ValueError(
                 f"Row {row} of the prompt has {int(lengths[row])} tokens{more}, but the context holds {longest}."
+            )
+
+    def _drop_unknown_outputs(self, kwargs: dict) -> None:
+        """Take `output_hidden_states` and `output_attentions` out of `kwargs`, and say once that they are not returned."""
+        asked = [name for name in ("output_hidden_states", "output_attentions") if kwargs.pop(name, None)]
+        if asked:
+            logger.warning_once(
+                f"{asked} are ignored: with latent steps they have no one shape. Use `output_latents=True`."
             )
 
     _takes_virtual_tokens = False  # whether prompt tuning can work: not where positions are those of image grids

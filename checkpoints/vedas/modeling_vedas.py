@@ -41,9 +41,16 @@ from .configuration_vedas import VedasConfig
 from .transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache, take_cache
 from .backbone_calls import FusedCall, check_answer_starts, find_answers, guard_backbone
 from .generation_rules import NeverWritten, check_settings, infer_attention_mask, stop_reasons
-from .interventions import Intervention, check_intervention
+from .interventions import Intervention, prepare_intervention
 from .latent_decoding import LatentDecodingMixin, check_mask, check_one_prompt, kept_columns
-from .prompt_checks import check_image_labels, check_numbers, check_turns, end_tokens
+from .prompt_checks import (
+    check_image_labels,
+    check_labels,
+    check_not_within_image,
+    check_numbers,
+    check_turns,
+    end_tokens,
+)
 from .qwen_inputs import QwenInputsMixin, rename_hub_weights
 from .routing import (
     GATE_BIAS,
@@ -88,6 +95,8 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
     config_class = VedasConfig
     new_weights = (".router.",)
     accepts_loss_kwargs = False
+    # `num_latent_steps` of an answer are those of the config: `model.config.num_latent_steps` sets them.
+    _only_of_forward = ("labels", "answer_starts", "num_latent_steps")
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _no_split_modules = [
         "Qwen2VLDecoderLayer",
@@ -181,7 +190,7 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
             "second_per_grid_ts": second_per_grid_ts,
         }
         if latent_context is None:
-            check_intervention(latent_intervention, one_at_a_time=True)
+            latent_intervention = prepare_intervention(latent_intervention, one_at_a_time=True)
             if position_ids is not None:
                 raise ValueError("`position_ids` cannot be given: latent steps take positions of their own.")
             if cache is not None:
@@ -192,10 +201,12 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
             )
             latent_context.position_ids = self._rope_positions(input_ids, attention_mask, vision)
             latent_context.num_steps = self._count_steps(num_latent_steps)
+            check_labels(labels, input_ids)
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             answer_starts = self._find_answers(
                 input_ids, mask, latent_context.num_steps, answer_starts, labels, fused_call
             )
+        self._drop_unknown_outputs(kwargs)
         decoder = StepDecoder(self, latent_context, cache, use_cache, kwargs)
         embeds = self._embed_prompt(input_ids, latent_context, inputs_embeds)
         if latent_context.decode_step >= 0:
@@ -246,7 +257,9 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         if self.never_labels(input_ids).any() or not (num_steps or self.config.routed_layers):
             return None
         if answer_starts is not None:
-            return check_answer_starts(answer_starts, input_ids)
+            is_picture = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
+            check_not_within_image(check_answer_starts(answer_starts, input_ids), is_picture)
+            return answer_starts
         learned = labels if fused_call is None else fused_call.labels
         if num_steps and learned is not None:
             check_image_labels(learned, input_ids == self.config.image_token_id, "latent steps")
@@ -293,7 +306,7 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         cache = take_cache(kwargs)
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         check_settings(settings, kwargs, output_latents, self.device)
-        check_intervention(latent_intervention, one_at_a_time=True)
+        latent_intervention = prepare_intervention(latent_intervention, one_at_a_time=True)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         input_ids = self._check_prompt(input_ids, kwargs)
         prompt_ids = self._find_ids(input_ids, kwargs.get("inputs_embeds"))

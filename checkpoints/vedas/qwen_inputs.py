@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .prompt_checks import check_grids
 from .row_images import collect_row_images
 
 
@@ -31,25 +32,43 @@ class QwenInputsMixin:
         )
         return positions
 
+    def _check_vision(self, vision: dict) -> dict[str, list[tuple[int, int, int]]]:
+        """By kind, (t, h, w) in patches of all images and videos, read from the device once.
+
+        Raises:
+            ValueError: pixels without a grid or a grid without pixels, a grid that is none, or one of another size.
+        """
+        found = {}
+        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            pixels, grid_thw = vision[name], vision[f"{kind}_grid_thw"]
+            if (pixels is None) != (grid_thw is None):
+                raise ValueError(f"The pixels and the `{kind}_grid_thw` of {kind}s must be given together.")
+            if pixels is None:
+                continue
+            found[kind] = check_grids(grid_thw, kind, self.model.visual.spatial_merge_size)
+            num_patches = sum(t * h * w for t, h, w in found[kind])
+            if len(pixels) != num_patches:
+                raise ValueError(f"`{kind}_grid_thw` names {num_patches} patches, but the {kind}s have {len(pixels)}.")
+        return found
+
     def _encode_images(self, input_ids: Tensor, vision: dict, earlier: list | None = None, seen: int = 0):
         """Run the vision tower once and deal its features out to the rows; those of earlier turns come first."""
         merge = self.model.visual.spatial_merge_size
         features, grids = {}, {}
-        for kind, token, pixels, encode in (
-            ("image", self.config.image_token_id, vision["pixel_values"], self.model.get_image_features),
-            ("video", self.config.video_token_id, vision["pixel_values_videos"], self.model.get_video_features),
-        ):
-            grid_thw = vision[f"{kind}_grid_thw"]
-            if (pixels is None) != (grid_thw is None):
-                raise ValueError(f"The pixels and the `{kind}_grid_thw` of {kind}s must be given together.")
-            if pixels is not None:
-                if len(pixels) != int(grid_thw.prod(dim=-1).sum()):
-                    raise ValueError(
-                        f"`{kind}_grid_thw` names {int(grid_thw.prod(dim=-1).sum())} patches, but the {kind}s have {len(pixels)}."
-                    )
-                device = self._input_device(pixels)
-                features[token] = encode(pixels.to(device), grid_thw.to(device), return_dict=True).pooler_output
-                grids[token] = [(t, h // merge, w // merge) for t, h, w in grid_thw.tolist()]
+        for kind, sizes in self._check_vision(vision).items():
+            if kind == "image":
+                token, pixels, encode = (
+                    self.config.image_token_id,
+                    vision["pixel_values"],
+                    self.model.get_image_features,
+                )
+            else:
+                token, pixels = self.config.video_token_id, vision["pixel_values_videos"]
+                encode = self.model.get_video_features
+            device = self._input_device(pixels)
+            grid_thw = vision[f"{kind}_grid_thw"].to(device)
+            features[token] = encode(pixels.to(device), grid_thw, return_dict=True).pooler_output
+            grids[token] = [(t, h // merge, w // merge) for t, h, w in sizes]
         tokens = {self.config.image_token_id: "image", self.config.video_token_id: "video"}
         return collect_row_images(input_ids, tokens, features, grids, earlier or [None] * input_ids.shape[0], seen)
 

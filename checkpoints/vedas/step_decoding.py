@@ -73,6 +73,7 @@ class StepDecoder(SegmentDecoder):
         self.next_position = start = prompt.reach()
         hidden_prompt, latents, hidden_answer = self.reason(prompt, answer, start)
         self.context.check_latents()
+        self.context.check_reached(rows)
         self.state.next_position = self.next_position
         self.state.images = [self.context.of_row(self.context.images, row, rows) for row in range(rows)]
         self.state.remember(input_ids, length)

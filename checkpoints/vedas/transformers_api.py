@@ -15,8 +15,11 @@ from packaging.version import Version
 NEW_NAME, OLD_NAME = "cache", "past_key_values"
 CACHE_NAMES = (NEW_NAME, OLD_NAME)
 # By the version and not by looking, so that a config loads without torch; the contract compares it with what is there.
-IS_RENAMED = Version(transformers.__version__).release >= (5, 24)
+INSTALLED = Version(transformers.__version__).release
+IS_RENAMED = INSTALLED >= (5, 24)
 CACHE, OTHER_CACHE = (NEW_NAME, OLD_NAME) if IS_RENAMED else (OLD_NAME, NEW_NAME)
+# An argument of `TrainingArguments`, and the first part of `..._enable` and `..._disable` of models.
+CHECKPOINTING = "activation_checkpointing" if INSTALLED >= (5, 23) else "gradient_checkpointing"
 
 
 def cache_keyword(cache: Any) -> dict[str, Any]:
