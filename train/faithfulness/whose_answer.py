@@ -37,7 +37,7 @@ def measure_whose_answer(subject: Subject) -> Result:
         NotApplicable: the data say of no question what it needs, or no item has a donor.
     """
     ways = find_ways(subject)
-    units = find_units(subject, list(ways))
+    units, peers = find_units(subject, list(ways)), list_peers(subject, ways)
     result = Result(
         "D15",
         "D15: whose answer",
@@ -47,7 +47,7 @@ def measure_whose_answer(subject: Subject) -> Result:
     )
     rows, donors, points = [], [], {name: [] for name in WHOSE}
     for unit in (None, *units):
-        found = ask_swapped(subject, ways, unit)
+        found = ask_swapped(subject, ways, unit, peers)
         name = "all" if unit is None else unit.label
         if found is None:
             result.not_applicable[f"latents {name}"] = "no item that has them has a donor"
@@ -90,25 +90,34 @@ def answers_from(own: Way, donor: Way, unit: Unit | None) -> Candidates:
     return form_of(donor.answer, row), form_of(own.answer, row), None if on is None else form_of(on, row)
 
 
-def find_donors(subject: Subject, ways: dict[int, Way], unit: Unit | None, number: int) -> dict[int, Candidates]:
+def list_peers(subject: Subject, ways: dict[int, Way]) -> dict[int, list[int]]:
+    """By item the donors whose question needs as many steps, in the order in which they are drawn."""
+    return {
+        number: [one for one in subject.donors.order(number, "task") if one in ways and ways[one].need == way.need]
+        for number, way in ways.items()
+    }
+
+
+def find_donors(
+    subject: Subject, ways: dict[int, Way], unit: Unit | None, number: int, peers: list[int]
+) -> dict[int, Candidates]:
     """By donor, in the order in which they are drawn, what each would answer."""
     own, found = ways[number], {}
     moves = own.need if unit is None else min(unit.number, own.need)
-    for donor in subject.donors.order(number, "task"):
-        other = ways.get(donor)
-        if other is None or other.need != own.need or (unit is not None and not unit.is_in(subject.clean[donor])):
+    for donor in peers:
+        if unit is not None and not unit.is_in(subject.clean[donor]):
             continue
-        candidates = answers_from(own, other, unit)
+        candidates = answers_from(own, ways[donor], unit)
         wanted = candidates if moves < own.need else candidates[:2]
         if None not in wanted and len(set(wanted)) == len(wanted):
             found[donor] = candidates
     return found
 
 
-def ask_swapped(subject: Subject, ways: dict[int, Way], unit: Unit | None):
+def ask_swapped(subject: Subject, ways: dict[int, Way], unit: Unit | None, peers: dict[int, list[int]]):
     """(what was said by item, its eligible donors, the one that lent, items without a donor); None where no item has one."""
     numbers = [number for number in ways if unit is None or unit.is_in(subject.clean[number])]
-    eligible = {number: find_donors(subject, ways, unit, number) for number in numbers}
+    eligible = {number: find_donors(subject, ways, unit, number, peers[number]) for number in numbers}
     chosen = {number: next(iter(found)) for number, found in eligible.items() if found}
     if not chosen:
         return None
