@@ -33,7 +33,7 @@ NUMBER, WORD = 20, 60  # first tokens of numbers and of colors
 SIZE = MOVES * len(COLORS)
 
 
-def serial_items(count: int = 192, seed: int = 0) -> list[Item]:
+def serial_items(count: int = 128, seed: int = 0) -> list[Item]:
     """Questions about as many pictures; k = 1..4 in turn."""
     random, items = Random(seed), []
     for index in range(count):

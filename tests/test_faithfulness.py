@@ -517,7 +517,7 @@ def test_the_whole_report(kind, makers, data, tmp_path, capsys, monkeypatch):
     page = (tmp_path / "report" / "faithfulness.html").read_text()
     record = json.loads((tmp_path / "report" / "faithfulness.json").read_text())
     found = record["diagnostics"]
-    assert set(found) == {"D1", "D2", "D3", "D4", "D5", "D8", "D9", "D12", "D13"}
+    assert set(found) == set(running.DIAGNOSTICS)
     text = page.replace('xmlns:xlink="http://', "").replace('xmlns="http://', "")  # names, not places
     assert "<svg" in page and not any(
         mark in text for mark in ("<script", "<link", "<img", "src=", '="http', "@import")
@@ -525,6 +525,8 @@ def test_the_whole_report(kind, makers, data, tmp_path, capsys, monkeypatch):
     named = {row["arm"] for row in found["D1"]["tables"]["arms"]} | set(found["D1"]["not_applicable"])
     assert named == {"clean", *ARMS}  # none is silently absent
     assert ("oracle" in found["D1"]["not_applicable"]) == (kind != "deeplatent")
+    for name in ("D14", "D15", "D16"):
+        assert "how many steps a question needs" in found.pop(name)["not_applicable"]["all of it"]
     for name, one in found.items():
         assert one["tables"] and not one["not_applicable"].get("all of it"), name
         assert one["title"] in page and all(reason.split("'")[0] in page for reason in one["not_applicable"].values())
