@@ -12,6 +12,7 @@ from train.evaluation.answering import AnswerSettings
 from train.evaluation.evaluation import evaluate_rows
 from train.evaluation.report import summarize
 from train.faithfulness.__main__ import summary
+from train.faithfulness.arms import build_arms, calibrate
 from train.faithfulness.audit import measure_invocation
 from train.faithfulness.interventions_report import measure_interventions
 from train.faithfulness.items import Item, read_items
@@ -22,14 +23,14 @@ from train.faithfulness.verdicts import verdict
 
 
 ARMS = ("sham", "shared", "matched", "swap", "swap_question", "cross_task", "skip")
+FEWER = ("sham", "shared", "swap", "cross_task", "skip")
 
 
 @pytest.fixture(scope="module")
 def found() -> dict:
     """D1 of every kind of model, 48 questions of each of two tasks."""
-    return {
-        kind: measure_interventions(toy_subject(kind), ARMS, 2) for kind in ("content", "task", "place", "useless")
-    }
+    arms = {"content": ARMS, "task": ARMS, "place": FEWER, "useless": FEWER}
+    return {kind: measure_interventions(toy_subject(kind), names, 2) for kind, names in arms.items()}
 
 
 def rows_of(result, task: str = "all") -> dict[str, dict]:
@@ -41,8 +42,8 @@ def rows_of(result, task: str = "all") -> dict[str, dict]:
 TRUTH = {
     "content": {"sham": 100, "swap": 0, "swap_question": 0, "skip": 0},
     "task": {"sham": 100, "shared": 100, "swap": 100, "swap_question": 100, "cross_task": 0, "skip": 0},
-    "place": {"sham": 100, "shared": 100, "swap": 100, "swap_question": 100, "cross_task": 100, "skip": 0},
-    "useless": dict.fromkeys(ARMS, 100),
+    "place": {"sham": 100, "shared": 100, "swap": 100, "cross_task": 100, "skip": 0},
+    "useless": dict.fromkeys(FEWER, 100),
 }
 SAYS = {
     "content": "The content of the latents is used: with another picture's of the same task -100.0 points",
@@ -313,8 +314,6 @@ def test_an_item_is_known_by_what_it_is():
 
 def test_several_draws_of_an_arm_are_one_row():
     subject = toy_subject("content", toy_rows(32))
-    from train.faithfulness.arms import build_arms, calibrate
-
     arms = build_arms(subject, calibrate(subject), 3, ("swap", "shared"))
     outcomes = observe_arms(subject, list(arms.values()))
     assert outcomes["swap"].right.shape == (32, 3) and outcomes["shared"].right.shape == (32, 8)

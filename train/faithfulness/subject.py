@@ -162,6 +162,8 @@ class Subject:
         numbers = list(range(len(self.items))) if numbers is None else numbers
         names = sorted({self.items[number].task for number in numbers})
         groups = {name: [number for number in numbers if self.items[number].task == name] for name in names}
+        if "all" in groups:  # a task may have that name
+            groups["task all"] = groups.pop("all")
         return {"all": numbers} | (groups if len(names) > 1 else {})
 
     def ask(self, arm: Arm) -> list[Answer]:
