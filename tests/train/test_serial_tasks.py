@@ -16,7 +16,7 @@ from train.tasks.balance import main as balance
 from train.tasks.balance import make_rows
 from train.tasks.hops import deal_hops, hops_layout
 from train.tasks.layout import split_of
-from train.tasks.lines import TURNS, can_join, edges_of, find_following, lines_layout, trace_line
+from train.tasks.lines import TURNS, can_join, draw_line, edges_of, end_point, find_following, lines_layout, trace_line
 from train.tasks.sample import Request
 from train.tasks.serial import serial_answer
 from train.tasks.shapes import COLORS, LIGHT_COLORS, MORE_COLORS
@@ -277,6 +277,25 @@ def test_parity_of_crossings_is_known_from_the_ends():
                 assert can_join(start, end, len(crossings), 4)
             seen[can_join(start, end, 1, 4)] += 1
     assert min(seen.values()) > 400
+
+
+@each_level
+def test_asked_lines_end_as_far_away_as_any_end_may_be(level):
+    """Also with two crossings on a large board, where lines that are drawn at random end near their start."""
+    side = len(TILE_COLORS[level]) // 2
+
+    def apart(one, other) -> int:
+        return sum(abs(line - other_line) for line, other_line in zip(end_point(one), end_point(other)))
+
+    edges = edges_of(side)
+    allowed = [apart(one, other) for one in edges for other in edges if can_join(one, other, 2, side)]
+    drawn = []
+    for index in range(120):
+        lines, start = draw_line(Request("trace", "train", 0, index, SIZES[level], level), side, 2)
+        crossings, end = trace_line(lines, start)
+        assert len(set(crossings)) == len(crossings) == 2 and find_following(lines, side) is not None
+        drawn.append(apart(start, end))
+    assert sum(drawn) / len(drawn) == pytest.approx(sum(allowed) / len(allowed), rel=0.15)
 
 
 def test_closed_lines_are_found():

@@ -58,7 +58,10 @@ def make_rows(tasks: tuple[str, ...], n: int, seed: int, split: str, level: str,
             for index in range(n):
                 sample = generate_sample(task, seed, index, split, image_size, level)
                 record = sample.record()
-                yield {name: record[name] for name in (*NEEDED, "objects", "serial") if name in record}
+                row = {name: record[name] for name in (*NEEDED, "objects", "serial") if name in record}
+                if "serial" in row:
+                    del row["serial"]["contents"]  # of no use here, and large
+                yield row
     finally:
         for patch in patches:
             patch.stop()

@@ -4,8 +4,8 @@ Every patch holds two pieces of line, which cross straight or bend apart. A line
 it crosses another, and comes out at another place of the border.
 """
 
-import itertools
 import math
+from functools import cache
 from random import Random
 from typing import NamedTuple
 
@@ -23,7 +23,10 @@ TURNS = {
 }
 LINES = (CROSSING, *TURNS)
 CROSSING_SHARE = 0.5  # of all patches
-NUM_BOARDS = 60  # drawn at most for a line that ends at the wanted place
+FIRST_CROSSING_SHARE = 0.15  # while the asked line is drawn: with few, it can be long
+MOST_CHANGES = 4000  # of single patches, before a line is given up
+MOST_LINES = 3  # before other ends are drawn
+MOST_BOARDS = 100  # around a line, before another line is drawn
 
 
 class Place(NamedTuple):
@@ -35,7 +38,7 @@ class Place(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.row},{self.column} {self.heading}"
+        return place_name(self)
 
     def move(self, heading: str) -> "Place":
         """The place after leaving the patch in direction `heading`."""
@@ -48,7 +51,14 @@ class Place(NamedTuple):
         return Place(self.row - down, self.column - right, OPPOSITE[self.heading])
 
 
-Lines = dict[tuple[int, int], str]  # by row and column
+@cache
+def place_name(place: Place) -> str:
+    """`row,column heading`; one string for all pictures, which name each place several times."""
+    return f"{place.row},{place.column} {place.heading}"
+
+
+Cell = tuple[int, int]  # row and column
+Lines = dict[Cell, str]
 
 
 def follow(lines: Lines, place: Place) -> list[Place]:
@@ -88,18 +98,23 @@ def edges_of(side: int) -> list[Place]:
     return across + [Place(row, column, heading) for heading, row in ends for column in range(1, side + 1)]
 
 
-def trace_line(lines: Lines, start: Place) -> tuple[list[tuple[int, int]], Place]:
-    """The crossings that the line passes which is entered at `start`, and the place to enter it at its other end."""
+def pass_line(lines: Lines, start: Place) -> tuple[list[Cell], Place]:
+    """The patches that the line passes which is entered at `start`, and the place to enter it at its other end."""
     row, column, heading = start
-    crossings = []
+    passed = []
     while (kind := lines.get((row, column))) is not None:
-        if kind == CROSSING:
-            crossings.append((row, column))
-        else:
+        passed.append((row, column))
+        if kind != CROSSING:
             heading = TURNS[kind][heading]
         down, right = MOVES[heading]
         row, column = row + down, column + right
-    return crossings, Place(row, column, heading).turn_back()
+    return passed, Place(row, column, heading).turn_back()
+
+
+def trace_line(lines: Lines, start: Place) -> tuple[list[Cell], Place]:
+    """The crossings that the line passes which is entered at `start`, and the place to enter it at its other end."""
+    passed, end = pass_line(lines, start)
+    return [cell for cell in passed if lines[cell] == CROSSING], end
 
 
 def lines_layout(lines: Lines) -> list:
@@ -129,40 +144,63 @@ def end_point(place: Place) -> tuple[int, int]:
     return 2 * place.row - down, 2 * place.column - right
 
 
-def _offset(one: Place, other: Place) -> tuple[int, int]:
-    """How far two ends are apart along both axes, the smaller first: what turning or mirroring the board keeps."""
-    near, far = sorted(abs(line - other_line) for line, other_line in zip(end_point(one), end_point(other)))
-    return near, far
-
-
 def crossing_name(place: Place) -> str:
     """As on a chess board, counted from the top: column b, row 3 is `b3`."""
     return f"{'abcdefghijklmnopqrstuvwxyz'[place.column - 1]}{place.row}"
 
 
 def draw_line(request: Request, side: int, num_crossings: int) -> tuple[Lines, Place]:
-    """Draw boards; return the one, and the start in it, whose line ends most nearly where a random end would be."""
+    """Draw two ends, and a line from one to the other that passes so many crossings, none of them twice.
+
+    Returns:
+        The lines of the whole board, and where the drawn one is entered.
+    """
     rng, edges = request.rng, edges_of(side)
-    first = rng.choice(edges)
-    wanted = _offset(first, rng.choice([edge for edge in edges if can_join(first, edge, num_crossings, side)]))
-    best, found = math.inf, None
-    for number in itertools.count(1):
-        lines = _draw_lines(rng, side)
-        for start in rng.sample(edges, len(edges)):
-            crossings, end = trace_line(lines, start)
-            if len(crossings) != num_crossings or len(set(crossings)) < num_crossings:
-                continue
-            misfit = sum((one - other) ** 2 for one, other in zip(_offset(start, end), wanted))
-            if misfit < best and split_of(lines_layout(lines)) == request.split and find_following(lines, side):
-                best, found = misfit, (lines, start)
-        if found and (number >= NUM_BOARDS or best == 0):
-            return found
+    while True:
+        start = rng.choice(edges)
+        end = rng.choice([edge for edge in edges if can_join(start, edge, num_crossings, side)])
+        bent = None
+        for _ in range(MOST_LINES):
+            bent = bent or _bend_line(rng, start, end, num_crossings, side)
+        if bent is None:  # as from a corner around it, or hardly ever
+            continue
+        fixed = {cell: bent[cell] for cell in pass_line(bent, start)[0]}
+        for _ in range(MOST_BOARDS):
+            lines = _draw_lines(rng, side) | fixed
+            if split_of(lines_layout(lines)) == request.split and find_following(lines, side) is not None:
+                return lines, start
 
 
-def _draw_lines(rng: Random, side: int) -> Lines:
+def _bend_line(rng: Random, start: Place, end: Place, num_crossings: int, side: int) -> Lines | None:
+    """Change patches that the line from `start` passes until it comes to `end` (simulated annealing); None if it does not."""
+    lines, wanted = _draw_lines(rng, side, FIRST_CROSSING_SHARE), end_point(end)
+
+    def measure() -> tuple[float, list[Cell]]:
+        passed, reached = pass_line(lines, start)
+        crossings = [cell for cell in passed if lines[cell] == CROSSING]
+        apart = sum(abs(one - other) for one, other in zip(end_point(reached), wanted)) / 2  # patches
+        excess = abs(len(crossings) - num_crossings) + len(crossings) - len(set(crossings))
+        return apart + excess, passed
+
+    misfit, passed = measure()
+    for _ in range(MOST_CHANGES):
+        if misfit == 0:
+            return lines
+        cell = rng.choice(passed)
+        kept = lines[cell]
+        lines[cell] = rng.choice([kind for kind in LINES if kind != kept])
+        changed, changed_passed = measure()
+        if changed <= misfit or rng.random() < math.exp(misfit - changed):
+            misfit, passed = changed, changed_passed
+        else:
+            lines[cell] = kept
+    return None
+
+
+def _draw_lines(rng: Random, side: int, crossing_share: float = CROSSING_SHARE) -> Lines:
     turns = tuple(TURNS)
     return {
-        (row, column): CROSSING if rng.random() < CROSSING_SHARE else rng.choice(turns)
+        (row, column): CROSSING if rng.random() < crossing_share else rng.choice(turns)
         for row in range(1, side + 1)
         for column in range(1, side + 1)
     }
