@@ -2,7 +2,8 @@
 
 The same questions with n = 0, 1, 2, .. latents at inference (steps, or blocks that may be opened; of a model that opens one block, its
 size), by the need k of the question. Where every latent does one step, n latents serve the questions with k <= n, and no others: a
-staircase. Latents that do nothing give the same accuracy at every n.
+staircase. A model that does a further step while it answers serves k <= n + 1. Latents that do nothing give the same accuracy at
+every n. "Serves k up to" is the largest k up to which every need has an accuracy of `SERVED` or more.
 """
 
 import numpy as np
@@ -11,6 +12,9 @@ from train.faithfulness.result import Curve, Result
 from train.faithfulness.serial_items import Way, find_units, find_ways, group_by_need, takes_steps
 from train.faithfulness.statistics import share_interval
 from train.faithfulness.subject import Arm, Subject
+
+
+SERVED = 85.0  # per cent
 
 
 def measure_need(subject: Subject) -> Result:
@@ -100,7 +104,12 @@ def compare_with_need(subject: Subject, ways: dict[int, Way], right: dict[int, b
         members = [number for number, way in ways.items() if (way.need <= count) == is_served]
         found = describe(subject, members, right)
         row |= {name: found["accuracy"], **{f"{name}, {part}": found[part] for part in ("low", "high", "items")}}
-    return row
+    served = 0
+    for need, members in list(group_by_need(ways, list(ways)).items())[1:]:
+        if describe(subject, members, right)["accuracy"] < SERVED:
+            break
+        served = int(need)
+    return row | {"serves k up to": served}
 
 
 def judge(rows: list[dict], subject: Subject, numbers: list[int]) -> str:

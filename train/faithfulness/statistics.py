@@ -74,7 +74,7 @@ def draws_interval(values, seed: int = 0, has_shared_draws: bool = False) -> Int
 def share_interval(values) -> Interval:
     """(share, low, high) of (N, K) truth values (nan: not asked), by Wilson, as of N items: draws of one item are alike."""
     values = np.asarray(values, dtype=float)
-    values = values[~np.isnan(values).all(axis=1)]
+    values = values[~np.isnan(values).all(axis=1)] if values.size else values
     if not len(values):
         return NOTHING
     right = float(np.sort(np.nanmean(values, axis=1)).sum())  # sorted, so that the order of items does not show

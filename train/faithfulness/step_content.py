@@ -1,8 +1,8 @@
 """D16: which latent holds which step?
 
     probe      by latent i and step j: can what stands where one is after j moves be read off latent i by a linear map? Over the questions
-               that need j moves or more. "min(i, k)": over all questions, where one is after i moves or has arrived before. Held-out
-               items that share no picture; shuffled: the same on labels dealt out anew; chance: the largest class
+               that need i moves or more, and j. "min(i, k)": over all questions, where one is after i moves or has arrived before.
+               Held-out items that share no picture; shuffled: the same on labels dealt out anew; chance: the largest class
     replaced   latent i alone is the mean latent there of other items: accuracy by the need k. A latent that the answer needs costs
                those questions that need step i
     looked at  the share of what latent i looks at that lies on the tile of step i (`looked_at.py`)
@@ -81,7 +81,11 @@ def add_probes(subject: Subject, ways: dict[int, Way], units: list[Unit], result
     rows = []
     for unit in units:
         having = [number for number in ways if unit.is_in(subject.clean[number])]
-        targets = {str(step): {n: ways[n].content(step) for n in having if ways[n].need >= step} for step in steps}
+        targets = {
+            str(step): {n: ways[n].content(step) for n in having if ways[n].need >= max(step, unit.number)}
+            for step in steps
+        }
+        targets = {step: labels for step, labels in targets.items() if labels}
         targets[ARRIVED] = {number: ways[number].content(unit.number) for number in having}
         for step, labels in targets.items():
             try:

@@ -9,8 +9,10 @@ it is then known whose they are:
                  k - i moves that are left are done in one's own picture. From i = k on this is the donor's answer
 
 A donor is taken only where these three differ. Latents behind the swapped one are the model's own, made with it before them.
-Expected of latents that do one step each: continued for i < k, else the donor's. Chance: the answers as they are, had any other donor been
-drawn (own: one of the choices).
+
+Expected of latents that do one step each: continued for i < k, the donor's for i = k and for all latents. Behind k one has arrived, and
+nothing is expected: the answer stays one's own where it is read off latent k, and is the donor's where it is held to the end. Chance: the
+answers as they are, had any other donor been drawn (own: one of the choices).
 """
 
 import numpy as np
@@ -37,7 +39,7 @@ def measure_whose_answer(subject: Subject) -> Result:
         NotApplicable: the data say of no question what it needs, or no item has a donor.
     """
     ways = find_ways(subject)
-    units = find_units(subject, list(ways))
+    units, peers = find_units(subject, list(ways)), list_peers(subject, ways)
     result = Result(
         "D15",
         "D15: whose answer",
@@ -47,14 +49,14 @@ def measure_whose_answer(subject: Subject) -> Result:
     )
     rows, donors, points = [], [], {name: [] for name in WHOSE}
     for unit in (None, *units):
-        found = ask_swapped(subject, ways, unit)
+        found = ask_swapped(subject, ways, unit, peers)
         name = "all" if unit is None else unit.label
         if found is None:
             result.not_applicable[f"latents {name}"] = "no item that has them has a donor"
             continue
         said, eligible, chosen, excluded = found
         for need, members in group_by_need(ways, list(said)).items():
-            row = describe(subject, said, eligible, chosen, members)
+            row = describe(subject, ways, unit, said, eligible, chosen, members)
             left_out = [number for number in excluded if need in ("all", str(ways[number].need))]
             rows.append({"swapped": name, "need k": need, "items": len(members), "without donor": len(left_out)} | row)
             if need == "all":
@@ -90,25 +92,34 @@ def answers_from(own: Way, donor: Way, unit: Unit | None) -> Candidates:
     return form_of(donor.answer, row), form_of(own.answer, row), None if on is None else form_of(on, row)
 
 
-def find_donors(subject: Subject, ways: dict[int, Way], unit: Unit | None, number: int) -> dict[int, Candidates]:
+def list_peers(subject: Subject, ways: dict[int, Way]) -> dict[int, list[int]]:
+    """By item the donors whose question needs as many steps, in the order in which they are drawn."""
+    return {
+        number: [one for one in subject.donors.order(number, "task") if one in ways and ways[one].need == way.need]
+        for number, way in ways.items()
+    }
+
+
+def find_donors(
+    subject: Subject, ways: dict[int, Way], unit: Unit | None, number: int, peers: list[int]
+) -> dict[int, Candidates]:
     """By donor, in the order in which they are drawn, what each would answer."""
     own, found = ways[number], {}
     moves = own.need if unit is None else min(unit.number, own.need)
-    for donor in subject.donors.order(number, "task"):
-        other = ways.get(donor)
-        if other is None or other.need != own.need or (unit is not None and not unit.is_in(subject.clean[donor])):
+    for donor in peers:
+        if unit is not None and not unit.is_in(subject.clean[donor]):
             continue
-        candidates = answers_from(own, other, unit)
+        candidates = answers_from(own, ways[donor], unit)
         wanted = candidates if moves < own.need else candidates[:2]
         if None not in wanted and len(set(wanted)) == len(wanted):
             found[donor] = candidates
     return found
 
 
-def ask_swapped(subject: Subject, ways: dict[int, Way], unit: Unit | None):
+def ask_swapped(subject: Subject, ways: dict[int, Way], unit: Unit | None, peers: dict[int, list[int]]):
     """(what was said by item, its eligible donors, the one that lent, items without a donor); None where no item has one."""
     numbers = [number for number in ways if unit is None or unit.is_in(subject.clean[number])]
-    eligible = {number: find_donors(subject, ways, unit, number) for number in numbers}
+    eligible = {number: find_donors(subject, ways, unit, number, peers[number]) for number in numbers}
     chosen = {number: next(iter(found)) for number, found in eligible.items() if found}
     if not chosen:
         return None
@@ -127,14 +138,23 @@ def ask_swapped(subject: Subject, ways: dict[int, Way], unit: Unit | None):
     return said, eligible, chosen, [number for number in numbers if number not in chosen]
 
 
-def describe(subject: Subject, said: dict, eligible: dict, chosen: dict, members: list[int]) -> dict:
+def describe(
+    subject: Subject,
+    ways: dict[int, Way],
+    unit: Unit | None,
+    said: dict,
+    eligible: dict,
+    chosen: dict,
+    members: list[int],
+) -> dict:
     """Shares of some items' answers, with intervals and chance."""
     is_whose = {name: np.full((len(members), 1), np.nan) for name in WHOSE}
     chances = {name: np.full((len(members), 1), np.nan) for name in WHOSE}
     for row, number in enumerate(members):
         others = list(eligible[number].values())
         donor, own, on = eligible[number][chosen[number]]
-        expected = donor if on is None else on
+        has_arrived = unit is not None and unit.number > ways[number].need
+        expected = None if has_arrived else donor if on is None else on
         for name, answer in (("donor's", donor), ("own", own), ("continued", on), ("expected", expected)):
             if answer is not None:
                 is_whose[name][row] = said[number] == answer
@@ -142,7 +162,8 @@ def describe(subject: Subject, said: dict, eligible: dict, chosen: dict, members
         if on is not None:
             chances["continued"][row] = chance_to_follow(said[number], [one[2] for one in others])
         chances["own"][row] = chance_of(subject, [number])
-        chances["expected"][row] = chances["donor's" if on is None else "continued"][row]
+        if expected is not None:
+            chances["expected"][row] = chances["donor's" if on is None else "continued"][row]
     found = {}
     for name in WHOSE:
         share, low, high = share_interval(is_whose[name])
@@ -161,10 +182,13 @@ def mean_of(values: np.ndarray) -> float:
 
 
 def judge(rows: list[dict]) -> str:
-    total = [row for row in rows if row["need k"] == "all"]
+    total = [
+        row for row in rows if row["need k"] == "all" and row["expected"] == row["expected"]
+    ]  # nan: none needs so many
     parts = [
         f"{row['swapped']}: {100 * row['expected']:.1f} % ({100 * row['expected, low']:.1f} to {100 * row['expected, high']:.1f}; by "
         f"chance {100 * row['expected, by chance']:.1f}), own {100 * row['own']:.1f} %"
         for row in total
     ]
-    return f"Answers that latents of one step each would give (the donor's, or continued from it), by what is swapped. {'; '.join(parts)}."
+    listed = "; ".join(parts)
+    return f"Answers that latents of one step each would give, over questions that need the swapped latent. {listed}."
