@@ -118,7 +118,7 @@ def test_stages_end_by_accuracy_or_after_their_most_epochs():
 
 def test_an_evaluation_within_an_epoch_ends_nothing():
     run = Follower([3, 2], stage_accuracy=0.9)
-    run.state.epoch = 0.5
+    run.state.epoch = 1.5
     run.curriculum.on_evaluate(run.args, run.state, run.control, metrics={"eval_answer_accuracy": 1.0})
     assert run.curriculum.begins == [0]
 
