@@ -11,7 +11,7 @@ from conversion.convert_vedas import convert_vedas
 from train.lare.small import write_small
 from train.small_backbone import texts_of, train_tokenizer, write_backbone
 from train.tasks import generate_sample, write_dataset
-from train.tasks.shapes import COLORS, DIGITS, GRID, SHAPES
+from train.tasks.shapes import COLORS, DIGITS, GRID, MORE_COLORS, SHAPES
 from train.vision_pretraining import NAMES, CellFeatures, cell_labels, place_labels, pretrain, read_scenes
 
 
@@ -39,7 +39,7 @@ def test_a_description_names_every_thing_in_its_cell():
                 words = [names[int(k)] for names, k in zip(NAMES.values(), labels[row, column])]
                 expected = f"{words[0]} {words[1]} {words[2]}".strip() or "nothing"
                 assert said[row][column] == expected
-    assert len(NAMES["color"]) == len(COLORS) + 1 and len(NAMES["shape"]) == len(SHAPES) + 1
+    assert len(NAMES["color"]) == len(COLORS) + len(MORE_COLORS) + 1 and len(NAMES["shape"]) == len(SHAPES) + 1
     assert len(NAMES["digit"]) == len(DIGITS) + 1
 
 

@@ -1,4 +1,4 @@
-"""Search, jigsaw, maze, chart and relation: answers follow from what is drawn, splits are disjoint, nothing is given away."""
+"""Search, jigsaw, maze, chart, relation and serial: answers follow from what is drawn, splits are disjoint, nothing is given away."""
 
 import json
 import re
@@ -10,8 +10,20 @@ import torch
 from PIL import Image, ImageChops, ImageStat
 
 from train.small_backbone import texts_of, write_backbone
-from train.tasks import FAMILIES, LEVELS, SEARCH, SPLITS, SYNTHESIS, TASKS, family_of, generate_sample, write_dataset
+from train.tasks import (
+    FAMILIES,
+    LEVELS,
+    SEARCH,
+    SERIAL,
+    SPLITS,
+    SYNTHESIS,
+    TASKS,
+    family_of,
+    generate_sample,
+    write_dataset,
+)
 from train.tasks.__main__ import main
+from train.tasks.arrows import DIRECTIONS
 from train.tasks.balance import main as balance
 from train.tasks.balance import make_rows, measure
 from train.tasks.chart import TICKS, VALUES
@@ -56,14 +68,14 @@ def named(sample) -> list[dict]:
 
 def test_every_name_has_a_function_and_a_family():
     assert [task for tasks in FAMILIES.values() for task in tasks] == list(TASKS)
-    assert {*SEARCH, *SYNTHESIS, "shapes"} == set(FAMILIES)
+    assert {*SEARCH, *SYNTHESIS, *SERIAL, "shapes"} == set(FAMILIES)
     assert tasks_of("all") == tuple(TASKS)
     assert tasks_of("all", "hard") == tuple(NEW)
     assert tasks_of("maze") == FAMILIES["maze"] and tasks_of("maze_goal") == ("maze_goal",)
     assert not tasks_of("color", "hard") and not tasks_of("describe_search", "hard") and not tasks_of("colour")
     assert family_of("chart_value") == "chart"
     assert {family_of(task) for task in PRETRAINING} == {"describe"}
-    assert [generate_sample("all", 0, index, image_size=112).request.task for index in range(17)] == list(TASKS)
+    assert [generate_sample("all", 0, index, image_size=112).request.task for index in range(20)] == list(TASKS)
 
 
 @each_task
@@ -115,6 +127,13 @@ def layout_of(sample) -> list:
     if family == "maze":
         side, doors = maze_of(sample)
         return ["maze", side, sorted(doors)]
+    if family == "serial":
+        corner, kind = min(o["box"][0] for o in sample.objects), sample.request.task
+        if kind == "trace":
+            cells = [[1 + (o["box"][k] - corner) // 28 for k in (1, 0)] for o in sample.objects]
+            return [kind, sorted([*cell, o["lines"]] for cell, o in zip(cells, sample.objects))]
+        shown = "next" if kind == "hops" else "arrow"
+        return [kind, sorted([[o["box"][1] // 28, o["box"][0] // 28], o["color"], o[shown]] for o in sample.objects)]
     return ["chart", sample.request.level, [[o["color"], o["value"]] for o in sample.objects]]
 
 
@@ -151,9 +170,8 @@ def test_every_split_has_its_share_of_layouts():
 def solve(sample) -> list[str]:
     """Every answer that the drawn objects allow, found from the question."""
     task, family = sample.request.task, family_of(sample.request.task)
-    return {"search": solve_search, "jigsaw": solve_jigsaw, "maze": solve_maze, "chart": solve_chart}.get(
-        family, solve_relation
-    )(sample, task)
+    solvers = {"search": solve_search, "jigsaw": solve_jigsaw, "maze": solve_maze, "chart": solve_chart}
+    return (solvers | {"serial": solve_serial}).get(family, solve_relation)(sample, task)
 
 
 def solve_search(sample, task) -> list[str]:
@@ -209,6 +227,63 @@ def solve_chart(sample, task) -> list[str]:
         return ["yes" if values[asked[0]] > values[asked[1]] else "no"]
     best = (max if "highest" in sample.question else min)(values.values())
     return [color for color, value in values.items() if value == best]
+
+
+def solve_serial(sample, task) -> list[str]:
+    """The way is walked on the drawn objects, one step after the other; every step of it is what the rationale says."""
+    if task == "trace":
+        return [solve_trace(sample)]
+    tiles = {o["color"]: o for o in sample.objects}
+    places = {tuple(o["box"]): color for color, o in tiles.items()}
+    assert len(places) == len(tiles) == len(sample.choices)
+    words = sample.question.rstrip("?").split()
+    number, at, said = int(words[3]), words[-1], []
+    for _ in range(number):
+        if task == "hops":
+            at = tiles[at]["next"]
+        else:
+            (down, right), (left, top) = DIRECTIONS[tiles[at]["arrow"]], tiles[at]["box"][:2]
+            at = None
+            while at is None:
+                left, top = left + 28 * right, top + 28 * down
+                assert 0 <= left < sample.image.width and 0 <= top < sample.image.height
+                at = places.get((left, top, left + 28, top + 28))
+        said.append(at)
+    assert sample.rationale == [f"{color} {count}" for count, color in enumerate(said, 1)]
+    return [at]
+
+
+def solve_trace(sample) -> str:
+    """Follow a line from side to side of the patches, by what the patches say."""
+    corner = min(o["box"][0] for o in sample.objects)
+    patches = {((o["box"][1] - corner) // 28, (o["box"][0] - corner) // 28): o for o in sample.objects}
+    last = max(patches)[0]
+    outward = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+    across = {"left": "right", "right": "left", "up": "down", "down": "up"}
+
+    def bead(row, column, side) -> str | None:
+        at_border = {"left": column == 0, "right": column == last, "up": row == 0, "down": row == last}[side]
+        return patches[row, column]["side_bead" if side in ("left", "right") else "end_bead"] if at_border else None
+
+    wanted = sample.question.rstrip("?").split("from the ")[1]
+    begins = [(*cell, side) for cell in patches for side in outward if bead(*cell, side) == wanted]
+    assert len(begins) == 1
+    (row, column, side), said = begins[0], []
+    while True:
+        lines = patches[row, column]["lines"]
+        if lines == "crossing":
+            said.append(f"{'abcdefgh'[column]}{row + 1}")
+            side = across[side]
+        else:
+            (pair,) = [set(pair.split()) for pair in lines.split(", ") if side in pair.split()]
+            (side,) = pair - {side}
+        if (end := bead(row, column, side)) is not None:
+            break
+        row, column, side = row + outward[side][0], column + outward[side][1], across[side]
+    color, shape = end.split()
+    assert shape == "circle" and len(set(said)) == len(said) == sample.serial.num_steps
+    assert sample.rationale == [f"{word} {count}" for count, word in enumerate([*said[1:], color], 1)]
+    return color
 
 
 def solve_relation(sample, task) -> list[str]:
@@ -408,7 +483,9 @@ def test_balance_reads_written_files(tmp_path, capsys):
 # Levels, gallery, errors
 
 
-@pytest.mark.parametrize("task", ["search_color", "jigsaw", "maze_goal", "chart_value", "relation_side"])
+@pytest.mark.parametrize(
+    "task", ["search_color", "jigsaw", "maze_goal", "chart_value", "relation_side", *FAMILIES["serial"]]
+)
 def test_hard_pictures_have_a_least_size(task, tmp_path):
     with pytest.raises(ValueError, match=f"at least 224 pixels for task {task} at level hard, got 196"):
         write_dataset(task, 1, 0, tmp_path / "new", image_size=196, level="hard")
@@ -416,15 +493,15 @@ def test_hard_pictures_have_a_least_size(task, tmp_path):
 
 
 def test_gallery_is_one_page_with_all_in_it(tmp_path, capsys):
-    main(["--task", "all", "--n", "34", "--output", str(tmp_path), "--image-size", "112", "--gallery"])
+    main(["--task", "all", "--n", "40", "--output", str(tmp_path), "--image-size", "112", "--gallery"])
     assert f"Gallery in {tmp_path / 'gallery.html'}" in capsys.readouterr().out
     page = (tmp_path / "gallery.html").read_text()
     rows = [json.loads(line) for line in (tmp_path / "data.jsonl").read_text().splitlines()]
-    assert page.count("<article>") == 34
-    assert page.count('src="data:image/png;base64,') == page.count("src=") == 34 + sum(len(r["boxes"]) for r in rows)
+    assert page.count("<article>") == 40
+    assert page.count('src="data:image/png;base64,') == page.count("src=") == 40 + sum(len(r["boxes"]) for r in rows)
     assert all(row["question"] in page and row["id"] in page for row in rows)
-    short = write_gallery(tmp_path / "data.jsonl", tmp_path / "short.html", limit=17).read_text()
-    assert short.count("<article>") == 17 and all(f"{task}-train" in short for task in TASKS)
+    short = write_gallery(tmp_path / "data.jsonl", tmp_path / "short.html", limit=20).read_text()
+    assert short.count("<article>") == 20 and all(f"{task}-train" in short for task in TASKS)
     with pytest.raises(ValueError, match="there is no file"):
         write_gallery(tmp_path / "no.jsonl")
     with pytest.raises(ValueError, match="`limit` must be >= 1, got 0"):
@@ -436,7 +513,7 @@ def test_gallery_is_one_page_with_all_in_it(tmp_path, capsys):
 
 def test_labels_of_cells_say_what_the_objects_are():
     kinds = list(NAMES)
-    for task in ("describe_search", "search_text", "jigsaw", "maze_length", "chart_value"):
+    for task in ("describe_search", "search_text", "jigsaw", "maze_length", "chart_value", "hops", "arrows", "trace"):
         sample = make(task, 1, image_size=224)
         labels = cell_labels(sample.objects, 224, sample.grid)
         assert labels.shape == (8, 8, len(kinds))

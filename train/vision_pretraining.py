@@ -11,8 +11,8 @@ For the large scenes of 224 pixels and more, with a cell per merged patch:
 
 Language-model losses alone teach a small tower very slowly: an answer is one word about one of many things. Here linear
 heads on its features name color, shape and digit of each cell, and what else the data say about cells: the corner at
-which a jigsaw piece is at home, the walls of a maze, the value of a bar, the color of the next tile. The heads are thrown
-away. The folder is replaced: a Qwen2.5-VL backbone (`train.small_backbone`), whose merged patches must be the cells, or a
+which a jigsaw piece is at home, the walls of a maze, the value of a bar, the color of the next tile, lines and the beads at their
+ends. The heads are thrown away. The folder is replaced: a Qwen2.5-VL backbone (`train.small_backbone`), whose merged patches must be the cells, or a
 CLIP tower (`train.lare.small`), whose patches must lie whole in them; CLIP's last layer but one is trained, as LLaVA reads
 it.
 """
@@ -34,10 +34,12 @@ from modeling_latentvlm.complete_weights import load_complete
 from processing_latentvlm.pictures import open_picture, read_size
 from train.tasks.arrows import DIRECTIONS
 from train.tasks.chart import VALUES
+from train.tasks.lines import LINES
 from train.tasks.maze import OPEN, WALLS
 from train.tasks.shapes import COLORS, DIGITS, GRID, MORE_COLORS, QUADRANTS, SHAPES
 
 
+BEADS = tuple(f"{color} {shape}" for color in (*COLORS, *MORE_COLORS) for shape in ("square", "circle"))
 NAMES = {
     "color": ("", *COLORS, *MORE_COLORS),
     "shape": ("", *SHAPES),
@@ -47,6 +49,9 @@ NAMES = {
     "value": ("", *VALUES["easy"]),
     "next": ("", *COLORS, *MORE_COLORS),
     "arrow": ("", *DIRECTIONS),
+    "lines": ("", *LINES),
+    "side_bead": ("", *BEADS),
+    "end_bead": ("", *BEADS),
     "place": ("", *QUADRANTS),  # of the cell itself
 }
 ALWAYS = 3  # so many of them are learned even where the data have none
@@ -140,8 +145,8 @@ def place_labels(grid: int) -> Tensor:
 
 
 def num_classes(kind: str, labels: Tensor) -> int:
-    """The names of a kind, without the colors that few data have where these have none of them."""
-    has_few = kind in ("color", "next") and labels.max() <= len(COLORS)
+    """How many names of a kind there are to learn: those of a hard level's colors only where there are any."""
+    has_few = kind == "color" and labels.max() <= len(COLORS)
     return 1 + len(COLORS) if has_few else len(NAMES[kind])
 
 

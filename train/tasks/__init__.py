@@ -32,6 +32,7 @@ from train.tasks.search import (
 )
 from train.tasks.serial import QUESTIONS, SerialTask
 from train.tasks.shapes import ask_color, ask_count, ask_digit, ask_position, describe_scene
+from train.tasks.trace import TRACE
 
 
 __all__ = [
@@ -76,6 +77,7 @@ TASKS: dict[str, Callable[[Request], Sample]] = {
     "relation_side": ask_side,
     "hops": HOPS,
     "arrows": ARROWS,
+    "trace": TRACE,
 }
 PRETRAINING = {  # no part of "all"
     "describe": describe_scene,

@@ -15,9 +15,19 @@ from PIL import Image, ImageDraw
 
 from train.tasks.layout import require_size
 from train.tasks.sample import Request, Sample
-from train.tasks.serial import SerialTask
+from train.tasks.serial import SerialTask, count_steps
 from train.tasks.shapes import LIGHT_COLORS, SMOOTHING, Box, Thing, draw_thing
-from train.tasks.tiles import LEAST_HARD, MOST_STEPS, TILE_COLORS, Cell, Ring, all_cells, ask_tiles, deal_ring
+from train.tasks.tiles import (
+    LEAST_HARD,
+    MOST_STEPS,
+    TILE_COLORS,
+    Cell,
+    Ring,
+    all_cells,
+    ask_tiles,
+    deal_ring,
+    numbers_of,
+)
 
 
 DIRECTIONS = {
@@ -26,7 +36,8 @@ DIRECTIONS = {
     for side, right in (("left", -1), ("", 0), ("right", 1))
     if down or right
 }
-NUM_RINGS = 12  # drawn for each sample; every tile of each is tried as the start, in both directions
+NUM_RINGS = 16  # drawn for each sample; every tile of each is tried as the start, in both directions
+ASKED_WEIGHT = 8  # of the asked number of arrows; others of the same picture count 1
 MOST_TRIES = 200  # calls of the search for a ring, before other cells are drawn
 # Tip, barbs and shaft of an arrow to the right, in [-1, 1] x [-1, 1].
 ARROW = [(0.62, 0.0), (0.05, -0.55), (0.05, -0.2), (-0.6, -0.2), (-0.6, 0.2), (0.05, 0.2), (0.05, 0.55)]
@@ -97,21 +108,33 @@ def _draw_way(request: Request) -> list[Cell]:
     """Draw rings, and take the start and direction that hide best how far from the start each way ends."""
     rng, places = request.rng, all_cells(request)
     num_tiles, most = len(TILE_COLORS[request.level]), MOST_STEPS[request.level]
+    num_steps, last = count_steps(request, num_tiles, most), max(places)[0]
     rings = [_draw_ring(rng, places, num_tiles) for _ in range(NUM_RINGS)]
-    start, *others = _draw_ring(rng, places, num_tiles)
-    wanted = [_offset(start, cell) for cell in rng.sample(others[1:], most - 1)]  # after 2, 3, .. arrows
+    start, _, *others = _draw_ring(rng, places, num_tiles)
+    # What is wanted after 2, 3, .. arrows: tiles of another ring that stand where any tile may. The start has to stand as far
+    # from the border as there, since far tiles are seen from there only.
+    wanted, wanted_inset = [_offset(start, cell) for cell in rng.sample(others, most - 1)], _inset(start, last)
+    weights = [ASKED_WEIGHT if number == num_steps else 1 for number in range(2, most + 1)]
     ways = [one[first:] + one[:first] for ring in rings for one in (ring, ring[::-1]) for first in range(num_tiles)]
     rng.shuffle(ways)  # the first of equals is taken
 
-    def misfit(way: list[Cell]) -> float:
-        offsets = (_offset(way[0], cell) for cell in way[2 : most + 1])
-        # The second tile is the easiest to guess, so its place counts most.
-        return sum(
-            ((far - far_wanted) ** 2 + (near - near_wanted) ** 2) / (number + 1)
-            for number, ((near, far), (near_wanted, far_wanted)) in enumerate(zip(offsets, wanted, strict=True))
-        )
+    def misfit(way: list[Cell]) -> int:
+        offsets = [_offset(way[0], cell) for cell in way[2 : most + 1]]
+        apart = [_square_distance(one, other) for one, other in zip(offsets, wanted, strict=True)]
+        inset = ASKED_WEIGHT * _square_distance(_inset(way[0], last), wanted_inset)
+        return inset + sum(weight * one for weight, one in zip(weights, apart, strict=True))
 
     return min(ways, key=misfit)
+
+
+def _square_distance(one: Cell, other: Cell) -> int:
+    return (one[0] - other[0]) ** 2 + (one[1] - other[1]) ** 2
+
+
+def _inset(cell: Cell, last: int) -> tuple[int, int]:
+    """Rows and columns between a cell and the nearest borders, the smaller number first."""
+    near, far = sorted(min(line, last - line) for line in cell)
+    return near, far
 
 
 def _offset(one: Cell, other: Cell) -> tuple[int, int]:
@@ -152,4 +175,4 @@ def _draw_arrow(direction: str, is_dark: bool, side: int) -> Image.Image:
     return patch.reduce(SMOOTHING)
 
 
-ARROWS = SerialTask(deal_arrows, ask_arrows, lambda ring: list(ring.cells), MOST_STEPS)
+ARROWS = SerialTask(deal_arrows, ask_arrows, lambda ring: list(ring.cells), numbers_of)

@@ -5,7 +5,8 @@
 
 Everything that learns does so on one set and is scored on another. "question" gives the most frequent answer to the same
 question, and where it was never asked the most frequent one of all; "words" is a logistic regression on the words of the
-question (where scikit-learn is installed). Without `--data`, samples are made in memory, with pictures left out.
+question (where scikit-learn is installed). Without `--data`, samples are made in memory, with pictures left out. For serial tasks a second
+table says how far clues in the picture go, such as the distance from the start (`train.tasks.shortcuts`).
 """
 
 import argparse
@@ -19,8 +20,10 @@ from PIL import Image
 from conversion.commands import exit_on_error
 from conversion.reading import is_file, read_json_lines
 from train.tasks import FAMILIES, LEVELS, SPLITS, TASKS, family_of, generate_sample, tasks_of
+from train.tasks.shortcuts import measure_shortcuts, print_shortcuts
 
 
+NEEDED = {"answer": str, "chance": float, "question": str, "task": str}
 COLUMNS = ("chance", "constant", "question", "words")
 
 
@@ -34,9 +37,8 @@ def read_rows(path: str | Path) -> list[dict]:
     if not is_file(path):
         raise ValueError(f"`data` must be a `data.jsonl` of `train.tasks`, but there is no file {str(path)[:500]}.")
     for origin, row in read_json_lines(path):
-        kinds = {"answer": str, "chance": float, "question": str, "task": str}
         if missing := [
-            name for name, kind in kinds.items() if not isinstance(row, dict) or not isinstance(row.get(name), kind)
+            name for name, kind in NEEDED.items() if not isinstance(row, dict) or not isinstance(row.get(name), kind)
         ]:
             raise ValueError(f"{origin} must have {', '.join(missing)}.")
         rows.append(row)
@@ -45,7 +47,8 @@ def read_rows(path: str | Path) -> list[dict]:
 
 def make_rows(tasks: tuple[str, ...], n: int, seed: int, split: str, level: str, image_size: int) -> Iterator[dict]:
     """Rows of `n` samples of each task. Nothing is painted, which costs most of the time and changes no answer."""
-    painters = [f"train.tasks.{module}.draw_thing" for module in ("shapes", "search", "jigsaw", "maze")]
+    modules = ("shapes", "search", "jigsaw", "maze", "hops", "arrows", "trace")
+    painters = [f"train.tasks.{module}.draw_thing" for module in modules]
     patches = [mock.patch(painter, return_value=None) for painter in painters]
     patches.append(mock.patch("train.tasks.photos.load_photo", return_value=Image.new("RGB", (28, 28))))
     for patch in patches:
@@ -54,8 +57,11 @@ def make_rows(tasks: tuple[str, ...], n: int, seed: int, split: str, level: str,
         for task in tasks:
             for index in range(n):
                 sample = generate_sample(task, seed, index, split, image_size, level)
-                answer = {"task": task, "question": sample.question, "answer": sample.answer}
-                yield {**answer, "chance": 1 / len(sample.choices)}
+                record = sample.record()
+                row = {name: record[name] for name in (*NEEDED, "objects", "serial") if name in record}
+                if "serial" in row:
+                    del row["serial"]["contents"]  # of no use here, and large
+                yield row
     finally:
         for patch in patches:
             patch.stop()
@@ -151,6 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
             train = list(make_rows(tasks, options.n, options.seed, "train", *settings))
             held_out = list(make_rows(tasks, options.n, options.seed + 1, options.split, *settings))
         print_table(measure(train, held_out))
+        print_shortcuts(measure_shortcuts(train, held_out))
     except ValueError as error:
         parser.error(str(error))
 

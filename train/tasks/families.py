@@ -8,7 +8,7 @@ FAMILIES = {
     "maze": ("maze_goal", "maze_move", "maze_length"),
     "chart": ("chart_value", "chart_largest", "chart_compare"),
     "relation": ("relation_color", "relation_side"),
-    "serial": ("hops", "arrows"),
+    "serial": ("hops", "arrows", "trace"),
 }
 SEARCH = ("search", "chart", "relation")  # families: the answer stands in a small part of the picture
 SYNTHESIS = ("jigsaw", "maze")  # families: the answer stands in a picture that has to be made first

@@ -10,7 +10,7 @@ from PIL import Image
 from train.tasks.sample import Request, Sample
 from train.tasks.serial import SerialTask
 from train.tasks.shapes import Box, Thing, draw_thing
-from train.tasks.tiles import MOST_STEPS, TILE_COLORS, Ring, all_cells, ask_tiles, deal_ring
+from train.tasks.tiles import TILE_COLORS, Ring, all_cells, ask_tiles, deal_ring, numbers_of
 
 
 DISC_SIZE = 0.5  # of the side of a tile
@@ -45,4 +45,4 @@ def _paint_tile(picture: Image.Image, ring: Ring, color: str, box: Box) -> None:
     draw_thing(picture, Thing(ring.following[color], "circle"), inside)
 
 
-HOPS = SerialTask(deal_hops, ask_hops, lambda ring: list(ring.cells), MOST_STEPS)
+HOPS = SerialTask(deal_hops, ask_hops, lambda ring: list(ring.cells), numbers_of)

@@ -1,6 +1,7 @@
 """What every task produces: one question with its answer, its reasoning steps and the pictures between them."""
 
 import hashlib
+import itertools
 import math
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -51,14 +52,17 @@ class SerialAnswer:
     contents: dict[str, str]
 
 
-def continue_from(record: dict[str, Any], state: str, num_steps: int) -> str:
+def continue_from(record: dict[str, Any], state: str, num_steps: int | None) -> str:
     """Return what the answer would be in the picture of a row of `data.jsonl`, `num_steps` moves after `state`.
 
     `continue_from(row, row["serial"]["start"], row["serial"]["num_steps"])` is the row's answer. Another row's
     `row["serial"]["way"][i]` is the state in which that row is after i moves.
 
+    Args:
+        num_steps: None goes on to the end of the way, which is what `trace` asks for whatever the number of moves.
+
     Raises:
-        ValueError: a row of a task that is not serial, an unknown state, or a way that ends before.
+        ValueError: a row of a task that is not serial, an unknown state, a way that ends before, or without an end.
     """
     serial = record.get("serial")
     if serial is None:
@@ -66,13 +70,19 @@ def continue_from(record: dict[str, Any], state: str, num_steps: int) -> str:
     if state not in serial["contents"]:
         known = ", ".join(serial["contents"])
         raise ValueError(f"`state` must be one of {known} for row {record.get('id')}; got {state!r}.")
-    if num_steps < 0:
+    if num_steps is not None and num_steps < 0:
         raise ValueError(f"`num_steps` must be >= 0, got {num_steps}.")
-    for done in range(num_steps):
+    for done in itertools.count() if num_steps is None else range(num_steps):
         if state not in serial["following"]:
+            if num_steps is None:
+                break
             raise ValueError(
                 f"`num_steps` must be at most {done} from the given state of row {record.get('id')}, where its way ends; "
                 f"got {num_steps}."
+            )
+        if done > len(serial["following"]) and num_steps is None:
+            raise ValueError(
+                f"`num_steps` must be a number for row {record.get('id')}: its way goes round without end."
             )
         state = serial["following"][state]
     return serial["contents"][state]

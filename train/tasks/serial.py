@@ -5,13 +5,14 @@ that compute step by step from models that answer at once (tasks `hops`, `arrows
 board, asks about it, and knows all other questions that could have been asked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from train.tasks.sample import Request, Sample, SerialAnswer
 
 
+State = TypeVar("State")
 QUESTIONS = ("one", "steps", "all")  # about each picture; see `train.tasks.generate_questions`
 
 
@@ -24,13 +25,13 @@ class SerialTask:
             number of moves).
         ask: (request, board, [(start, number of moves)]) to samples, in that order, which share one painted picture.
         starts: every state of a board from which can be asked.
-        most_steps: by level, the largest number of moves that is asked for.
+        numbers: (board, start, level) to every number of moves that can be asked for.
     """
 
     deal: Callable[[Request], tuple[Any, str, int]]
     ask: Callable[[Request, Any, list[tuple[str, int]]], list[Sample]]
     starts: Callable[[Any], list[str]]
-    most_steps: dict[str, int]
+    numbers: Callable[[Any, str, str], Iterable[int]]
 
     def __call__(self, request: Request) -> Sample:
         board, start, num_steps = self.deal(request)
@@ -40,11 +41,16 @@ class SerialTask:
         """Every number of moves from the request's start, or from every start."""
         board, start, _ = self.deal(request)
         starts = self.starts(board) if every_start else [start]
-        asked = [(one, count + 1) for one in starts for count in range(self.most_steps[request.level])]
+        asked = [(one, number) for one in starts for number in self.numbers(board, one, request.level)]
         samples = self.ask(request, board, asked)
         for sample, (one, num_steps) in zip(samples, asked, strict=True):
-            sample.variant = f"{one.replace(' ', '-').replace(',', '')}-{num_steps}"
+            sample.variant = f"{file_name(one)}-{num_steps}"
         return samples
+
+
+def file_name(state: str) -> str:
+    """The name of a state as a part of the name of a file."""
+    return state.replace(",", "-").replace(" ", "-")
 
 
 def count_steps(request: Request, num_answers: int, most_steps: int) -> int:
@@ -52,7 +58,7 @@ def count_steps(request: Request, num_answers: int, most_steps: int) -> int:
     return 1 + request.index // num_answers % most_steps
 
 
-def walk(following: dict[str, str], start: str, num_steps: int) -> tuple[str, ...]:
+def walk(following: dict[State, State], start: State, num_steps: int) -> tuple[State, ...]:
     """The states from `start` on, `num_steps` moves long or until there is no next one."""
     way = [start]
     while len(way) <= num_steps and way[-1] in following:

@@ -7,6 +7,7 @@ met twice. At most half of the ring is asked for, so that the way back from the 
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 from PIL import Image
@@ -81,7 +82,7 @@ def ask_tiles(
     picture = draw_calm_background(request)
     for color, cell in ring.cells.items():
         paint(picture, ring, color, cell_box(cell))
-    enlarged = {color: _enlarge(ring, color, paint) for color in ring.cells}
+    enlarge = cache(lambda color: _enlarge(ring, color, paint))
     contents = {color: color for color in ring.cells}
     samples = []
     for start, num_steps in asked:
@@ -89,7 +90,7 @@ def ask_tiles(
         passed = serial.way[: num_steps + 1]
         # The content comes first: the state that a model is in before it is then the state that predicts it.
         steps = [
-            Step(f"{color} {number}", enlarged[color], cell_box(ring.cells[color]), color)
+            Step(f"{color} {number}", enlarge(color), cell_box(ring.cells[color]), color)
             for number, color in enumerate(passed[1:], 1)
         ]
         objects = [
@@ -99,6 +100,11 @@ def ask_tiles(
         text, choices = question(start, num_steps), TILE_COLORS[request.level]
         samples.append(Sample(request, picture, text, passed[-1], choices, steps, objects, num_cells(request), serial))
     return samples
+
+
+def numbers_of(ring: Ring, start: str, level: str) -> range:
+    """Every number of steps that can be asked for."""
+    return range(1, MOST_STEPS[level] + 1)
 
 
 def all_cells(request: Request) -> list[Cell]:
