@@ -68,7 +68,7 @@ def serial_data(place: Place) -> list[Stage]:
             f"train.tasks --task {place.task} --n {count} --split {split} --image-size {IMAGE_SIZE} --questions {questions} "
             f"--output {place.output}/{split} --force"
         )
-        made.append(Stage(place.data(split), command, 1.7 * count / PICTURES["train"]))
+        made.append(Stage(place.data(split), command, 0.1 + 0.5 * count / PICTURES["train"]))
     return made
 
 
@@ -80,12 +80,12 @@ def qwen_backbone(place: Place, layers: int = LAYERS) -> list[Stage]:
         Stage(
             f"{backbone}/config.json",
             f"train.small_backbone --data {place.data('train')} --output {backbone} --num-layers {layers} --seed {place.seed}",
-            0.2,
+            0.1,
         ),
         Stage(
             f"{backbone}/vision_pretraining.json",
             f"train.vision_pretraining --model {backbone} --data {place.data('train')} --epochs 1 --seed {place.seed}",
-            0.7 * layers / LAYERS,
+            0.6 * layers / LAYERS,
         ),
         Stage(
             f"{model}/config.json",
@@ -120,7 +120,7 @@ def words(place: Place, layers: int = LAYERS) -> list[Stage]:
     options = "--num_latent_steps 0 --stages 0 0 --epochs_per_stage 30 4 --learning_rate 1e-3"
     return [
         *qwen_backbone(place, layers),
-        train_qwen(place, f"fresh{layers}", words_folder(layers), options, 4.0 * layers / LAYERS),
+        train_qwen(place, f"fresh{layers}", words_folder(layers), options, 3.2 * layers / LAYERS),
     ]
 
 
@@ -130,17 +130,17 @@ def words_folder(layers: int) -> str:
 
 def vedas(place: Place) -> list[Stage]:
     options = f"--num_latent_steps {STEPS} {CURRICULUM} {LONG} --learning_rate 3e-4"
-    return [*words(place), train_qwen(place, "words", "vedas", options, 12)]
+    return [*words(place), train_qwen(place, "words", "vedas", options, 3.5)]
 
 
 def shorter(place: Place) -> list[Stage]:
     options = f"{NO_LATENTS} {CURRICULUM} {LONG} --learning_rate 3e-4"
-    return [*words(place), train_qwen(place, "words", "shorter", options, 8)]
+    return [*words(place), train_qwen(place, "words", "shorter", options, 6.5)]
 
 
 def direct(place: Place, layers: int = LAYERS, name: str = "direct") -> list[Stage]:
     options = f"{EASY_FIRST} {LONG} --learning_rate 3e-4"
-    return [*words(place, layers), train_qwen(place, words_folder(layers), name, options, 8.0 * layers / LAYERS)]
+    return [*words(place, layers), train_qwen(place, words_folder(layers), name, options, 5.5 * layers / LAYERS)]
 
 
 def direct_deep(place: Place) -> list[Stage]:
@@ -149,7 +149,7 @@ def direct_deep(place: Place) -> list[Stage]:
 
 def direct_from_nothing(place: Place) -> list[Stage]:
     options = f"{EASY_FIRST} {LONG} --learning_rate 1e-3"
-    return [*qwen_backbone(place), train_qwen(place, f"fresh{LAYERS}", "direct_from_nothing", options, 8)]
+    return [*qwen_backbone(place), train_qwen(place, f"fresh{LAYERS}", "direct_from_nothing", options, 6.5)]
 
 
 def at_once(place: Place) -> list[Stage]:
@@ -190,7 +190,7 @@ def score_arm(place: Place, name: str, arm: Arm) -> list[Stage]:
             f"train.evaluate --model {place.folder}/{name} --data {place.data('test')} --output {folder} --batch_size 32 "
             f"--max_new_tokens 64{kind and ' --latent_intervention '}{kind}"
         )
-        made.append(Stage(f"{folder}/summary.json", command, 0.5))
+        made.append(Stage(f"{folder}/summary.json", command, 0.2))
     return made
 
 
