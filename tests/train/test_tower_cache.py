@@ -34,7 +34,11 @@ def parts(base):
     model.model.vision_tower.requires_grad_(False)
     processor = AutoProcessor.from_pretrained(base, trust_remote_code=False)
     torch.manual_seed(0)
-    return model, processor, LaReObjective(model, processor.image_processor, LatentLossArguments(**LOSSES), True, False)
+    return (
+        model,
+        processor,
+        LaReObjective(model, processor.image_processor, LatentLossArguments(**LOSSES), True, False),
+    )
 
 
 @pytest.fixture
@@ -92,7 +96,9 @@ def test_pixels_still_go_through_the_tower(parts, rows):
 
 def test_features_that_cannot_be_kept_are_refused(parts, rows):
     model, processor, _ = parts
-    with pytest.raises(ValueError, match="The features of 3 pictures take .* GiB, but `cache_image_features` is 1e-06"):
+    with pytest.raises(
+        ValueError, match="The features of 3 pictures take .* GiB, but `cache_image_features` is 1e-06"
+    ):
         encode_pictures(model, processor.image_processor, rows, 1e-6, nullcontext)
     with pytest.raises(ValueError, match="There is no picture"):
         encode_pictures(model, processor.image_processor, rows[2:3], 1.0, nullcontext)
