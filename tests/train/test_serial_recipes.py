@@ -6,7 +6,6 @@ import sys
 
 import pytest
 from test_recipes import parses
-
 from transformers import HfArgumentParser
 
 from train import serial_recipes, train_lare
