@@ -118,7 +118,7 @@ def test_stages_end_by_accuracy_or_after_their_most_epochs():
 
 def test_an_evaluation_within_an_epoch_ends_nothing():
     run = Follower([3, 2], stage_accuracy=0.9)
-    run.state.epoch = 0.5
+    run.state.epoch = 1.5
     run.curriculum.on_evaluate(run.args, run.state, run.control, metrics={"eval_answer_accuracy": 1.0})
     assert run.curriculum.begins == [0]
 
@@ -126,6 +126,7 @@ def test_an_evaluation_within_an_epoch_ends_nothing():
 @pytest.mark.parametrize("settings", [{}, {"stage_accuracy": 0.9}], ids=["epochs", "accuracy"])
 def test_the_rate_falls_in_the_last_stage_alone(settings):
     run = Follower([2, 4], decay_last_stage=True, **settings)
+    assert run.curriculum.scale_rate(15) == 1  # of the first stage, when it is not known how long it lasts
     run.epoch(0.95 if settings else 0)
     if not settings:
         run.epoch(0)
