@@ -26,7 +26,12 @@ PARSERS = {
         train_vedas.VedasTrainingArguments,
         StageArguments,
     ),
-    "train.train_lare": (train_lare.ScriptArguments, LatentLossArguments, train_lare.LaReTrainingArguments),
+    "train.train_lare": (
+        train_lare.ScriptArguments,
+        LatentLossArguments,
+        train_lare.LaReTrainingArguments,
+        StageArguments,
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
     python -m train.serial_recipes --output out/serial                            # Vedas on `hops`, seed 0
     python -m train.serial_recipes --output out/serial --arms vedas words direct shorter --seeds 0 1 2
+    python -m train.serial_recipes --output out/serial --arms lare lare_words lare_direct lare_shorter
     python -m train.serial_recipes --output out/serial --arms vedas direct --plan  # says what is missing, and its minutes
 
 An arm is a way to learn the same questions about the same pictures. All arms of a backbone and a seed begin with one backbone, one
@@ -158,6 +159,80 @@ def at_once(place: Place) -> list[Stage]:
     return [*qwen_backbone(place), train_qwen(place, f"fresh{LAYERS}", "at_once", options, 14)]
 
 
+# LaRe's own backbone: a CLIP tower, of which a tile is one token, and a language model. The window is one token too.
+LARE_SIZES = (
+    f"num_refocus_steps={STEPS} window_size=1 extractor_hidden_size=128 extractor_num_heads=4 extractor_num_layers=1"
+)
+LARE_TRAINING = (
+    "--data_format steps --cache_image_features 0.5 --samples_per_epoch 800 --stage_accuracy 0.97 --stage_measure turn "
+    "--decay_last_stage --per_device_train_batch_size 16 --global_batch_size 16 --per_device_eval_batch_size 64 "
+    "--lr_scheduler_type constant_with_warmup --warmup_steps 50 --adam_beta2 0.98 --disable_tqdm true "
+    f"{SHARED.replace(' --seed 0', '')}"
+)
+LARE_LONG = "--epochs_per_stage 32 20 24 24"  # the most of each
+# What is left out stands in latents: these have to give it back (L_text), and the attention that places a window has no
+# gradient of its own: it is learned where the Extractor does not see the window.
+LARE_LATENTS = "--fresh_objective --start_delimiters --hidden_windows 0.5 --align_loss_weight 0 --image_loss_weight 0 --text_loss_weight 0.5"
+
+
+def clip_backbone(place: Place) -> list[Stage]:
+    """A CLIP tower that sees the tiles and a language model of random weights, as a LaRe that takes `STEPS` steps."""
+    small, model = f"{place.folder}/clip", f"{place.folder}/lare_fresh"
+    return [
+        *serial_data(place),
+        Stage(
+            f"{small}/vae/config.json",
+            f"train.lare.small --data {place.data('train')} --output {small} --image-size {IMAGE_SIZE} --patch-size 28 "
+            f"--num-layers {LAYERS} --seed {place.seed}",
+            0.2,
+        ),
+        Stage(
+            f"{small}/vision/vision_pretraining.json",
+            f"train.vision_pretraining --model {small}/vision --data {place.data('train')} --epochs 5 --batch-size 64 "
+            f"--learning-rate 1e-3 --seed {place.seed}",
+            1.0,
+        ),
+        Stage(
+            f"{model}/config.json",
+            f"conversion.convert_lare --vision-tower {small}/vision --language-model {small}/language --output {model} "
+            f"--seed {place.seed} --set {LARE_SIZES}",
+            0.2,
+        ),
+    ]
+
+
+def train_lare(place: Place, before: str, after: str, stage: int, options: str, minutes: float) -> Stage:
+    """`train.train_lare` from one folder of a seed to another."""
+    return Stage(
+        f"{place.folder}/{after}/config.json",
+        f"train.train_lare --stage {stage} --model_path {place.folder}/{before} --output_dir {place.folder}/{after} "
+        f"--data_path {place.data('train')} --eval_data_path {place.data('val')} {options} {LARE_TRAINING} "
+        f"--seed {place.seed}",
+        minutes,
+    )
+
+
+def lare_words(place: Place) -> list[Stage]:
+    """Reasoning in words, no longer than it takes: what was practised longer took longer to turn into latents."""
+    options = "--curriculum 0 0 --epochs_per_stage 40 1 --learning_rate 1e-3"
+    return [*clip_backbone(place), train_lare(place, "lare_fresh", "lare_words", 0, options, 2.5)]
+
+
+def lare(place: Place) -> list[Stage]:
+    options = f"--curriculum 1 2 3 4 {LARE_LONG} --learning_rate 5e-4 {LARE_LATENTS}"
+    return [*lare_words(place), train_lare(place, "lare_words", "lare", 4, options, 10)]
+
+
+def lare_shorter(place: Place) -> list[Stage]:
+    options = f"--curriculum 1 2 3 4 {LARE_LONG} --learning_rate 5e-4"
+    return [*lare_words(place), train_lare(place, "lare_words", "lare_shorter", 0, options, 6)]
+
+
+def lare_direct(place: Place) -> list[Stage]:
+    options = f"--curriculum {' '.join([str(STEPS)] * STEPS)} --stage_longest 1 2 3 4 {LARE_LONG} --learning_rate 5e-4"
+    return [*lare_words(place), train_lare(place, "lare_words", "lare_direct", 0, options, 6)]
+
+
 class Arm(NamedTuple):
     """What builds the commands; the trained model lies in the folder of the arm's name.
 
@@ -178,6 +253,10 @@ ARMS = {
     "direct_deep": Arm(direct_deep, "as direct, with twice the layers"),
     "direct_from_nothing": Arm(direct_from_nothing, "as direct, without the words before"),
     "at_once": Arm(at_once, "all latent steps from the start, without words", True),
+    "lare": Arm(lare, f"{STEPS} refocusing steps, by the curriculum", True),
+    "lare_words": Arm(lare_words, "chain of thought, on LaRe's backbone"),
+    "lare_direct": Arm(lare_direct, "as direct, on LaRe's backbone"),
+    "lare_shorter": Arm(lare_shorter, "as shorter, on LaRe's backbone"),
 }
 
 

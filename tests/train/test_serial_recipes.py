@@ -6,9 +6,12 @@ import sys
 
 import pytest
 from test_recipes import parses
+from transformers import HfArgumentParser
 
-from train import serial_recipes
+from train import serial_recipes, train_lare
+from train.lare.objective import LatentLossArguments
 from train.serial_recipes import ARMS, Place, Stage, describe_missing, stages_of, summarize
+from train.stages import StageArguments
 
 
 def write_lines(path, rows: list[dict]) -> None:
@@ -63,6 +66,24 @@ def test_arms_share_data_backbone_and_words(tmp_path):
     seeds = [stages_of(Place(tmp_path, "hops", seed), ["vedas"]) for seed in (0, 1)]
     shared = {one.made for one in seeds[0]} & {one.made for one in seeds[1]}
     assert shared == {place.data(split) for split in ("train", "val", "test")}
+
+
+@pytest.mark.parametrize("name", [name for name in ARMS if name.startswith("lare")])
+def test_curricula_of_lare_fit_its_stages_and_end_without_words(name, tmp_path):
+    place = Place(tmp_path, "hops", 0)
+    (command,) = (one.command for one in ARMS[name].build(place) if one.made == f"{place.folder}/{name}/config.json")
+    kinds = (
+        train_lare.ScriptArguments,
+        LatentLossArguments,
+        train_lare.LaReTrainingArguments,
+        StageArguments,
+    )
+    words = [*shlex.split(command)[1:], "--use_cpu"]
+    args, losses, training_args, stage_args = HfArgumentParser(kinds).parse_args_into_dataclasses(words)
+    epochs = train_lare.plan_curriculum(args, stage_args, training_args, serial_recipes.STEPS)
+    stage_args.prepare(training_args, len(epochs), has_eval_data=True)
+    assert args.curriculum[-1] == (0 if name == "lare_words" else serial_recipes.STEPS)
+    assert (args.stage == 4) == ARMS[name].has_latents == (losses.hidden_windows > 0) == args.start_delimiters
 
 
 def test_what_is_missing_and_what_it_takes(tmp_path):
