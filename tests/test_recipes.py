@@ -15,11 +15,17 @@ from train.deeplatent_rl.progress import first_and_last_quarter
 from train.hardware import hardware
 from train.lare.objective import LatentLossArguments
 from train.replay import ReplayArguments
+from train.stages import StageArguments
 from train.tasks.families import tasks_of
 
 
 PARSERS = {
-    "train.train_vedas": (train_vedas.ScriptArguments, ReplayArguments, train_vedas.VedasTrainingArguments),
+    "train.train_vedas": (
+        train_vedas.ScriptArguments,
+        ReplayArguments,
+        train_vedas.VedasTrainingArguments,
+        StageArguments,
+    ),
     "train.train_lare": (train_lare.ScriptArguments, LatentLossArguments, train_lare.LaReTrainingArguments),
 }
 

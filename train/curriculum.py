@@ -36,7 +36,7 @@ class CurriculumCollator:
         rationale_steps: how many steps a longer rationale is merged into.
         keep_images: hand the images on as `original_images`, for the crop branch.
         latents_per_step: latent steps in place of a reasoning step; with 0 nothing stands in its place.
-        cache: has the features of all images, which are then not decoded.
+        features: of all images, which are then not decoded.
     """
 
     def __init__(
@@ -45,11 +45,11 @@ class CurriculumCollator:
         rationale_steps: int,
         keep_images: bool = True,
         latents_per_step: int = 1,
-        cache: FeatureCache | None = None,
+        features: FeatureCache | None = None,
     ):
-        self.collate = TrajectoryCollator(processor if cache is None else cache.processor(processor), "drop")
+        self.collate = TrajectoryCollator(processor if features is None else features.processor(processor), "drop")
         self.rationale_steps, self.keep_images = rationale_steps, keep_images
-        self.latents_per_step, self.cache = latents_per_step, cache
+        self.latents_per_step, self.features = latents_per_step, features
         # Shared, so that worker processes that live through several epochs follow it.
         self._stage = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -67,9 +67,9 @@ class CurriculumCollator:
         return self.latents_per_step * self.stage
 
     def __call__(self, samples: list[ReasoningSample]) -> dict:
-        is_decoded = self.cache is None or self.keep_images
+        is_decoded = self.features is None or self.keep_images
         images = [sample.load_images() if is_decoded else sample.images for sample in samples]
-        shown = images if self.cache is None else [sample.images for sample in samples]
+        shown = images if self.features is None else [sample.images for sample in samples]
         batch = self.collate([self.conversation(sample, image) for sample, image in zip(samples, shown)])
         if self.keep_images:
             batch["original_images"] = images

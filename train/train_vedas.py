@@ -230,15 +230,17 @@ def main(
     load_objective(objective, args.model_path)
     record_image_sizes(processor, [*data, *(eval_data or [])], ReasoningSample.image_sizes)
     prepared = prepare_weights(model, args, training_args)
-    cache = None
+    features = None
     if args.cache_image_features:
-        cache = keep_features(model, processor, [*data, *(eval_data or [])], args.cache_image_features, training_args)
+        features = keep_features(
+            model, processor, [*data, *(eval_data or [])], args.cache_image_features, training_args
+        )
     collator = CurriculumCollator(
         processor,
         args.rationale_steps or max(1, *stages),
         keep_images=objective.weight > 0,
         latents_per_step=args.latents_per_step,
-        cache=cache,
+        features=features,
     )
     rows, eval_rows = shown_rows(data, eval_data, stage_args, training_args.seed)
     wrapped = tuple(one for one in (rows, eval_rows) if isinstance(one, RowsUpTo))

@@ -43,7 +43,7 @@ def test_batches_are_the_same_but_for_pixels(folder, data, processor):  # noqa: 
     model.model.visual.requires_grad_(False)
     samples = read_reasoning(data)
     cache = encode_pictures(model, processor, samples, 0.01, torch.enable_grad)
-    plain, numbered = (CurriculumCollator(processor, 2, keep_images=False, cache=one) for one in (None, cache))
+    plain, numbered = (CurriculumCollator(processor, 2, keep_images=False, features=one) for one in (None, cache))
     for collator in (plain, numbered):
         collator.stage = 1
     expected, actual = plain(samples), numbered(samples)

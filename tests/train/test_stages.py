@@ -98,23 +98,27 @@ class Follower:
 
 
 def test_stages_end_by_accuracy_or_after_their_most_epochs():
-    run = Follower([3, 2, 2], stage_accuracy=0.9)
+    run = Follower([3, 2, 2, 2], stage_accuracy=0.9)
     # The accuracy that comes with the end of stage 1 by its epochs is not counted for stage 2 as well.
-    stages = [run.epoch(accuracy) for accuracy in (0.5, 0.95, 0.1, 0.99, 1.0)]
-    assert stages == [0, 0, 1, 1, 2] and not run.control.should_training_stop
-    assert run.epoch(0.2) == 2 and run.control.should_training_stop  # before the 7 epochs that were planned
+    stages = [run.epoch(accuracy) for accuracy in (0.5, 0.95, 0.1, 0.99, 0.2, 0.9, 1.0)]
+    assert stages == [0, 0, 1, 1, 2, 2, 3] and not run.control.should_training_stop
+    assert run.epoch(0.2) == 3 and run.control.should_training_stop  # before the 9 epochs that were planned
     begun = [entry for entry in run.state.log_history if "begins_stage" in entry]
-    assert begun == [{"begins_stage": 1, "epoch": 2, "step": 20}, {"begins_stage": 2, "epoch": 4, "step": 40}]
-    other = Follower([3, 2, 2], stage_accuracy=0.9)
+    assert [(entry["begins_stage"], entry["epoch"], entry["step"]) for entry in begun] == [
+        (1, 2, 20),
+        (2, 4, 40),
+        (3, 6, 60),
+    ]
+    other = Follower([3, 2, 2, 2], stage_accuracy=0.9)
     other.state = run.state
     assert other.curriculum.is_finished(run.state) and other.curriculum.stage_of(3.5) == 1
-    run.state.epoch = 5.0
+    run.state.epoch = 7.0
     assert not other.curriculum.is_finished(run.state)
 
 
 def test_an_evaluation_within_an_epoch_ends_nothing():
     run = Follower([3, 2], stage_accuracy=0.9)
-    run.state.epoch = 0.5
+    run.state.epoch = 1.5
     run.curriculum.on_evaluate(run.args, run.state, run.control, metrics={"eval_answer_accuracy": 1.0})
     assert run.curriculum.begins == [0]
 
