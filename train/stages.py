@@ -201,6 +201,28 @@ def split_by_pictures(images: Sequence[Sequence], share: float, seed: int) -> tu
     return sides
 
 
+def plan_epochs(given: int | list[int], num_stages: int) -> list[int]:
+    """The epochs of every stage, of `epochs_per_stage`.
+
+    Raises:
+        ValueError: there are not as many numbers as stages, or one is below 1.
+    """
+    epochs = [given] if isinstance(given, int) else list(given)
+    if len(epochs) not in (1, num_stages) or min(epochs) < 1:
+        raise ValueError(
+            f"`epochs_per_stage` must be >= 1, one number or one for each of {num_stages} stages, got {given}."
+        )
+    return epochs * num_stages if len(epochs) == 1 else epochs
+
+
+def shown_rows(data: list, eval_data: list | None, arguments: StageArguments, seed: int) -> tuple:
+    """The data as `Trainer` gets them; wrapped where epochs are short or stages show a part."""
+    if arguments.samples_per_epoch is None and arguments.stage_longest is None:
+        return data, eval_data
+    rows = EpochPortions(data, arguments.samples_per_epoch or len(data), seed)
+    return rows, None if eval_data is None else RowsUpTo(eval_data)
+
+
 class AnswerAccuracy:
     """Accuracy where all earlier words are given, for `Trainer`: the functions `reduce` and `average`.
 

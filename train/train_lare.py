@@ -16,12 +16,22 @@
 Stage 0 is not the paper's: it makes the plain model that the others start from, where none is at hand, or the twin without
 latents that a trained model is compared with.
 
+`--curriculum 0 1 2 3 4` (not the paper's either) teaches latents to compute what was written before: in the stages of the
+curriculum the answer loses the first 0, 1, .. steps of its reasoning, and as many refocusing steps take their place
+(`train/lare/curriculum.py`; in stage 0 of the table nothing does, which is a twin). `train/stages.py` says how its stages end.
+
+    python -m train.train_lare --stage 4 --model_path out/words --data_path data/hops/data.jsonl --output_dir out/hops \
+        --curriculum 1 2 3 4 --epochs_per_stage 4 --stage_accuracy 0.98 --eval_share 0.02 --fresh_objective --start_delimiters \
+        --align_loss_weight 0 --image_loss_weight 0
+
 Every argument of `transformers.TrainingArguments` works; a run that was killed goes on with `--resume_from_checkpoint last`.
 The loss terms are in `train/lare/objective.py`; heads and U-Net lie in `training/` beside a checkpoint, never in it.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
 
@@ -29,10 +39,13 @@ from conversion.backbone import parse_overrides
 from conversion.commands import exit_on_error
 from conversion.reading import check_config_file
 from train.config_overrides import load_config
+from train.lare.curriculum import RefocusCurriculumCollator, shorten, start_delimiters
 from train.lare.data import LaReCollator, check_rows, from_reasoning, read_llava
 from train.lare.objective import LaReObjective, LatentLossArguments
+from train.lare.tower_cache import encode_pictures
 from train.own_models import TRUST_HELP
 from train.reasoning_data import read_reasoning
+from train.stages import AnswerAccuracy, Curriculum, RowsUpTo, StageArguments, hold_out, plan_epochs, shown_rows
 from train.training_model import LatentTrainer, TrainingModel, load_objective, run_training
 
 
@@ -75,8 +88,30 @@ class ScriptArguments:
         default="error",
         metadata={"help": "What becomes of longer rows: error, drop (counted) or truncate (at the end)."},
     )
+    curriculum: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "How many steps the reasoning loses, stage by stage; the last number is `num_refocus_steps`."
+        },
+    )
+    epochs_per_stage: list[int] = field(
+        default_factory=lambda: [1], metadata={"help": "Of the curriculum: epochs of all its stages or of each."}
+    )
+    start_delimiters: bool = field(
+        default=False,
+        metadata={
+            "help": "Start `<bot>` and `<eot>` as copies of the token behind which the plain model begins its answer."
+        },
+    )
     fresh_objective: bool = field(
         default=False, metadata={"help": "Start stage 3 or 4 with new heads and a new U-Net."}
+    )
+    cache_image_features: float = field(
+        default=0.0,
+        metadata={
+            "help": "GiB of main memory, of each process, for the features of all pictures, which the frozen vision tower then "
+            "computes once. 0 computes them in every step."
+        },
     )
     dtype: str = field(
         default="float32", metadata={"help": "Of the weights; `--bf16` computes in bfloat16 either way."}
@@ -136,7 +171,60 @@ def read_data(path: str, args: ScriptArguments, drop_incomplete: bool = False):
             )
         return read_llava(path, drop_incomplete)
     samples = read_reasoning(path, data_format, args.split, drop_incomplete)
+    if args.curriculum is not None:
+        return samples  # its collator makes conversations of them, other ones in every stage
     return [from_reasoning(sample, args.direct_answers) for sample in samples]
+
+
+def plan_curriculum(
+    args: ScriptArguments, stage_args: StageArguments, training_args: TrainingArguments, num_refocus_steps: int
+) -> list[int]:
+    """The epochs of every stage of the curriculum; sets those of the training.
+
+    Raises:
+        ValueError: settings of a curriculum without one, one that does not fit the model, the data or the stage, or epochs
+            that it does not have.
+    """
+    if args.curriculum is None:
+        if stage_args != StageArguments() or args.epochs_per_stage != [1]:
+            raise ValueError("`epochs_per_stage` and the settings of stages (`train/stages.py`) need a `curriculum`.")
+        return []
+    stages, has_latents = args.curriculum, STAGES[args.stage].has_latents
+    if not stages or min(stages) < 0 or stages[-1] != max(stages):
+        raise ValueError(f"`curriculum` must be numbers >= 0, the largest at the end, got {stages}.")
+    if has_latents and stages[-1] != num_refocus_steps:
+        raise ValueError(
+            f"`curriculum` must end at `num_refocus_steps` ({num_refocus_steps}), since `generate` takes that many steps, got "
+            f"{stages}."
+        )
+    if (args.data_format or STAGES[args.stage].data_format) == "llava" or args.direct_answers:
+        raise ValueError(
+            "`curriculum` needs reasoning to leave out: give a `data_format` other than llava, and no `direct_answers`."
+        )
+    if training_args.num_train_epochs != 1:
+        raise ValueError(
+            f"With `curriculum`, epochs are given by `epochs_per_stage`; got `num_train_epochs` {training_args.num_train_epochs}."
+        )
+    epochs = plan_epochs(args.epochs_per_stage, len(stages))
+    training_args.num_train_epochs = float(sum(epochs))
+    return epochs
+
+
+def make_collator(processor, args: ScriptArguments) -> LaReCollator | RefocusCurriculumCollator:
+    collator = LaReCollator(processor, args.max_length, args.long_rows)
+    if args.curriculum is None:
+        return collator
+    return RefocusCurriculumCollator(collator, max(1, *args.curriculum), STAGES[args.stage].has_latents)
+
+
+def read_rows(args: ScriptArguments, stage_args: StageArguments, collator, seed: int) -> tuple[list, list | None]:
+    """Checked rows to learn from, and held-out ones where there are any."""
+    if isinstance(collator, RefocusCurriculumCollator):
+        collator.stage = min(args.curriculum)  # where texts are longest
+    data = check_rows(read_data(args.data_path, args, args.drop_incomplete), collator)
+    if stage_args.eval_share:
+        return hold_out(data, stage_args.eval_share, seed)
+    return data, check_rows(read_data(args.eval_data_path, args), collator) if args.eval_data_path else None
 
 
 def freeze(model: nn.Module, stage: Stage) -> None:
@@ -201,7 +289,30 @@ def find_objective(objective: LaReObjective, args: ScriptArguments) -> None:
         )
 
 
-def check_negatives(objective: LaReObjective, data: list, training_args: TrainingArguments) -> None:
+def keep_features(
+    model: nn.Module, objective: LaReObjective, collator, rows: list, args: ScriptArguments, training_args
+) -> None:
+    """Compute the features of all pictures as training would, and let the model look them up.
+
+    Raises:
+        ValueError: the pixels of pictures are needed too, or see `encode_pictures`.
+    """
+    if objective.image_reconstruction is not None:
+        raise ValueError("`cache_image_features` keeps no pixels, which L_image needs: set `image_loss_weight` to 0.")
+    model.model.vision_tower.to(training_args.device)
+    half = torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None
+
+    def context():
+        return nullcontext() if half is None else torch.autocast(training_args.device.type, half)
+
+    of_rows = collator.collate if isinstance(collator, RefocusCurriculumCollator) else collator
+    image_processor = of_rows.processor.image_processor
+    cache = encode_pictures(model, image_processor, rows, args.cache_image_features, context)
+    cache.install(model)
+    objective.cache = of_rows.cache = cache
+
+
+def check_negatives(objective: LaReObjective, data: list, training_args: TrainingArguments, collator) -> None:
     """Raise a `ValueError` where no batch of a run can hold two rows that the alignment could tell apart.
 
     A batch that has none is possible in any run: its rows are left out, and logged as `align_without_negative`.
@@ -214,6 +325,8 @@ def check_negatives(objective: LaReObjective, data: list, training_args: Trainin
             "The alignment loss tells rows of a batch apart, but the global batch holds 1 row: set `global_batch_size` to 2 or "
             "more, or `align_loss_weight` to 0."
         )
+    if isinstance(collator, RefocusCurriculumCollator):
+        data = [shorten(sample, collator.most_steps, collator.most_steps) for sample in data]
     reasonings = {one.reasoning for one in data if one.reasoning}
     pictures = {tuple(image if isinstance(image, str) else id(image) for image in one.images) for one in data}
     if len(reasonings) < 2 and len(pictures) < 2:
@@ -223,7 +336,13 @@ def check_negatives(objective: LaReObjective, data: list, training_args: Trainin
         )
 
 
-def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: TrainingArguments) -> LatentTrainer:
+def main(
+    args: ScriptArguments,
+    loss_args: LatentLossArguments,
+    training_args: TrainingArguments,
+    stage_args: StageArguments | None = None,
+) -> LatentTrainer:
+    stage_args = stage_args or StageArguments()
     set_seed(training_args.seed)
     stage = STAGES[args.stage]
     complete_arguments(args, training_args)
@@ -231,26 +350,40 @@ def main(args: ScriptArguments, loss_args: LatentLossArguments, training_args: T
     processor = AutoProcessor.from_pretrained(args.model_path, trust_remote_code=args.trust_remote_code)
     model = load_model(args)
     check_stage(model, args)
+    epochs = plan_curriculum(args, stage_args, training_args, model.config.num_refocus_steps)
+    stage_args.prepare(training_args, len(epochs), args.eval_data_path is not None)
+    if args.start_delimiters:
+        start_delimiters(model, processor)
     freeze(model, stage)
     objective = LaReObjective(model, processor.image_processor, loss_args, stage.has_latents, args.stage == 2)
     find_objective(objective, args)
-    collator = LaReCollator(processor, args.max_length, args.long_rows)
-    data = check_rows(read_data(args.data_path, args, args.drop_incomplete), collator)
-    eval_data = check_rows(read_data(args.eval_data_path, args), collator) if args.eval_data_path else None
-    check_negatives(objective, data, training_args)
+    collator = make_collator(processor, args)
+    data, eval_data = read_rows(args, stage_args, collator, training_args.seed)
+    check_negatives(objective, data, training_args, collator)
+    if args.cache_image_features:
+        keep_features(model, objective, collator, [*data, *(eval_data or [])], args, training_args)
+    rows, eval_rows = shown_rows(data, eval_data, stage_args, training_args.seed)
+    callbacks = []
+    if args.curriculum is not None:
+        wrapped = tuple(one for one in (rows, eval_rows) if isinstance(one, RowsUpTo))
+        callbacks.append(Curriculum(collator, args.curriculum, epochs, stage_args, wrapped))
+    measure = AnswerAccuracy(processor.tokenizer, model.config.bot_token_id)
     trainer = LatentTrainer(
         model=TrainingModel(model, objective),
         args=training_args,
-        train_dataset=data,
-        eval_dataset=eval_data,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
         data_collator=collator,
         processing_class=processor,
+        callbacks=callbacks,
+        preprocess_logits_for_metrics=measure.reduce,
+        compute_metrics=measure.average,
     )
-    run_training(trainer)
+    run_training(trainer, keeps_log=args.curriculum is not None)
     return trainer
 
 
 if __name__ == "__main__":
     with exit_on_error():
-        parser = HfArgumentParser((ScriptArguments, LatentLossArguments, LaReTrainingArguments))
+        parser = HfArgumentParser((ScriptArguments, LatentLossArguments, LaReTrainingArguments, StageArguments))
         main(*parser.parse_args_into_dataclasses())

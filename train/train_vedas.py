@@ -31,7 +31,7 @@ from train.gradient_dynamics import GradientDynamics
 from train.own_models import TRUST_HELP
 from train.reasoning_data import ReasoningSample, read_reasoning
 from train.replay import ReplayArguments, ReplayObjective
-from train.stages import AnswerAccuracy, EpochPortions, RowsUpTo, StageArguments, hold_out
+from train.stages import AnswerAccuracy, RowsUpTo, StageArguments, hold_out, plan_epochs, shown_rows
 from train.trained_sizes import record_image_sizes
 from train.training_model import (
     LatentTrainer,
@@ -131,7 +131,7 @@ def plan_stages(args: ScriptArguments, training_args: TrainingArguments, num_lat
         )
     if args.rationale_steps is not None and args.rationale_steps < 1:
         raise ValueError(f"`rationale_steps` must be >= 1, got {args.rationale_steps}.")
-    epochs = plan_epochs(args, len(stages))
+    epochs = plan_epochs(args.epochs_per_stage, len(stages))
     if not training_args.num_train_epochs:
         training_args.num_train_epochs = float(sum(epochs))
     if training_args.num_train_epochs <= sum(epochs[:-1]) and training_args.max_steps <= 0:
@@ -140,21 +140,6 @@ def plan_stages(args: ScriptArguments, training_args: TrainingArguments, num_lat
             f"{epochs[0] if len(set(epochs)) == 1 else epochs} epochs."
         )
     return stages
-
-
-def plan_epochs(args: ScriptArguments, num_stages: int) -> list[int]:
-    """The epochs of every stage.
-
-    Raises:
-        ValueError: there are not as many numbers as stages, or one is below 1.
-    """
-    given = args.epochs_per_stage
-    given = [given] if isinstance(given, int) else list(given)
-    if len(given) not in (1, num_stages) or min(given) < 1:
-        raise ValueError(
-            f"`epochs_per_stage` must be >= 1, one number or one for each of {num_stages} stages, got {args.epochs_per_stage}."
-        )
-    return given * num_stages if len(given) == 1 else given
 
 
 def prepare_weights(model, args: ScriptArguments, training_args: TrainingArguments):
@@ -204,14 +189,6 @@ def read_data(args: ScriptArguments, stage_args: StageArguments, seed: int) -> t
     return data, read_reasoning(args.eval_data_path, args.data_format, args.split) if args.eval_data_path else None
 
 
-def shown_rows(data: list, eval_data: list | None, stage_args: StageArguments, seed: int) -> tuple:
-    """The data as `Trainer` gets them; wrapped where epochs are short or stages show a part."""
-    if stage_args.samples_per_epoch is None and stage_args.stage_longest is None:
-        return data, eval_data
-    rows = EpochPortions(data, stage_args.samples_per_epoch or len(data), seed)
-    return rows, None if eval_data is None else RowsUpTo(eval_data)
-
-
 def main(
     args: ScriptArguments,
     replay_args: ReplayArguments,
@@ -244,7 +221,7 @@ def main(
     )
     rows, eval_rows = shown_rows(data, eval_data, stage_args, training_args.seed)
     wrapped = tuple(one for one in (rows, eval_rows) if isinstance(one, RowsUpTo))
-    callbacks = [Curriculum(collator, stages, plan_epochs(args, len(stages)), stage_args, wrapped)]
+    callbacks = [Curriculum(collator, stages, plan_epochs(args.epochs_per_stage, len(stages)), stage_args, wrapped)]
     if args.gradient_dynamics_steps:
         callbacks.append(GradientDynamics(training_args.output_dir, args.gradient_dynamics_steps))
     measure = AnswerAccuracy(processor.tokenizer, model.config.latent_token_id)

@@ -46,6 +46,10 @@ class Conversation:
         """
         return ReasoningSample(self.images, "", [], "", self.origin).load_images()
 
+    def load_image(self, image: str | Image.Image) -> Image.Image:
+        """As `load_images`, of one of them."""
+        return ReasoningSample(self.images, "", [], "", self.origin).load_image(image)
+
     def image_sizes(self) -> list[tuple[int, int]]:
         """(width, height) of the images in pixels, without decoding them.
 
@@ -152,6 +156,11 @@ def key_of(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big", signed=True)
 
 
+def image_key(images: list[Image.Image]) -> int:
+    """A number that stands for what pictures show."""
+    return key_of(b"".join(image.tobytes() for image in images))
+
+
 class RowTooLong(ValueError):
     """A row has more tokens than `max_length`."""
 
@@ -169,6 +178,7 @@ class LaReCollator:
     """
 
     def __init__(self, processor, max_length: int | None = None, long_rows: str = "error"):
+        self.cache = None  # a `TowerCache` of all pictures, which are then not decoded
         if long_rows not in LONG_ROWS:
             raise ValueError(f"`long_rows` must be one of {LONG_ROWS}, got {long_rows!r}.")
         if max_length is not None and max_length < 1:
@@ -179,7 +189,6 @@ class LaReCollator:
         self.long_rows = long_rows
 
     def __call__(self, conversations: list[Conversation]) -> dict[str, Tensor]:
-        images = [conversation.load_images() for conversation in conversations]
         rows = [self.encode(conversation) for conversation in conversations]
         reasoning = [torch.tensor(self.tokens(one.reasoning), dtype=torch.long) for one in conversations]
         pad, one = self.tokenizer.pad_token_id, torch.zeros(1, dtype=torch.long)  # at least a column, of padding
@@ -190,11 +199,27 @@ class LaReCollator:
             "reasoning_ids": pad_sequence([*reasoning, one], batch_first=True, padding_value=pad)[:-1],
             "reasoning_mask": pad_sequence([*map(torch.ones_like, reasoning), one], batch_first=True)[:-1].bool(),
             "reasoning_keys": torch.tensor([key_of(one.reasoning.encode()) for one in conversations]),
-            "image_keys": torch.tensor([key_of(b"".join(image.tobytes() for image in row)) for row in images]),
         }
+        return batch | (self.read_pictures if self.cache is None else self.look_up_pictures)(conversations)
+
+    def read_pictures(self, conversations: list[Conversation]) -> dict[str, Tensor]:
+        images = [conversation.load_images() for conversation in conversations]
+        batch = {"image_keys": torch.tensor([image_key(row) for row in images])}
         flat = [image for row in images for image in row]
         if flat:
             batch["pixel_values"] = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]
+        return batch
+
+    def look_up_pictures(self, conversations: list[Conversation]) -> dict[str, Tensor]:
+        """The numbers of the pictures in the cache, and pixels that are zero."""
+        numbers = [self.cache.find(conversation.images) for conversation in conversations]
+        keys = [[self.cache.keys[number] for number in row] for row in numbers]
+        batch = {"image_keys": torch.tensor([key_of(repr(row).encode()) for row in keys])}
+        flat = [number for row in numbers for number in row]
+        if flat:
+            batch["image_numbers"] = torch.tensor(flat)
+            size = self.processor.image_size
+            batch["pixel_values"] = torch.zeros(len(flat), 1, 1, 1).expand(-1, 3, size, size)
         return batch
 
     def tokens(self, text: str, add_special_tokens: bool = False) -> list[int]:

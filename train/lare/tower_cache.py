@@ -1,0 +1,118 @@
+"""Features of LaRe's vision tower, computed once: a picture that is asked about many times is decoded and encoded once.
+
+The tower is frozen in all stages, but the projector learns: what is kept are the features that the projector reads. A batch
+holds the numbers of its pictures beside pixels that are all zero and take no memory. Losses and gradients stay what they were.
+`train/feature_cache.py` does the same for models on a Qwen-VL backbone.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from train.lare.data import Conversation, image_key
+from train.reasoning_data import ReasoningSample
+
+
+BATCH = 32  # pictures that are encoded together
+
+
+class TowerCache:
+    """The features of pictures.
+
+    Args:
+        names: what tells pictures apart: paths, or the numbers of objects in memory (`name_of`).
+        features: (pictures, tokens, size), on the CPU.
+        keys: by picture, equal where pictures are.
+    """
+
+    def __init__(self, names: Iterable, features: Tensor, keys: list[int]):
+        self.numbers = {name: number for number, name in enumerate(names)}
+        self.features, self.keys = features, keys
+        self._shown: Tensor | None = None
+
+    @staticmethod
+    def name_of(image):
+        return image if isinstance(image, str) else id(image)
+
+    def find(self, images: list) -> list[int]:
+        """The numbers of pictures."""
+        return [self.numbers[self.name_of(image)] for image in images]
+
+    @contextmanager
+    def showing(self, numbers: Tensor | None) -> Iterator[None]:
+        """Let a forward see the pictures of these numbers, in place of its pixels; None: its pixels."""
+        self._shown = numbers
+        try:
+            yield
+        finally:
+            self._shown = None
+
+    def install(self, model: nn.Module) -> None:
+        """Let a model look features up."""
+        encode = model.model.get_image_features
+
+        def look_up(pixel_values: Tensor, **kwargs):
+            if self._shown is None:
+                return encode(pixel_values, **kwargs)
+            features = self.features[self._shown.cpu()].to(pixel_values)
+            return BaseModelOutputWithPooling(pooler_output=list(model.model.multi_modal_projector(features)))
+
+        model.model.get_image_features = look_up
+
+
+@contextmanager
+def without_projector(model: nn.Module) -> Iterator[None]:
+    projector, model.model.multi_modal_projector = model.model.multi_modal_projector, nn.Identity()
+    try:
+        yield
+    finally:
+        model.model.multi_modal_projector = projector
+
+
+@torch.no_grad()
+def encode_pictures(
+    model: nn.Module,
+    image_processor,
+    rows: Iterable[Conversation | ReasoningSample],
+    limit_gib: float,
+    context: Callable,
+) -> TowerCache:
+    """Compute the features of all pictures of rows.
+
+    Args:
+        limit_gib: memory that the features may take, in GiB.
+        context: makes the context in which training computes (autocast).
+
+    Raises:
+        ValueError: there is no picture, the tower drops some of its attention, or the features take more memory.
+    """
+    owners = {TowerCache.name_of(image): (row, number) for row in rows for number, image in enumerate(row.images)}
+    if not owners:
+        raise ValueError("There is no picture whose features could be kept.")
+    if getattr(model.config.vision_config, "attention_dropout", 0):
+        raise ValueError("Features cannot be kept of a vision tower with attention dropout.")
+    pictures, features, keys, start = list(owners.values()), [], [], perf_counter()
+    tower = next(model.model.vision_tower.parameters())
+    for first in tqdm(range(0, len(pictures), BATCH), desc="encoding pictures", leave=False):
+        images = [row.load_image(row.images[number]) for row, number in pictures[first : first + BATCH]]
+        keys += [image_key([image]) for image in images]
+        pixels = image_processor(images, return_tensors="pt")["pixel_values"].to(tower)
+        with without_projector(model), context():
+            found = torch.stack(list(model.model.get_image_features(pixels, return_dict=True).pooler_output)).cpu()
+        needed = len(pictures) * found[0].nbytes
+        if needed > limit_gib * 2**30:
+            raise ValueError(
+                f"The features of {len(pictures)} pictures take {needed / 2**30:.3g} GiB, but `cache_image_features` is "
+                f"{limit_gib:g}."
+            )
+        features.append(found)
+    seconds = perf_counter() - start
+    print(
+        f"Kept the features of {len(pictures)} pictures: {needed / 2**20:.1f} MiB, {seconds:.0f} seconds.", flush=True
+    )
+    return TowerCache(owners, torch.cat(features), keys)
