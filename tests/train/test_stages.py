@@ -126,6 +126,7 @@ def test_an_evaluation_within_an_epoch_ends_nothing():
 @pytest.mark.parametrize("settings", [{}, {"stage_accuracy": 0.9}], ids=["epochs", "accuracy"])
 def test_the_rate_falls_in_the_last_stage_alone(settings):
     run = Follower([2, 4], decay_last_stage=True, **settings)
+    assert run.curriculum.scale_rate(15) == 1  # of the first stage, when it is not known how long it lasts
     run.epoch(0.95 if settings else 0)
     if not settings:
         run.epoch(0)
