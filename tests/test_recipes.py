@@ -42,12 +42,12 @@ def test_commands_are_what_the_scripts_take(name, tmp_path):
     assert Path(commands[-1][0]).parent == tmp_path / trained
     assert (
         sum(parses(command) for _, command in commands)
-        == {"deeplatent": 3, "deeplatent_serial": 3, "lare": 5, "lare_blind": 5, "vedas": 2}[name]
+        == {"deeplatent": 3, "lare": 5, "lare_blind": 5, "vedas": 2}[name]
     )
     commands = build(tmp_path, "search_color", 1.0)
     assert (
         sum(parses(command) for _, command in commands)
-        == {"deeplatent": 3, "deeplatent_serial": 3, "lare": 5, "lare_blind": 5, "vedas": 2}[name]
+        == {"deeplatent": 3, "lare": 5, "lare_blind": 5, "vedas": 2}[name]
     )
     made = [made for made, _ in commands]
     read = {word for _, command in commands for word in command.split() if word.endswith("data.jsonl")}

@@ -4,7 +4,6 @@
     python -m train.recipes vedas --output out/small
     python -m train.recipes lare --output out/small
     python -m train.recipes lare_blind --output out/small                  # whose answers know the picture through latents alone
-    python -m train.recipes deeplatent_serial --task hops --output out/hops       # a latent block for every move
     python -m train.recipes deeplatent --task search_color --output out/search   # less to learn: minutes on a CPU
 
 A recipe is a list of the commands that the README documents; they are printed as they run. What is there already is not
@@ -34,7 +33,6 @@ from train.evaluation.evaluation import evaluate_rows
 from train.evaluation.report import describe
 from train.evaluation.rows import read_evaluation
 from train.hardware import hardware
-from train.serial_deeplatent import deeplatent_serial
 from train.tasks import check_task
 from train.tasks.families import family_of, tasks_of
 
@@ -260,7 +258,6 @@ def deeplatent(output: Path, task: str, scale: float, language: str = "small") -
 # What builds the commands, and the folder with the trained model.
 RECIPES = {
     "deeplatent": (deeplatent, "rl"),
-    "deeplatent_serial": (deeplatent_serial, "sft2"),
     "lare": (lare, "lare-stage4"),
     "lare_blind": (lare_blind, "lare-blind-stage4"),
     "vedas": (vedas, "vedas-trained"),

@@ -215,12 +215,23 @@ def plan_epochs(given: int | list[int], num_stages: int) -> list[int]:
     return epochs * num_stages if len(epochs) == 1 else epochs
 
 
-def shown_rows(data: list, eval_data: list | None, arguments: StageArguments, seed: int) -> tuple:
-    """The data as `Trainer` gets them; wrapped where epochs are short or stages show a part."""
+def shown_rows(
+    data: Sequence,
+    eval_data: Sequence | None,
+    arguments: StageArguments,
+    seed: int,
+    lengths: Sequence[int] | None = None,
+    eval_lengths: Sequence[int] | None = None,
+) -> tuple:
+    """The data as `Trainer` gets them; wrapped where epochs are short or stages show a part.
+
+    Args:
+        lengths, eval_lengths: steps of every row; by default those of its `steps`.
+    """
     if arguments.samples_per_epoch is None and arguments.stage_longest is None:
         return data, eval_data
-    rows = EpochPortions(data, arguments.samples_per_epoch or len(data), seed)
-    return rows, None if eval_data is None else RowsUpTo(eval_data)
+    rows = EpochPortions(data, arguments.samples_per_epoch or len(data), seed, lengths)
+    return rows, None if eval_data is None else RowsUpTo(eval_data, eval_lengths)
 
 
 class AnswerAccuracy:

@@ -17,7 +17,15 @@ from train.deeplatent.kept_features import keep_features
 from train.deeplatent.teacher_states import TeacherCache, choose_layers, make_fingerprint
 from train.deeplatent.trajectories import CHAINS_OF_THOUGHT, WITHOUT_PICTURES, Trajectories, picture_items
 from train.own_models import TRUST_HELP, check_model_type
-from train.stages import AnswerAccuracy, Curriculum, EpochPortions, RowsUpTo, StageArguments, split_by_pictures
+from train.stages import (
+    AnswerAccuracy,
+    Curriculum,
+    RowsUpTo,
+    StageArguments,
+    plan_epochs,
+    shown_rows,
+    split_by_pictures,
+)
 from train.trained_sizes import record_image_sizes
 from train.training_model import LatentTrainer, TrainingModel, run_training
 
@@ -243,11 +251,7 @@ def plan_stages(
         raise ValueError(
             f"`stages` leave texts out of interleaved answers: leave `chain_of_thought` ({chain_of_thought}) out."
         )
-    if len(given) not in (1, len(stages)) or min(given) < 1:
-        raise ValueError(
-            f"`epochs_per_stage` must be >= 1, one number or one for each of {len(stages)} stages, got {given}."
-        )
-    epochs = given * len(stages) if len(given) == 1 else given
+    epochs = plan_epochs(given, len(stages))
     if training_args.num_train_epochs not in (1, sum(epochs)):
         raise ValueError(
             f"`num_train_epochs` ({training_args.num_train_epochs:g}) is not what `stages` take ({sum(epochs)}): leave it out."
@@ -268,10 +272,7 @@ def split_data(data: Trajectories, eval_data: Trajectories | None, stage_args: S
         sides = split_by_pictures(images, stage_args.eval_share, seed)
         rows, eval_data = (Subset(data, side) for side in sides)
         lengths, eval_lengths = ([data.num_steps[number] for number in side] for side in sides)
-    if stage_args.samples_per_epoch is None and stage_args.stage_longest is None:
-        return rows, eval_data
-    rows = EpochPortions(rows, stage_args.samples_per_epoch or len(rows), seed, lengths)
-    return rows, None if eval_data is None else RowsUpTo(eval_data, eval_lengths)
+    return shown_rows(rows, eval_data, stage_args, seed, lengths, eval_lengths)
 
 
 def make_callbacks(args: SftArguments, stage_args: StageArguments, epochs: list[int], collator, *data) -> list:
