@@ -197,12 +197,11 @@ def test_where_latents_look(found):
 def test_windows_and_attention_by_hand():
     unit = Unit("1", ((0, None),), 1)
     lare = LatentStep(
-        0, 0, 0, (1, 3), torch.zeros(3, 2), [(4, 4)], windows=[(0, 0, 0, 2, 2), (0, 2, 2, 2, 2), (1, 0, 0, 2, 2)]
+        0, 0, 0, (1, 3), torch.zeros(3, 2), [(4, 4)], windows=[(0, 0, 0, 2, 2), (0, 0, 2, 2, 2), (1, 0, 0, 2, 2)]
     )
     look = maps_of(lare, unit)["windows"]
-    assert look.field.sum() == pytest.approx(2 / 3) and look.field[0, 0] == pytest.approx(
-        1 / 12
-    )  # a third lies elsewhere
+    assert look.field.sum() == pytest.approx(2 / 3)  # a third lies on another picture
+    assert look.field[0, 0] == look.field[1, 2] == pytest.approx(1 / 12) and not look.field[2].any()
     region = torch.zeros(4, 4)
     region[1, 1] = 1
     # One of two windows has the tile; of 9 places where a window of 2 x 2 can be, 4 have it.
@@ -227,9 +226,19 @@ def test_shares_stand_beside_two_chances():
     field[:, 0] = 0.25
     for number, item in enumerate(subject.items):
         item.boxes = [(0, 0, 4, 4) if number % 2 else (8, 8, 12, 12)] * 4
+
+    def tile_of(number: int) -> torch.Tensor:
+        tile = torch.zeros(4, 4)
+        tile[(0, 0) if number % 2 else (2, 2)] = 1
+        return tile
+
     looks = [Look(number, field, []) for number in ways]
     row = describe(subject, ways, looks, 1)
     assert row["share"] == 0.125 and row["area"] == 1 / 16 and row["other items' tiles"] == pytest.approx(0.125)
+    # Each looks at its own tile, which 7 of 15 others share.
+    seeing = [Look(number, tile_of(number), []) for number in ways]
+    row = describe(subject, ways, seeing, 1)
+    assert row["share"] == 1 and row["other items' tiles"] == pytest.approx(7 / 15)
     assert "touching" not in row and describe(subject, ways, looks[:1], 1) is None
     assert describe(subject, ways, looks, 4)["items"] == 4 and describe(subject, ways, looks, 0) is None
 
