@@ -172,7 +172,7 @@ def test_the_comparison_asks_every_arm_and_trains_missing_twins(tmp_path, monkey
     assert "| lare | as trained | 100.0 (10.0 to 90.0) | 100.0 (10.0 to 90.0) | 9.0 | 8.0 | - | - |" in table
     assert "| 9.0 | 8.0 | +0.0 (+0.0 to +0.0) | +25.0 (+0.0 to +75.0) |" in table  # direct: color, jigsaw
     assert "| lare | swap (2 rows left out: no donor) |" in table
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="has no trained vedas"):
         comparison.main(["--run", str(tmp_path), "--models", "vedas"])
     with pytest.raises(ValueError, match="holds no recipe.json"):
         comparison.main(["--run", str(tmp_path / "val")])

@@ -347,7 +347,7 @@ def test_config_fields_are_held_to_the_config_before_anything_is_asked(
     ("settings", "message"),
     [
         ({"latents": "no"}, "`latents` must be on or off, got 'no'"),
-        ({"latent_intervention": "blur"}, "`latent_intervention` must be one of .*got 'blur'"),
+        ({"latent_intervention": "blur"}, "`latent_intervention` must be a callable or one of .*got 'blur'"),
         ({"latents": "off", "latent_intervention": "zero"}, "leaves none to change"),
         ({"latent_intervention": "swap", "donors": "near"}, "`donors` must be one of .*got 'near'"),
         (

@@ -25,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import conversion.known_answers
 import modeling_latentvlm  # noqa: F401 (registers the models)
 import processing_latentvlm  # noqa: F401
+from configuration_latentvlm import transformers_contract
 from configuration_latentvlm.transformers_api import CACHE
 from conversion import check
 from modeling_latentvlm import answered_model
@@ -486,13 +487,13 @@ def test_a_checkpoint_is_checked_when_loaded_under_an_untested_version(lare_fold
     weights["refocus.out_proj.weight"] = weights["refocus.out_proj.weight"].flip(0).contiguous()
     save_file(weights, lare_folder / "model.safetensors", {"format": "pt"})
     load(lare_folder)  # tested: no check
-    monkeypatch.setattr(transformers, "__version__", "5.99.0")
+    monkeypatch.setattr(transformers_contract.transformers, "__version__", "5.99.0")
     with pytest.raises(RuntimeError, match=r"NOT as recorded[^$]*DIFFERS[^$]*LATENTVLM_CHECK=0"):
         load(lare_folder)
     load(CHECKPOINTS / "lare")
     monkeypatch.setenv("LATENTVLM_CHECK", "0")
     load(lare_folder)
-    monkeypatch.setattr(transformers, "__version__", "5.23.0")
+    monkeypatch.setattr(transformers_contract.transformers, "__version__", "5.23.0")
     monkeypatch.setenv("LATENTVLM_CHECK", "1")
     with pytest.raises(RuntimeError, match="NOT as recorded"):
         load(lare_folder)

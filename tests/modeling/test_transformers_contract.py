@@ -227,10 +227,10 @@ def test_what_is_as_declared_passes():
 
 
 def test_an_older_version_is_refused_and_a_newer_one_told_once(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "5.16.9")
+    monkeypatch.setattr(transformers_contract.transformers, "__version__", "5.16.9")
     with pytest.raises(ImportError, match=r"5\.16\.9 is installed.*pip install"):
         check_contract.__wrapped__("configuration")
-    monkeypatch.setattr(transformers, "__version__", "5.25.0.dev0")
+    monkeypatch.setattr(transformers_contract.transformers, "__version__", "5.25.0.dev0")
     transformers_contract.warn_untested.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -238,7 +238,7 @@ def test_an_older_version_is_refused_and_a_newer_one_told_once(monkeypatch):
             check_contract.__wrapped__("configuration")
     assert len(caught) == 1 and "not including, 5.25; 5.25.0.dev0 is installed" in str(caught[0].message)
     assert transformers_contract.is_untested()
-    monkeypatch.setattr(transformers, "__version__", "5.24.9")
+    monkeypatch.setattr(transformers_contract.transformers, "__version__", "5.24.9")
     assert not transformers_contract.is_untested()
 
 
