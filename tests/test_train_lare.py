@@ -124,7 +124,7 @@ def chain_of(bases, run, data, tmp_path_factory):
     def make(kind: str) -> dict:
         folder, model_path, done = tmp_path_factory.mktemp(kind), bases[kind], {}
         for stage in (1, 2, 3, 4):
-            options = {"learning_rate": 1e-2, "warmup_steps": 0}
+            options = {"learning_rate": 1e-2, "warmup_steps": 0, "seed": 1}
             if stage == 4:
                 options |= {"eval_strategy": "steps", "eval_steps": 1, "eval_data_path": data["steps"]}
             output = folder / f"stage-{stage}"
@@ -167,7 +167,7 @@ def test_every_stage_moves_exactly_its_own(chain):
         assert state.keys() == trainer.before.keys() and bool(modules) == (stage > 1)
         still = {name for name in modules if torch.equal(trainer.before[name], state[name])}
         assert all("norm" in name or "bias" in name for name in still)  # not decayed; one image has no negatives
-        assert len(still) <= 4 and (stage == 3 or not any("alignment" in name for name in still))
+        assert len(still) <= 2 and (stage == 3 or not any("alignment" in name for name in still))
 
 
 def test_the_optimizer_of_stage_two_holds_two_rows_of_the_embedding(chain):
