@@ -16,7 +16,6 @@ import torch
 from transformers import PreTrainedModel, Qwen2_5_VLConfig
 
 from conversion.backbone import Backbone, reference_picture, root_mean_square
-from conversion.commands import exit_on_error
 from conversion.qwen_backbone import VISION, Architecture, convert_backbone, rename_weight, report, run_converter
 from modeling_latentvlm.modeling_deeplatent import NEW_WEIGHTS, DeepLatentForConditionalGeneration
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS, DeepLatentProcessor
@@ -61,5 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main()
+    main()

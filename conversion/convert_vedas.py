@@ -10,7 +10,6 @@ its backbone until it is trained. The output loads with `AutoModel.from_pretrain
 
 from pathlib import Path
 
-from conversion.commands import exit_on_error
 from conversion.qwen_backbone import Architecture, convert_backbone, run_converter
 from conversion.reference_vedas import BACKBONES, convert_reference
 from modeling_latentvlm import VedasForConditionalGeneration
@@ -57,5 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_error():
-        main()
+    main()

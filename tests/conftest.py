@@ -5,9 +5,8 @@ import os
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # set before numpy is loaded: more threads wait for each other on a busy machine
+# Set before numpy is loaded: on a busy machine more threads wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np

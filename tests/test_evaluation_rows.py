@@ -9,7 +9,7 @@ from PIL import Image
 
 from train.evaluation.report import describe, draw_table, summarize, wilson_interval
 from train.evaluation.rows import check_images, read_evaluation
-from train.evaluation.scoring import extract, is_correct, read_answer, truth_form
+from train.evaluation.scoring import extract, read_answer, truth_form
 from train.tasks import generate_sample, write_dataset
 
 
@@ -32,7 +32,7 @@ def test_our_tasks_are_asked_as_they_were_trained(tmp_path):
     }
     assert all(row.answer_format == "choice" and not row.is_lettered for row in rows)
     assert rows[2].load_images()[0].tobytes() == samples[2].image.tobytes()
-    assert all(is_correct(f"It is there.\nThe answer is \\boxed{{{row.answer}}}.", row) for row in rows)
+    assert all(read_answer(f"It is there.\nThe answer is \\boxed{{{row.answer}}}.", row).is_right for row in rows)
 
 
 def test_family_and_task_stand_in_for_each_other(tmp_path):
@@ -76,7 +76,7 @@ def test_images_beside_a_table_and_several_of_them(tmp_path):
     )
     first, second = read_evaluation([path])
     assert first.answer_format == "choice" and first.choices == ("Yes", "No") and not first.is_lettered
-    assert is_correct("Yes, it is.", first) and not is_correct("No, yes.", first)
+    assert read_answer("Yes, it is.", first).is_right and not read_answer("No, yes.", first).is_right
     assert second.answer_format == "number" and len(second.load_images()) == 2
 
 
@@ -206,8 +206,8 @@ def test_where_the_answer_stands(text, expected):
 )
 def test_what_counts_as_right(tmp_path, fields, right, wrong):
     row = one_row(tmp_path, **fields)
-    assert [text for text in right if not is_correct(text, row)] == []
-    assert [text for text in wrong if is_correct(text, row)] == []
+    assert [text for text in right if not read_answer(text, row).is_right] == []
+    assert [text for text in wrong if read_answer(text, row).is_right] == []
 
 
 def test_wilson_intervals():
@@ -309,4 +309,4 @@ def test_what_an_answer_says(tmp_path, fields, text, answer, right, marked, vali
     row = one_row(tmp_path, **fields)
     found = read_answer(text, row, known={"oak", "elm"})
     assert (found.answer, found.is_right, found.is_marked, found.is_valid) == (answer, right, marked, valid)
-    assert found.is_right == is_correct(text, row) and truth_form(row) == read_answer(str(row.answer), row).answer
+    assert truth_form(row) == read_answer(str(row.answer), row).answer

@@ -24,6 +24,31 @@ from train.reasoning_data import ReasoningSample
 BATCH = 16  # pictures that are encoded together
 
 
+def picture_key(image: str | Image.Image):
+    """What tells pictures apart: the path, or the object of one that a sample holds."""
+    return image if isinstance(image, str) else id(image)
+
+
+def check_room(count: int, needed: int, limit_gib: float) -> None:
+    """Raise a `ValueError` where the features of `count` pictures take more than `limit_gib`; `needed` is in bytes."""
+    if needed > limit_gib * 2**30:
+        raise ValueError(
+            f"The features of {count} pictures take {needed / 2**30:.3g} GiB, but `cache_image_features` is {limit_gib:g}."
+        )
+
+
+def check_dropout(model: nn.Module) -> None:
+    """Raise a `ValueError` where the tower drops some of its attention: it would give other features at the next step."""
+    if getattr(model.config.vision_config, "attention_dropout", 0):
+        raise ValueError("Features cannot be kept of a vision tower with attention dropout.")
+
+
+def tell_kept(count: int, needed: int, start: float) -> None:
+    """Say what is kept, and how long that took since `start` (of `perf_counter`)."""
+    seconds = perf_counter() - start
+    print(f"Kept the features of {count} pictures: {needed / 2**20:.1f} MiB, {seconds:.0f} seconds.", flush=True)
+
+
 class FeatureCache:
     """The features of numbered pictures.
 
@@ -36,11 +61,6 @@ class FeatureCache:
     def __init__(self, keys: Iterable, features: list[Tensor], grids: Tensor, merge_size: int):
         self.numbers = {key: number for number, key in enumerate(keys)}
         self.features, self.grids, self.merge_size = features, grids, merge_size
-
-    @staticmethod
-    def key_of(image: str | Image.Image):
-        """What tells pictures apart: the path, or the object of one that a sample holds."""
-        return image if isinstance(image, str) else id(image)
 
     def processor(self, processor) -> "NumberingProcessor":
         return NumberingProcessor(processor, self)
@@ -71,7 +91,7 @@ class NumberingProcessor:
     ) -> dict[str, Tensor]:
         contents = [message["content"] for messages in conversations for message in messages]
         items = [item for content in contents if not isinstance(content, str) for item in content]
-        pictures = [self.cache.key_of(item["image"]) for item in items if item["type"] == "image"]
+        pictures = [picture_key(item["image"]) for item in items if item["type"] == "image"]
         numbers = torch.tensor([self.cache.numbers[key] for key in pictures], dtype=torch.long)
         grids = self.cache.grids[numbers]
         texts = self.whole.apply_chat_template(
@@ -109,8 +129,7 @@ def check_frozen(model: nn.Module) -> None:
     """
     if any(parameter.requires_grad for parameter in model.model.visual.parameters()):
         raise ValueError("Features can be kept of a frozen vision tower only: add `--freeze_vision` (or `--lora`).")
-    if getattr(model.config.vision_config, "attention_dropout", 0):
-        raise ValueError("Features cannot be kept of a vision tower with attention dropout.")
+    check_dropout(model)
 
 
 def count_bytes(model: nn.Module, processor, sizes: Iterable[tuple[int, int]], itemsize: int) -> int:
@@ -140,15 +159,12 @@ def encode_pictures(
         ValueError: the tower trains, or the features take more memory.
     """
     check_frozen(model)
-    owners = {FeatureCache.key_of(image): (sample, image) for sample in samples for image in sample.images}
+    owners = {picture_key(image): (sample, image) for sample in samples for image in sample.images}
     if not owners:
         raise ValueError("There is no picture whose features could be kept.")
     sizes = [sample.read_size(image) for sample, image in owners.values()]
     needed = count_bytes(model, processor, sizes, torch.finfo(model.dtype).bits // 8)
-    if needed > limit_gib * 2**30:
-        raise ValueError(
-            f"The features of {len(owners)} pictures take {needed / 2**30:.3g} GiB, but `cache_image_features` is {limit_gib:g}."
-        )
+    check_room(len(owners), needed, limit_gib)
     start, features, grids = perf_counter(), [], []
     pictures, device = list(owners.values()), next(model.model.visual.parameters()).device
     # A copy: warnings about sizes, which a run says once, are for the batches of others.
@@ -161,8 +177,5 @@ def encode_pictures(
             output = model.model.get_image_features(pixels, grid, return_dict=True)
         features += [one.cpu() for one in output.pooler_output]
         grids.append(inputs["image_grid_thw"])
-    print(
-        f"Kept the features of {len(features)} pictures: {needed / 2**20:.1f} MiB, {perf_counter() - start:.0f} seconds.",
-        flush=True,
-    )
+    tell_kept(len(features), needed, start)
     return FeatureCache(owners, features, torch.cat(grids), processor.image_processor.merge_size)

@@ -300,9 +300,6 @@ class Curriculum(TrainerCallback):
     def number_of(self, epoch: float) -> int:
         return sum(begin <= int(epoch) for begin in self.begins) - 1
 
-    def stage_of(self, epoch: float) -> int:
-        return self.stages[self.number_of(epoch)]
-
     def restore(self, state) -> None:
         """Take the ends of stages that a resumed run had seen from its log."""
         if self.arguments.stage_accuracy is not None:

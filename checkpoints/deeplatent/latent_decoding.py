@@ -8,14 +8,13 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers.modeling_utils import PreTrainedModel
+from torch import Tensor
 from transformers.utils import logging
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .transformers_api import CACHE_NAMES, cache_keyword, one_cache
 from .answered_model import KnownAnswersMixin
 from .backbone_calls import BackboneCallsMixin
+from .pickling import PicklingMixin
 from .prompt_checks import check_ids, check_numbers, check_prompt_mask
 
 
@@ -56,45 +55,10 @@ def check_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
         )
 
 
-RECORDING = (
-    "transformers.utils.output_capturing"  # the module of the hooks by which transformers returns hidden states
-)
-
-
-def remove_recording_hooks(model: nn.Module) -> None:
-    """Take away the hooks that transformers left when a part of `model` returned its hidden states; it installs them again.
-
-    They are local functions, which cannot be pickled.
-    """
-    for module in model.modules():
-        module.__dict__.pop("_output_capturing_hooks_installed", None)
-        for key, hook in list(module._forward_hooks.items()):
-            if getattr(hook, "__module__", None) == RECORDING:
-                del module._forward_hooks[key]
-
-
-def register_recorded_outputs(model: nn.Module) -> None:
-    """Tell transformers what the parts of `model` can record, which it otherwise learns when a model is built."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            # By name of the class in every version, although newer ones also take the model itself as the key.
-            dict.__setitem__(_CAN_RECORD_REGISTRY, str(module.__class__), module._can_record_outputs)
-
-
-class LatentDecodingMixin(BackboneCallsMixin, KnownAnswersMixin):
+class LatentDecodingMixin(BackboneCallsMixin, KnownAnswersMixin, PicklingMixin):
     """For a class that brings `forward(..., latent_context=...)` and lies before `GenerationMixin`."""
 
     _skip_keys_device_placement = list(CACHE_NAMES)  # with a `device_map`, each layer's part stays where the layer is
-
-    def __getstate__(self) -> dict:
-        """For pickle, `torch.save` and `deepcopy`; not while another thread runs the model."""
-        remove_recording_hooks(self)
-        return super().__getstate__()
-
-    def __setstate__(self, state: dict) -> None:
-        """For a model that was pickled, and is opened in a process that has built none."""
-        super().__setstate__(state)
-        register_recorded_outputs(self)
 
     def _input_device(self, inputs: Tensor) -> torch.device:
         """Where inputs belong: offloaded weights lie on `meta` and are fetched to where the caller put the inputs."""

@@ -55,20 +55,16 @@ class QwenInputsMixin:
         """Run the vision tower once and deal its features out to the rows; those of earlier turns come first."""
         merge = self.model.visual.spatial_merge_size
         features, grids = {}, {}
-        for kind, sizes in self._check_vision(vision).items():
-            if kind == "image":
-                token, pixels, encode = (
-                    self.config.image_token_id,
-                    vision["pixel_values"],
-                    self.model.get_image_features,
-                )
-            else:
-                token, pixels = self.config.video_token_id, vision["pixel_values_videos"]
-                encode = self.model.get_video_features
-            device = self._input_device(pixels)
-            grid_thw = vision[f"{kind}_grid_thw"].to(device)
-            features[token] = encode(pixels.to(device), grid_thw, return_dict=True).pooler_output
-            grids[token] = [(t, h // merge, w // merge) for t, h, w in sizes]
+        sizes = self._check_vision(vision)
+        for kind, token, pixels, encode in (
+            ("image", self.config.image_token_id, vision["pixel_values"], self.model.get_image_features),
+            ("video", self.config.video_token_id, vision["pixel_values_videos"], self.model.get_video_features),
+        ):
+            if kind in sizes:
+                device = self._input_device(pixels)
+                grid_thw = vision[f"{kind}_grid_thw"].to(device)
+                features[token] = encode(pixels.to(device), grid_thw, return_dict=True).pooler_output
+                grids[token] = [(t, h // merge, w // merge) for t, h, w in sizes[kind]]
         tokens = {self.config.image_token_id: "image", self.config.video_token_id: "video"}
         return collect_row_images(input_ids, tokens, features, grids, earlier or [None] * input_ids.shape[0], seen)
 

@@ -111,7 +111,7 @@ def test_stages_end_by_accuracy_or_after_their_most_epochs():
     ]
     other = Follower([3, 2, 2, 2], stage_accuracy=0.9)
     other.state = run.state
-    assert other.curriculum.is_finished(run.state) and other.curriculum.stage_of(3.5) == 1
+    assert other.curriculum.is_finished(run.state) and other.curriculum.stages[other.curriculum.number_of(3.5)] == 1
     run.state.epoch = 7.0
     assert not other.curriculum.is_finished(run.state)
 

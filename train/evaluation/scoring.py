@@ -90,11 +90,6 @@ ANSWER_FORMATS: dict[str, Callable] = {
 }
 
 
-def is_correct(text: str, row) -> bool:
-    """Whether what was written answers an `EvaluationRow` rightly."""
-    return ANSWER_FORMATS[row.answer_format](*extract(text), row)
-
-
 @dataclass(frozen=True)
 class Reading:
     """What an answer says."""

@@ -14,10 +14,6 @@ from collections import Counter
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import cross_val_predict
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from train.evaluation.report import wilson_interval
 from train.faithfulness.collapse import stack
@@ -25,7 +21,7 @@ from train.faithfulness.items import NotApplicable
 from train.faithfulness.lending import shared_arm
 from train.faithfulness.looked_at import measure_looks
 from train.faithfulness.outcomes import count_pairs
-from train.faithfulness.probe import group_by_pictures, probe, split_folds
+from train.faithfulness.probe import group_by_pictures, probe
 from train.faithfulness.result import Curve, Result
 from train.faithfulness.serial_items import Unit, Way, at_unit, find_units, find_ways, group_by_need
 from train.faithfulness.statistics import mcnemar, share_interval
@@ -125,15 +121,8 @@ def probe_unit(subject: Subject, unit: Unit, labels: dict[int, str], pictures: d
         "low": low,
         "high": high,
         "chance": found["chance"],
-        "shuffled": shuffled(features, target, shown, subject.seed),
+        "shuffled": found["shuffled"],
     }
-
-
-def shuffled(features: np.ndarray, labels: np.ndarray, pictures: np.ndarray, seed: int) -> float:
-    """Held-out accuracy of the same probe where labels are dealt out anew, in the same folds."""
-    dealt = np.random.default_rng(seed).permutation(labels)
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, solver="lbfgs", max_iter=1000))
-    return float((cross_val_predict(model, features, dealt, cv=split_folds(labels, pictures, seed)) == dealt).mean())
 
 
 def judge_probes(rows: list[dict], units: list[Unit]) -> str:

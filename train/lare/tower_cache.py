@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from train.feature_cache import check_dropout, check_room, picture_key, tell_kept
 from train.lare.data import Conversation, image_key
 from train.reasoning_data import ReasoningSample
 
@@ -25,7 +26,7 @@ class TowerCache:
     """The features of pictures.
 
     Args:
-        names: what tells pictures apart: paths, or the numbers of objects in memory (`name_of`).
+        names: what tells pictures apart: paths, or the numbers of objects in memory (`picture_key`).
         features: (pictures, tokens, size), on the CPU.
         keys: by picture, equal where pictures are.
     """
@@ -35,13 +36,9 @@ class TowerCache:
         self.features, self.keys = features, keys
         self._shown: Tensor | None = None
 
-    @staticmethod
-    def name_of(image):
-        return image if isinstance(image, str) else id(image)
-
     def find(self, images: list) -> list[int]:
         """The numbers of pictures."""
-        return [self.numbers[self.name_of(image)] for image in images]
+        return [self.numbers[picture_key(image)] for image in images]
 
     @contextmanager
     def showing(self, numbers: Tensor | None) -> Iterator[None]:
@@ -91,11 +88,10 @@ def encode_pictures(
     Raises:
         ValueError: there is no picture, the tower drops some of its attention, or the features take more memory.
     """
-    owners = {TowerCache.name_of(image): (row, number) for row in rows for number, image in enumerate(row.images)}
+    owners = {picture_key(image): (row, number) for row in rows for number, image in enumerate(row.images)}
     if not owners:
         raise ValueError("There is no picture whose features could be kept.")
-    if getattr(model.config.vision_config, "attention_dropout", 0):
-        raise ValueError("Features cannot be kept of a vision tower with attention dropout.")
+    check_dropout(model)
     pictures, features, keys, start = list(owners.values()), [], [], perf_counter()
     tower = next(model.model.vision_tower.parameters())
     for first in tqdm(range(0, len(pictures), BATCH), desc="encoding pictures", leave=False):
@@ -105,14 +101,7 @@ def encode_pictures(
         with without_projector(model), context():
             found = torch.stack(list(model.model.get_image_features(pixels, return_dict=True).pooler_output)).cpu()
         needed = len(pictures) * found[0].nbytes
-        if needed > limit_gib * 2**30:
-            raise ValueError(
-                f"The features of {len(pictures)} pictures take {needed / 2**30:.3g} GiB, but `cache_image_features` is "
-                f"{limit_gib:g}."
-            )
+        check_room(len(pictures), needed, limit_gib)
         features.append(found)
-    seconds = perf_counter() - start
-    print(
-        f"Kept the features of {len(pictures)} pictures: {needed / 2**20:.1f} MiB, {seconds:.0f} seconds.", flush=True
-    )
+    tell_kept(len(pictures), needed, start)
     return TowerCache(owners, torch.cat(features), keys)
