@@ -67,3 +67,11 @@ def test_commands_have_the_options_that_the_readme_gives(command):
     }
     known = {word.replace("_", "-") for word in re.findall(r"--[\w-]+", help_of(module, stage))}
     assert given <= known
+
+
+def test_the_first_block_prints_what_the_readme_says(capsys, monkeypatch):
+    """As a user who has cloned the repository; float32, so that no machine's rounding decides."""
+    found = re.search(r"```python\n(.*?)```\n\nprints\n\n```\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    exec(compile(found[1].replace('dtype="auto"', 'dtype="float32"'), "README.md", "exec"), {})
+    assert capsys.readouterr().out == found[2]
