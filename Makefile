@@ -69,7 +69,7 @@ style: $(VENV)/.ready
 
 # The code in checkpoints/ anew from the packages; it is committed, and a test holds it to them.
 export: $(VENV)/.ready
-	$(BIN)/python -m train.checkpoints
+	$(BIN)/python -m train.recipes.shipping
 
 # Versions that are in constraints.txt stay as long as setup.cfg allows them; `make lock LOCK=--upgrade` takes the newest.
 lock:

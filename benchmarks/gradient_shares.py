@@ -15,10 +15,10 @@ import torch
 from benchmarks.measuring import Setting
 from benchmarks.models import TINY, deeplatent, qwen_inputs
 from conversion.commands import exit_on_error
-from train.deeplatent_rl.gradients import ApartGradients
-from train.deeplatent_rl.objective import GRPOObjective, ObjectiveArguments
-from train.deeplatent_rl.replay import replay
-from train.deeplatent_rl.rollouts import Prompt, RolloutArguments, Trajectory
+from train.deeplatent.rl.gradients import ApartGradients
+from train.deeplatent.rl.objective import GRPOObjective, ObjectiveArguments
+from train.deeplatent.rl.rescoring import replay
+from train.deeplatent.rl.rollouts import Prompt, RolloutArguments, Trajectory
 
 
 WORDS, GRID, ANSWERS = 24, (4, 4), 8

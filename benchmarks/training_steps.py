@@ -29,12 +29,12 @@ from benchmarks.models import (
 from benchmarks.report import Row
 from benchmarks.sizes import Sizes
 from train.deeplatent.distillation import SftObjective
+from train.deeplatent.rl.objective import GRPOObjective, ObjectiveArguments
+from train.deeplatent.rl.rollouts import Prompt, RolloutArguments, Trajectory
 from train.deeplatent.teacher_states import choose_layers
-from train.deeplatent_rl.objective import GRPOObjective, ObjectiveArguments
-from train.deeplatent_rl.rollouts import Prompt, RolloutArguments, Trajectory
 from train.lare.objective import LaReObjective, LatentLossArguments
-from train.replay import ReplayArguments, ReplayObjective
 from train.train_lare import STAGES, freeze
+from train.vedas.crop_distillation import ReplayArguments, ReplayObjective
 
 
 MEBIBYTE = 2**20

@@ -44,7 +44,7 @@ LEGAL_FILES = ("LICENSE*", "NOTICE*")
 SPECIAL_TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Says what a class or a file is, not what the model computes: the converted checkpoint states its own.
 IDENTITY_FIELDS = ("model_type", "architectures", "transformers_version", "auto_map", "_name_or_path")
-REFERENCE_PHOTO = Path(__file__).resolve().parent.parent / "train" / "photos" / "chelsea.jpg"
+REFERENCE_PHOTO = Path(__file__).resolve().parent.parent / "train" / "data" / "photos" / "chelsea.jpg"
 REFERENCE_SIZE = 448  # pixels
 
 

@@ -39,7 +39,7 @@ from processing_latentvlm.processing_vedas import LATENT_TOKEN
 
 BACKBONES = {"qwen2_5_vl": Qwen2_5_VLConfig, "qwen2_vl": Qwen2VLConfig}  # `model_type` -> config class
 REFERENCE_TOKENS = ("<|start-latent|>", "<|end-latent|>", LATENT_TOKEN)  # the last rows of their vocabulary
-TRAINING_FILE = Path("training") / "objective.safetensors"  # where `train.training_model` looks
+TRAINING_FILE = Path("training") / "objective.safetensors"  # where `train.common.training_model` looks
 TOKEN_SR = {f"tokenSR.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
 PREFIX = re.compile(r"^(?:module\.)?(?:base_causallm\.)?(?:base_model\.model\.)?")
 

@@ -16,8 +16,8 @@ from playwright.sync_api import expect, sync_playwright
 
 from conversion.commands import exit_on_error
 from examples import demo, page
-from examples.looking import NAMES
-from train.checkpoints import CHECKPOINTS
+from examples.demo_common import NAMES
+from train.recipes.shipping import CHECKPOINTS
 
 
 DOCS = Path(__file__).parent

@@ -1,1 +1,1 @@
-"""What models are worth: how answers are read and compared."""
+"""Answers scored, and latents put to the test: accuracy, faithfulness reports, analyses, adapters for other harnesses."""

@@ -13,7 +13,7 @@ from textwrap import shorten
 from transformers.utils import logging
 
 from conversion.commands import exit_on_error
-from examples.looking import (
+from examples.demo_common import (
     KINDS,
     NAMES,
     answer_with_trace,
@@ -26,8 +26,8 @@ from examples.looking import (
     told,
 )
 from processing_latentvlm import draw_trace
-from train.checkpoints import CHECKPOINTS
-from train.tasks import Sample
+from train.data.tasks import Sample
+from train.recipes.shipping import CHECKPOINTS
 
 
 SEED = 2026  # chosen before any checkpoint was trained

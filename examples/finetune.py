@@ -1,6 +1,6 @@
 """Fine-tune a model of any architecture with `transformers.Trainer`; pictures in the assistant's turns become latent blocks.
 
-python -m train.tasks --task all --n 256 --seed 0 --output data/tasks
+python -m train.data.tasks --task all --n 256 --seed 0 --output data/tasks
 python -m examples.finetune MODEL data/tasks/data.jsonl out/finetuned
 
 Models that open no blocks (LaRe, Vedas) take their steps before the answer, and those pictures are left out.
@@ -11,8 +11,9 @@ import argparse
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
 from conversion.commands import exit_on_error
-from train.data import collator_for, question_image_sizes, read_trajectories
-from train.trained_sizes import record_image_sizes
+from train.common.chat_collator import collator_for
+from train.common.trained_sizes import record_image_sizes
+from train.data.chats import question_image_sizes, read_trajectories
 
 
 def finetune(model_path: str, data_path: str, output: str, **arguments) -> Trainer:

@@ -9,8 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
 from conversion.commands import exit_on_error
-from train.data import collator_for, question_image_sizes, read_trajectories
-from train.trained_sizes import record_image_sizes
+from train.common.chat_collator import collator_for
+from train.common.trained_sizes import record_image_sizes
+from train.data.chats import question_image_sizes, read_trajectories
 
 
 # The language model's projections alone. What an architecture adds is new, and trains in full.

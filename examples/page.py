@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from conversion.commands import exit_on_error
-from examples.looking import (
+from examples.demo_common import (
     LONGEST,
     NAMES,
     Look,
@@ -26,7 +26,7 @@ from examples.looking import (
     look,
     told,
 )
-from train.checkpoints import CHECKPOINTS
+from train.recipes.shipping import CHECKPOINTS
 
 
 TITLE = "Where do the latents look?"

@@ -24,8 +24,8 @@ from modeling_latentvlm import DeepLatentForConditionalGeneration, step_decoding
 from modeling_latentvlm.visual_replay import Replay, pick_tokens
 from processing_latentvlm import DeepLatentProcessor
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
-from train.small_backbone import CHAT_TEMPLATE as CHAT_TEMPLATE
-from train.small_backbone import SPECIAL_TOKENS
+from train.data.small_tokenizer import CHAT_TEMPLATE as CHAT_TEMPLATE
+from train.data.small_tokenizer import SPECIAL_TOKENS
 
 
 # The models are tiny: a second thread only waits for the first.

@@ -15,7 +15,7 @@ from conversion.known_answers import record_answers
 from processing_latentvlm import DeepLatentProcessor, VedasProcessor
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
-from train.checkpoints import CONFIGS, write_sums
+from train.recipes.shipping import CONFIGS, write_sums
 
 
 KINDS = ("deeplatent", "lare", "vedas", "plain")
@@ -49,7 +49,7 @@ def save_checkpoint(kind: str, folder: Path, **fields) -> Path:
 
 
 def ship_random(folder: Path) -> Path:
-    """Random models as `train.checkpoints` ships trained ones."""
+    """Random models as `train.recipes.shipping` ships trained ones."""
     for name in CONFIGS:
         save_checkpoint(name, folder / name)
         record_answers(folder / name)

@@ -38,15 +38,15 @@ from transformers import AutoProcessor
 from configuration_latentvlm import DeepLatentConfig, LaReConfig, VedasConfig
 from conversion.checkpoint_io import SourceWeights
 from conversion.commands import exit_on_error
+from evaluation.rows import read_evaluation
 from modeling_latentvlm import LaReForCausalLM
-from train.data import read_trajectories
+from train.data.chats import read_trajectories
+from train.data.reasoning_data import read_reasoning
+from train.data.small_tokenizer import texts_of
+from train.data.tasks import write_dataset
+from train.data.tasks.gallery import write_gallery
 from train.deeplatent.trajectories import Trajectories
-from train.evaluation.rows import read_evaluation
 from train.lare.data import read_llava
-from train.reasoning_data import read_reasoning
-from train.small_backbone import texts_of
-from train.tasks import write_dataset
-from train.tasks.gallery import write_gallery
 
 
 REFUSALS = (ValueError, StrictDataclassError, SystemExit)

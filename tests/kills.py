@@ -23,7 +23,7 @@ from random import Random
 
 RECIPE = "train.recipes {name} --task color --scale 0.004 --output {output}"
 EVALUATE = (
-    "train.evaluate --model {shared}/whole-vedas/vedas-trained --output {output} "
+    "evaluation.evaluate --model {shared}/whole-vedas/vedas-trained --output {output} "
     "--data {shared}/whole-vedas/test/data.jsonl {shared}/whole-vedas/train/data.jsonl {shared}/whole-vedas/even/data.jsonl"
 )
 # Name, command, and how often it is killed. `whole-NAME` is what an uninterrupted run left.
@@ -31,7 +31,7 @@ COMMANDS = {
     "deeplatent": (RECIPE.replace("{name}", "deeplatent"), 10),
     "lare": (RECIPE.replace("{name}", "lare"), 8),
     "vedas": (RECIPE.replace("{name}", "vedas"), 8),
-    "tasks": ("train.tasks --task all --n 400 --image-size 112 --output {output} --force --gallery", 4),
+    "tasks": ("train.data.tasks --task all --n 400 --image-size 112 --output {output} --force --gallery", 4),
     "convert": (
         "conversion.convert_vedas --backbone {shared}/whole-vedas/backbone --output {output} --force --set num_latent_steps=2",
         3,
@@ -42,7 +42,10 @@ COMMANDS = {
         2,
     ),
     "evaluate": (EVALUATE + " --max_new_tokens 48 --batch_size 1", 3),
-    "vision": ("train.vision_pretraining --model {output} --data {shared}/whole-vedas/train/data.jsonl --epochs 2", 2),
+    "vision": (
+        "train.recipes.vision_pretraining --model {output} --data {shared}/whole-vedas/train/data.jsonl --epochs 2",
+        2,
+    ),
 }
 PREPARED = {"vision": "whole-vedas/backbone"}  # what an output folder starts with
 RESUMED = ("deeplatent", "lare", "vedas", "evaluate")  # these go on where they were

@@ -19,7 +19,10 @@ PACKAGES = (
     "examples",
 )
 LIBRARIES = ("transformers", "accelerate", "peft", "trl", "huggingface_hub")
-OTHER_HARNESSES = ("train.adapters.vlmevalkit", "train.adapters.lmms_eval")  # run inside environments of their own
+OTHER_HARNESSES = (
+    "evaluation.harnesses.vlmevalkit",
+    "evaluation.harnesses.lmms_eval",
+)  # run inside environments of their own
 SPECIAL = ("__call__", "__getitem__", "__contains__", "__post_init__")
 WRITTEN_BY_PYTHON = ("_abc_impl",)
 NAMED_TUPLE = {"_asdict", "_fields", "_replace", "_make"}  # public by their documentation

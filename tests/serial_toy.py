@@ -21,10 +21,10 @@ from PIL import Image
 from toy_subject import EOS, GARBAGE, ToyConfig, ToyModel, ToyProcessor
 from transformers import BatchFeature
 
+from evaluation.faithfulness.items import Item
+from evaluation.faithfulness.subject import Subject
+from evaluation.rows import EvaluationRow
 from modeling_latentvlm.trace import LatentStep, LatentTrace
-from train.evaluation.rows import EvaluationRow
-from train.faithfulness.items import Item
-from train.faithfulness.subject import Subject
 
 
 COLORS = ("red", "green", "blue", "yellow", "white", "black", "purple", "cyan")

@@ -15,9 +15,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from processing_latentvlm import DeepLatentProcessor
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
+from train.common.training_model import TrainingModel
 from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.distillation import SftObjective
-from train.training_model import TrainingModel
 
 
 LAYERS = (1, 3)

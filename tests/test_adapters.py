@@ -17,8 +17,8 @@ import torch
 from conftest import picture
 from evaluation_material import save_checkpoint, write_jsonl, write_lmms_task, write_tsv
 
-from train.adapters.answerer import Answerer, as_conversation, cut, generation_settings
-from train.evaluation.rows import read_evaluation
+from evaluation.harnesses.answerer import Answerer, as_conversation, cut, generation_settings
+from evaluation.rows import read_evaluation
 
 
 ROOT = Path(__file__).parent.parent
@@ -106,9 +106,9 @@ def lmms_eval_adapter(monkeypatch):
     for name, values in names.items():
         monkeypatch.setitem(sys.modules, f"lmms_eval.{name}", SimpleNamespace(**values))
     monkeypatch.setitem(sys.modules, "lmms_eval", SimpleNamespace())
-    monkeypatch.delitem(sys.modules, "train.adapters.lmms_eval", raising=False)
-    yield importlib.import_module("train.adapters.lmms_eval")
-    sys.modules.pop("train.adapters.lmms_eval", None)
+    monkeypatch.delitem(sys.modules, "evaluation.harnesses.lmms_eval", raising=False)
+    yield importlib.import_module("evaluation.harnesses.lmms_eval")
+    sys.modules.pop("evaluation.harnesses.lmms_eval", None)
 
 
 def test_processes_of_lmms_eval_share_questions_and_have_a_gpu_each(lmms_eval_adapter, monkeypatch):
@@ -132,7 +132,7 @@ def test_in_vlmevalkit(checkpoint, tmp_path):
     output = harness(
         "LATENTVLM_VLMEVAL_PYTHON",
         *(
-            "train.adapters.vlmevalkit",
+            "evaluation.harnesses.vlmevalkit",
             "--checkpoint",
             f"ours={checkpoint}",
             "--max_new_tokens",
@@ -156,7 +156,7 @@ def test_in_lmms_eval(checkpoint, tmp_path):
     data = write_jsonl(tmp_path / "data")
     output = harness(
         "LATENTVLM_LMMS_EVAL_PYTHON",
-        *("train.adapters.lmms_eval", "--model", "latentvlm", "--model_args", f"pretrained={checkpoint},seed=3"),
+        *("evaluation.harnesses.lmms_eval", "--model", "latentvlm", "--model_args", f"pretrained={checkpoint},seed=3"),
         *("--tasks", "local_questions", "--include_path", write_lmms_task(tmp_path / "tasks", data)),
         *("--batch_size", 3, "--output_path", tmp_path / "out", "--log_samples"),
         HF_HOME=str(tmp_path / "home"),

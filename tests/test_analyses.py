@@ -20,16 +20,16 @@ from test_processing_lare import QWEN_TEMPLATE, exact
 from test_vedas import build as build_vedas
 from transformers import AutoModel, AutoProcessor
 
+from evaluation.analyses import attention, convergence, probing, reconstruction
+from evaluation.analyses.collection import Study, changed_steps, pool_mean_max, prepare_output
+from evaluation.analyses.matched_pairs import KINDS, Questions, choose_questions, pair_up, share_out
 from modeling_latentvlm import LaReForCausalLM
 from processing_latentvlm import DeepLatentProcessor, LaReProcessor, VedasProcessor
 from processing_latentvlm.processing_lare import BOT, EOT, IMAGE, REFOCUS_TOKENS
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
-from train.analyses import attention, convergence, probing, reconstruction
-from train.analyses.collection import Study, changed_steps, pool_mean_max, prepare_output
-from train.analyses.matched_pairs import KINDS, Questions, choose_questions, pair_up, share_out
+from train.common.training_model import save_objective
+from train.data.reasoning_data import read_reasoning
 from train.lare.image_reconstruction import ImageReconstruction, load_vae
-from train.reasoning_data import read_reasoning
-from train.training_model import save_objective
 
 
 WORDINGS = ("what colour?", "which shape is on the left?")

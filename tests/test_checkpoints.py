@@ -10,9 +10,11 @@ from helpers import run_strictly
 from transformers import AutoModel, AutoProcessor
 
 from configuration_latentvlm.hub_code import flat_code
-from train import checkpoints, comparison, recipes
-from train.checkpoints import CHECKPOINTS, LARGEST, read_sums, ship, shipped
-from train.tasks import write_dataset
+from train.data.tasks import write_dataset
+from train.recipes import comparison
+from train.recipes import shipping as checkpoints
+from train.recipes import small_models as recipes
+from train.recipes.shipping import CHECKPOINTS, LARGEST, read_sums, ship, shipped
 
 
 NAMES = sorted(read_sums(CHECKPOINTS))

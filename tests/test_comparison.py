@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from test_recipes import parses
 
-from train import recipes
-from train.comparison import Run, arms_of, twin_commands
+from train.recipes import small_models as recipes
+from train.recipes.comparison import Run, arms_of, twin_commands
 
 
 @pytest.mark.parametrize("model", sorted(recipes.RECIPES))

@@ -17,8 +17,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from conversion.convert_vedas import convert_vedas
 from modeling_latentvlm import VedasForConditionalGeneration
-from train.replay import ReplayArguments, ReplayObjective
-from train.training_model import load_objective
+from train.common.training_model import load_objective
+from train.vedas.crop_distillation import ReplayArguments, ReplayObjective
 
 
 pytestmark = pytest.mark.core

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import picture, user_turn
 
-from train.data import TrajectoryCollator, fit_grid, read_trajectories
+from train.common.chat_collator import TrajectoryCollator
+from train.data.chats import fit_grid, read_trajectories
 from train.lare.data import RefocusingChatCollator
 
 

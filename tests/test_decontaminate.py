@@ -25,16 +25,16 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from train.data.decontamination.arguments import DecontaminationArguments
+from train.data.decontamination.comparison import find_nearest
+from train.data.decontamination.journal import Journal
+from train.data.decontamination.samples import digest_pair, normalize_text, read_samples
+from train.data.decontamination.tower import ImageEmbedder
 from train.decontaminate import decontaminate, main
-from train.decontamination.arguments import DecontaminationArguments
-from train.decontamination.comparison import find_nearest
-from train.decontamination.journal import Journal
-from train.decontamination.samples import digest_pair, normalize_text, read_samples
-from train.decontamination.tower import ImageEmbedder
 
 
 ROOT = Path(__file__).parent.parent
-PHOTOS = ROOT / "train" / "photos"
+PHOTOS = ROOT / "train" / "data" / "photos"
 SIZE = 56  # pixels
 TOWER = {
     "hidden_size": 32,
@@ -297,12 +297,12 @@ def test_conversations_and_arrays(data, tower):
 
 
 def test_arrays_longer_than_a_block(tmp_path, monkeypatch):
-    monkeypatch.setattr("train.decontamination.samples.BLOCK", 7)
+    monkeypatch.setattr("train.data.decontamination.samples.BLOCK", 7)
     path = tmp_path / "train.json"
     records = [ask(n) | {"padding": "x" * n} for n in range(40)]
     path.write_text(json.dumps(records, indent=3) + "\n")
     assert [json.loads(sample.source) for sample in read_samples(path)] == records
-    monkeypatch.setattr("train.decontamination.samples.LARGEST_ITEM", 50)  # no broken array is read to its end
+    monkeypatch.setattr("train.data.decontamination.samples.LARGEST_ITEM", 50)  # no broken array is read to its end
     with pytest.raises(ValueError, match="Item .* is no JSON"):
         list(read_samples(path))
     path.write_text("[ ]")
@@ -416,7 +416,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_outputs(data, tower, uninterr
 
 @pytest.mark.parametrize(
     "module, method, nth",
-    [("train.decontamination.journal", "Journal.transaction", 5), ("os", "replace", 1)],
+    [("train.data.decontamination.journal", "Journal.transaction", 5), ("os", "replace", 1)],
     ids=["batch", "renames"],
 )
 def test_a_killed_process_goes_on_to_the_same_outputs(data, tower, uninterrupted, module, method, nth):

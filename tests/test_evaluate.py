@@ -17,17 +17,18 @@ from transformers.generation import LogitsProcessorList
 from transformers.utils import cached_file
 
 from conversion.writing import locked
-from train.answers import conversation_of, encode_conversations
-from train.evaluate import EvaluationArguments, evaluate
-from train.evaluation import answering, evaluation, loading
-from train.evaluation.answering import ANSWER_PREFIX, AnswerSettings, answer_batch, decoding_of
-from train.evaluation.evaluation import evaluate_rows
-from train.evaluation.loading import hash_model, load_model, load_processor
-from train.evaluation.processes import Processes
-from train.evaluation.report import draw_table, summarize
-from train.evaluation.results import bind
-from train.evaluation.rows import read_evaluation
-from train.evaluation.swapping import Swap, steps_of
+from evaluation import answering, loading
+from evaluation import evaluate_rows as evaluation
+from evaluation.answering import ANSWER_PREFIX, AnswerSettings, answer_batch, decoding_of
+from evaluation.answers import conversation_of, encode_conversations
+from evaluation.evaluate import EvaluationArguments, evaluate
+from evaluation.evaluate_rows import evaluate_rows
+from evaluation.loading import hash_model, load_model, load_processor
+from evaluation.processes import Processes
+from evaluation.report import draw_table, summarize
+from evaluation.results import bind
+from evaluation.rows import read_evaluation
+from evaluation.swapping import Swap, steps_of
 
 
 ROOT = Path(__file__).parent.parent
@@ -541,7 +542,7 @@ def test_two_processes_find_what_one_finds(folders, data, tmp_path):
     settings = AnswerSettings(latent_intervention="noise", **SHORT)
     evaluate(arguments(folders, data, tmp_path / "one"), settings)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"]
-    command += ["train.evaluate", "--model", folders["lare"], "--data", *data, "--output", tmp_path / "two"]
+    command += ["evaluation.evaluate", "--model", folders["lare"], "--data", *data, "--output", tmp_path / "two"]
     command += ["--latent_intervention", "noise", "--max_new_tokens", "8", "--batch_size", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(

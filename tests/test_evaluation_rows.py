@@ -7,10 +7,10 @@ from conftest import picture
 from evaluation_material import write_jsonl, write_tsv
 from PIL import Image
 
-from train.evaluation.report import describe, draw_table, summarize, wilson_interval
-from train.evaluation.rows import check_images, read_evaluation
-from train.evaluation.scoring import extract, read_answer, truth_form
-from train.tasks import generate_sample, write_dataset
+from evaluation.report import describe, draw_table, summarize, wilson_interval
+from evaluation.rows import check_images, read_evaluation
+from evaluation.scoring import extract, read_answer, truth_form
+from train.data.tasks import generate_sample, write_dataset
 
 
 COLORS = ["red", "green", "dark blue"]

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from examples import demo, looking, page
+from evaluation.answering import Answer
+from examples import demo, page
+from examples import demo_common as looking
 from modeling_latentvlm.trace import LatentTrace
-from train.checkpoints import CHECKPOINTS, SUMS, WEIGHTS, write_sums
-from train.evaluation.answering import Answer
-from train.tasks import write_dataset
+from train.data.tasks import write_dataset
+from train.recipes.shipping import CHECKPOINTS, SUMS, WEIGHTS, write_sums
 
 
 TRAINING = {"max_steps": 8, "per_device_train_batch_size": 2, "learning_rate": 3e-3, "use_cpu": True, "seed": 0}

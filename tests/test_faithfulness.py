@@ -22,32 +22,32 @@ from test_analyses import lare_model, lare_processor, write_questions
 from test_vedas import build as build_vedas
 from transformers import AutoModel
 
+from evaluation.faithfulness import __main__ as entry
+from evaluation.faithfulness import architectures, controls
+from evaluation.faithfulness import run as running
+from evaluation.faithfulness.__main__ import build_parser, key_of, main
+from evaluation.faithfulness.architectures import architecture_of
+from evaluation.faithfulness.arms import ARMS, build_arms, calibrate, random_window
+from evaluation.faithfulness.attention import enrichment, grid_box
+from evaluation.faithfulness.audit import audit
+from evaluation.faithfulness.collapse import cosines, mean_cosine, ranks, spectrum
+from evaluation.faithfulness.columns import ANSWER, IMAGE, LATENT, REPLAY, TEXT
+from evaluation.faithfulness.edits import crop, flip, remove, turn_hues
+from evaluation.faithfulness.interventions_report import measure_interventions
+from evaluation.faithfulness.items import Item, NotApplicable, read_items
+from evaluation.faithfulness.lending import Table
+from evaluation.faithfulness.norms import measure_norms
+from evaluation.faithfulness.observation import Observed, observe
+from evaluation.faithfulness.probe import group_by_pictures, measure_probe, probe, split_folds
+from evaluation.faithfulness.replacement import measure_replacement, ranking, replaced, split_units
+from evaluation.faithfulness.result import Result
+from evaluation.faithfulness.slots import measure_slots, shared_lead
+from evaluation.faithfulness.statistics import mean_interval, paired
+from evaluation.faithfulness.subject import CLEAN, Answer, Arm, Subject, compare, without_latents
 from modeling_latentvlm.trace import LatentStep
 from processing_latentvlm import DeepLatentProcessor, VedasProcessor
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
-from train.faithfulness import __main__ as entry
-from train.faithfulness import architectures, controls
-from train.faithfulness import run as running
-from train.faithfulness.__main__ import build_parser, key_of, main
-from train.faithfulness.architectures import architecture_of
-from train.faithfulness.arms import ARMS, build_arms, calibrate, random_window
-from train.faithfulness.attention import enrichment, grid_box
-from train.faithfulness.audit import audit
-from train.faithfulness.collapse import cosines, mean_cosine, ranks, spectrum
-from train.faithfulness.columns import ANSWER, IMAGE, LATENT, REPLAY, TEXT
-from train.faithfulness.edits import crop, flip, remove, turn_hues
-from train.faithfulness.interventions_report import measure_interventions
-from train.faithfulness.items import Item, NotApplicable, read_items
-from train.faithfulness.lending import Table
-from train.faithfulness.norms import measure_norms
-from train.faithfulness.observation import Observed, observe
-from train.faithfulness.probe import group_by_pictures, measure_probe, probe, split_folds
-from train.faithfulness.replacement import measure_replacement, ranking, replaced, split_units
-from train.faithfulness.result import Result
-from train.faithfulness.slots import measure_slots, shared_lead
-from train.faithfulness.statistics import mean_interval, paired
-from train.faithfulness.subject import CLEAN, Answer, Arm, Subject, compare, without_latents
-from train.reasoning_data import ReasoningSample
+from train.data.reasoning_data import ReasoningSample
 
 
 KINDS = ("lare", "vedas", "deeplatent", "autoregressive")
@@ -477,7 +477,7 @@ def test_slots_share_of_gain(makers, data):
     """On a model whose answers are by their arm: half of the gain without latents' content, none without anything."""
     subject = make(makers, "lare", data)
     right = {"with latents": [1, 1, 1, 1], "slots only": [1, 1, 0, 0], "nothing": [0, 0, 0, 0]}
-    from train.faithfulness.slots import compare as compare_slots
+    from evaluation.faithfulness.slots import compare as compare_slots
 
     said = {0: "nothing known", 1: "red"}
     written = {name: [Answer([], said[one], [], "eos") for one in found] for name, found in right.items()}
@@ -635,7 +635,7 @@ def test_finished_diagnostics_follow_code_and_libraries(makers, data, tmp_path, 
 
 
 def test_finished_diagnostics_follow_all_of_train_that_they_call(makers, data, tmp_path, monkeypatch):
-    """But for `small_backbone`, whose models the controls train: those are no diagnostics, and are not kept."""
+    """Except for the tokenizer of the controls, which are no diagnostics, and the reading and writing of files."""
     (tmp_path / "model").mkdir()
     options = build_parser().parse_args(["--model", str(tmp_path / "model"), "--data", str(data), "--output", "-"])
     hashed, file_digest = set(), entry.file_digest
@@ -643,10 +643,18 @@ def test_finished_diagnostics_follow_all_of_train_that_they_call(makers, data, t
     key_of(options, read_items(data, "steps", "train", 4), *makers["lare"]())
     package = Path(entry.__file__).parent
     sources = [path.read_text() for path in package.glob("*.py")]
-    modules = {name for text in sources for name in re.findall(r"^from (train\.\S+) import", text, re.M)}
-    assert {"train.data", "train.analyses.collection", "train.faithfulness.arms"} <= modules
+    modules = {
+        name
+        for text in sources
+        for name in re.findall(r"^from ((?:train|evaluation|conversion)\.\S+) import", text, re.M)
+    }
+    assert {"train.data.chats", "evaluation.analyses.collection", "evaluation.faithfulness.arms"} <= modules
     root = package.parent.parent
-    called = {root / f"{name.replace('.', '/')}.py" for name in modules - {"train.small_backbone"}}
+    called = {
+        root / f"{name.replace('.', '/')}.py"
+        for name in modules
+        - {"train.data.small_tokenizer", "conversion.commands", "conversion.writing", "conversion.reading"}
+    }
     assert called <= hashed
 
 

@@ -13,12 +13,12 @@ from test_vedas import build
 
 from processing_latentvlm import VedasProcessor
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
-from train.curriculum import CurriculumCollator
-from train.gradient_dynamics import GradientDynamics, find_base
-from train.reasoning_data import ReasoningSample
-from train.replay import ReplayArguments, ReplayObjective
+from train.common.gradient_dynamics import GradientDynamics, find_base
+from train.common.training_model import LatentTrainer, TrainingModel
+from train.data.reasoning_data import ReasoningSample
 from train.train_vedas import ScriptArguments, VedasTrainingArguments, prepare_weights
-from train.training_model import LatentTrainer, TrainingModel
+from train.vedas.crop_distillation import ReplayArguments, ReplayObjective
+from train.vedas.curriculum import CurriculumCollator
 
 
 LAYERS = range(3)

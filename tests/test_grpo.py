@@ -17,8 +17,10 @@ from torch.distributions import Categorical, Normal, kl_divergence
 from transformers import AutoModel, HfArgumentParser
 
 from modeling_latentvlm.generation_rules import LatentBlockLimits
-from train.deeplatent_rl import grpo_trainer, rollouts
-from train.deeplatent_rl.actions import (
+from train.common.training_model import TrainingModel
+from train.data.reasoning_data import ReasoningSample
+from train.deeplatent.rl import grpo_trainer, rollouts
+from train.deeplatent.rl.actions import (
     act,
     categorical_divergence,
     clipped_objective,
@@ -29,16 +31,14 @@ from train.deeplatent_rl.actions import (
     log_density_ratio,
     ratio_of,
 )
-from train.deeplatent_rl.grpo_trainer import GRPOTrainer, GRPOTrainingArguments, RepeatedChunks
-from train.deeplatent_rl.objective import GRPOObjective, ObjectiveArguments
-from train.deeplatent_rl.policy import AdapterArguments, check_policy, prepare_policy
-from train.deeplatent_rl.progress import describe_progress
-from train.deeplatent_rl.replay import Words, replay, score_words
-from train.deeplatent_rl.rewards import RewardArguments, WeightedRewards
-from train.deeplatent_rl.rollouts import QuestionCollator, RolloutArguments, roll_out
-from train.reasoning_data import ReasoningSample
+from train.deeplatent.rl.grpo_trainer import GRPOTrainer, GRPOTrainingArguments, RepeatedChunks
+from train.deeplatent.rl.objective import GRPOObjective, ObjectiveArguments
+from train.deeplatent.rl.policy import AdapterArguments, check_policy, prepare_policy
+from train.deeplatent.rl.progress import describe_progress
+from train.deeplatent.rl.rescoring import Words, replay, score_words
+from train.deeplatent.rl.rewards import RewardArguments, WeightedRewards
+from train.deeplatent.rl.rollouts import QuestionCollator, RolloutArguments, roll_out
 from train.train_deeplatent_rl import ARGUMENTS, main
-from train.training_model import TrainingModel
 
 
 ROLLOUT = RolloutArguments(num_generations=3, temperature=0.5, max_new_tokens=9, max_latent_blocks=3)

@@ -13,9 +13,9 @@ from tokenizers import processors
 from conversion.convert_lare import VICUNA_TEMPLATE
 from processing_latentvlm import LaReProcessor
 from processing_latentvlm.processing_lare import REFOCUS_TOKENS
-from train.curriculum import answer_text
+from train.common.stages import answer_text
+from train.data.reasoning_data import ReasoningSample
 from train.lare.data import IGNORED, Conversation, LaReCollator, check_rows, from_reasoning, read_llava
-from train.reasoning_data import ReasoningSample
 
 
 PATCHES = 16  # of a picture of 56 x 56 pixels

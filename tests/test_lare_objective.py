@@ -12,11 +12,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from helpers import assert_near, enable_checkpointing
 from test_lare import ADAPTIVE, BOT, DECODERS, EOT, IMAGE, PAD, build, prompt
 
+from train.common.training_model import StepPart, map_tensors
 from train.lare.alignment import Alignment, find_contrasts, pool, symmetric_info_nce
 from train.lare.image_reconstruction import ImageReconstruction, build_unet, crop_windows, load_vae
 from train.lare.objective import LaReObjective, LatentLossArguments, pooled_images
 from train.lare.text_reconstruction import text_prefix_loss
-from train.training_model import StepPart, map_tensors
 
 
 SCALE = 0.2325

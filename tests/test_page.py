@@ -13,9 +13,10 @@ import pytest
 from conftest import picture
 from evaluation_material import ship_random
 
-from examples import looking, page
-from train.evaluation.answering import Answer
-from train.recipes import IMAGE_SIZE
+from evaluation.answering import Answer
+from examples import demo_common as looking
+from examples import page
+from train.recipes.small_models import IMAGE_SIZE
 
 
 @pytest.fixture(scope="module")

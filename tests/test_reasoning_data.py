@@ -7,7 +7,7 @@ import pytest
 from conftest import picture
 from PIL import Image
 
-from train.reasoning_data import ReasoningSample, read_reasoning, split_steps
+from train.data.reasoning_data import ReasoningSample, read_reasoning, split_steps
 
 
 GOOD = {"image": None, "question": "q", "rationale": ["a", "b"], "answer": "x"}

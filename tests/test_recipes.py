@@ -9,14 +9,16 @@ import torch
 from evaluation_material import save_checkpoint, write_jsonl
 from transformers import HfArgumentParser
 
-from train import ablations, recipes, train_deeplatent_rl, train_lare, train_vedas
+from train import train_deeplatent_rl, train_lare, train_vedas
+from train.common.stages import StageArguments
+from train.data.tasks.families import tasks_of
 from train.deeplatent import sft
-from train.deeplatent_rl.progress import first_and_last_quarter
-from train.hardware import hardware
+from train.deeplatent.rl.progress import first_and_last_quarter
 from train.lare.objective import LatentLossArguments
-from train.replay import ReplayArguments
-from train.stages import StageArguments
-from train.tasks.families import tasks_of
+from train.recipes import ablations
+from train.recipes import small_models as recipes
+from train.recipes.hardware import hardware
+from train.vedas.crop_distillation import ReplayArguments
 
 
 PARSERS = {
@@ -59,7 +61,7 @@ def test_rewards_are_for_questions_that_sft_has_not_shown(task, tmp_path):
     commands = [shlex.split(command) for _, command in recipes.RECIPES["deeplatent"][0](tmp_path, task, 1.0)]
     value = lambda words, flag: words[words.index(flag) + 1]  # noqa: E731
     stages = {value(words, "--stage"): words for words in commands if "--stage" in words}
-    sets = {value(words, "--output"): words for words in commands if words[0] == "train.tasks"}
+    sets = {value(words, "--output"): words for words in commands if words[0] == "train.data.tasks"}
     read = {stage: str(Path(value(words, "--data_path")).parent) for stage, words in stages.items()}
     assert read["sft1"] == read["sft2"] != read["rl"]
     assert value(sets[read["rl"]], "--split") == "train"
@@ -67,7 +69,7 @@ def test_rewards_are_for_questions_that_sft_has_not_shown(task, tmp_path):
     asked, seen = (value(sets[read[stage]], "--task") for stage in ("rl", "sft1"))
     assert ":" not in asked and set(tasks_of(asked)) == set(tasks_of(seen))
     # Towers see as much whatever the task: a pretraining of 18,000 pictures instead of 30,000 cost 20 points.
-    (vision,) = (words for words in commands if words[0] == "train.vision_pretraining")
+    (vision,) = (words for words in commands if words[0] == "train.recipes.vision_pretraining")
     teach = {str(Path(word).parent) for word in vision if word.endswith("data.jsonl")}
     pictures = sum(int(value(sets[folder], "--n")) for folder in teach) * int(value(vision, "--epochs"))
     assert pictures == pytest.approx(recipes.PICTURES_SEEN, rel=0.1)
@@ -178,7 +180,7 @@ def test_a_recipe_runs_from_nothing(name, tmp_path, monkeypatch):
 def test_a_command_is_taken_down_with_what_it_ran_on(tmp_path, monkeypatch):
     monkeypatch.setattr(recipes.subprocess, "run", lambda command, check: None)
     (tmp_path / "there").touch()
-    commands = [(str(tmp_path / "there"), "train.tasks"), (str(tmp_path / "made"), "train.tasks --n 2")]
+    commands = [(str(tmp_path / "there"), "train.data.tasks"), (str(tmp_path / "made"), "train.data.tasks --n 2")]
     recipes.run(commands, tmp_path / "times.jsonl")
     (line,) = map(json.loads, (tmp_path / "times.jsonl").read_text().splitlines())
     assert line["made"] == str(tmp_path / "made") and line["seconds"] >= 0

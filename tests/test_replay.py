@@ -12,9 +12,9 @@ from test_vedas import build
 
 from processing_latentvlm import VedasProcessor
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
-from train.curriculum import CurriculumCollator
-from train.reasoning_data import ReasoningSample
-from train.replay import PREDICTORS, ReplayArguments, ReplayObjective, crop_window, densest_window
+from train.data.reasoning_data import ReasoningSample
+from train.vedas.crop_distillation import PREDICTORS, ReplayArguments, ReplayObjective, crop_window, densest_window
+from train.vedas.curriculum import CurriculumCollator
 
 
 pytestmark = pytest.mark.core

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from train.answers import extract_answer, find_box
-from train.deeplatent_rl import rewards
-from train.deeplatent_rl.judge import JudgeArguments
-from train.deeplatent_rl.rewards import RewardArguments, WeightedRewards, is_right
-from train.evaluation.scoring import extract
-from train.reasoning_data import ReasoningSample
+from evaluation.answers import extract_answer, find_box
+from evaluation.scoring import extract
+from train.data.reasoning_data import ReasoningSample
+from train.deeplatent.rl import rewards
+from train.deeplatent.rl.judge import JudgeArguments
+from train.deeplatent.rl.rewards import RewardArguments, WeightedRewards, is_right
 
 
 def written(text: str, answer: str = "red", line: int = 1, latents: int = 0) -> SimpleNamespace:

@@ -8,11 +8,12 @@ import torch
 from transformers import AutoImageProcessor, Qwen2_5_VLForConditionalGeneration
 
 from conversion.convert_vedas import convert_vedas
-from train.lare.small import write_small
-from train.small_backbone import texts_of, train_tokenizer, write_backbone
-from train.tasks import generate_sample, write_dataset
-from train.tasks.shapes import COLORS, DIGITS, GRID, MORE_COLORS, SHAPES
-from train.vision_pretraining import NAMES, CellFeatures, cell_labels, place_labels, pretrain, read_scenes
+from train.data.small_tokenizer import texts_of, train_tokenizer
+from train.data.tasks import generate_sample, write_dataset
+from train.data.tasks.shapes import COLORS, DIGITS, GRID, MORE_COLORS, SHAPES
+from train.recipes.small_backbone import write_backbone
+from train.recipes.small_clip import write_small
+from train.recipes.vision_pretraining import NAMES, CellFeatures, cell_labels, place_labels, pretrain, read_scenes
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageChops, ImageStat
 
-from train.small_backbone import texts_of, write_backbone
-from train.tasks import (
+from train.data.small_tokenizer import texts_of
+from train.data.tasks import (
     FAMILIES,
     LEVELS,
     SEARCH,
@@ -22,19 +22,20 @@ from train.tasks import (
     generate_sample,
     write_dataset,
 )
-from train.tasks.__main__ import main
-from train.tasks.arrows import DIRECTIONS
-from train.tasks.balance import main as balance
-from train.tasks.balance import make_rows, measure
-from train.tasks.chart import TICKS, VALUES
-from train.tasks.families import PRETRAINING, tasks_of
-from train.tasks.gallery import write_gallery
-from train.tasks.layout import split_of
-from train.tasks.maze import FLOOR, LENGTHS, MOVES, START, WALL, find_ways, moves_of
-from train.tasks.relation import SIDES
-from train.tasks.sample import crop_step
-from train.tasks.shapes import COLORS, QUADRANTS, SHAPES, Thing, draw_thing
-from train.vision_pretraining import NAMES, cell_labels, pretrain, read_scenes
+from train.data.tasks.__main__ import main
+from train.data.tasks.arrows import DIRECTIONS
+from train.data.tasks.balance import main as balance
+from train.data.tasks.balance import make_rows, measure
+from train.data.tasks.chart import TICKS, VALUES
+from train.data.tasks.families import PRETRAINING, tasks_of
+from train.data.tasks.gallery import write_gallery
+from train.data.tasks.layout import split_of
+from train.data.tasks.maze import FLOOR, LENGTHS, MOVES, START, WALL, find_ways, moves_of
+from train.data.tasks.relation import SIDES
+from train.data.tasks.sample import crop_step
+from train.data.tasks.shapes import COLORS, QUADRANTS, SHAPES, Thing, draw_thing
+from train.recipes.small_backbone import write_backbone
+from train.recipes.vision_pretraining import NAMES, cell_labels, pretrain, read_scenes
 
 
 NEW = [task for family, tasks in FAMILIES.items() if family != "shapes" for task in tasks]

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageChops, ImageStat
 
-from train import tasks
-from train.tasks import FAMILIES, SPLITS, TASKS, generate_sample, write_dataset
-from train.tasks.__main__ import main
-from train.tasks.photos import PHOTO_FOLDER, PHOTOS
-from train.tasks.shapes import COLORS, DIGITS, SHAPES, Thing, draw_thing
+from train.data import tasks
+from train.data.tasks import FAMILIES, SPLITS, TASKS, generate_sample, write_dataset
+from train.data.tasks.__main__ import main
+from train.data.tasks.photos import PHOTO_FOLDER, PHOTOS
+from train.data.tasks.shapes import COLORS, DIGITS, SHAPES, Thing, draw_thing
 
 
 ROOT = Path(__file__).parent.parent
@@ -39,7 +39,7 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 
 def run_cli(*arguments: str, hash_seed: str = "0") -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "train.tasks", *arguments],
+        [sys.executable, "-m", "train.data.tasks", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONHASHSEED": hash_seed},
         capture_output=True,
@@ -125,7 +125,7 @@ def test_splits_share_no_image_and_no_photo(monkeypatch):
     load_photo = tasks.photos.load_photo
     for split in SPLITS:
         monkeypatch.setattr(
-            "train.tasks.photos.load_photo", lambda name, split=split: opened[split].add(name) or load_photo(name)
+            "train.data.tasks.photos.load_photo", lambda name, split=split: opened[split].add(name) or load_photo(name)
         )
         for index in range(40):
             pictures[split] |= fingerprints(generate_sample("shapes", 0, index, split, image_size=112))
@@ -266,7 +266,7 @@ def test_messages_interleave_text_and_crops():
 @each_task
 def test_no_answer_is_known_without_the_image(task, monkeypatch):
     """Neither a constant nor the majority answer of the same question, learned on other samples, beats chance."""
-    monkeypatch.setattr("train.tasks.shapes.draw_thing", lambda *_: None)  # pixels do not matter here, time does
+    monkeypatch.setattr("train.data.tasks.shapes.draw_thing", lambda *_: None)  # pixels do not matter here, time does
     seen, held_out = ([generate_sample(task, seed, index, image_size=112) for index in range(300)] for seed in (0, 1))
     chance = 1 / len(seen[0].choices)
     counts = Counter(sample.answer for sample in held_out)

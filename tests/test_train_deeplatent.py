@@ -16,17 +16,19 @@ from helpers import CHECKPOINTING, assert_near, enable_checkpointing
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
+from conversion.config_overrides import load_config
 from conversion.convert_deeplatent import convert_deeplatent
 from modeling_latentvlm.latent_former import RowImages
-from train import cache_teacher_states, train_deeplatent, training_model
-from train.config_overrides import load_config
+from train import cache_teacher_states, train_deeplatent
+from train.common import training_model
+from train.common.training_model import LatentTrainer
+from train.data.small_tokenizer import texts_of
+from train.data.tasks import write_dataset
 from train.deeplatent import sft
 from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.distillation import SftObjective, align_loss
 from train.deeplatent.sft import PARSER, SftTrainingArguments
-from train.small_backbone import texts_of, write_backbone
-from train.tasks import write_dataset
-from train.training_model import LatentTrainer
+from train.recipes.small_backbone import write_backbone
 
 
 ROOT = Path(__file__).parents[1]

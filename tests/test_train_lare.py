@@ -22,13 +22,13 @@ from transformers import AutoModel, AutoProcessor, HfArgumentParser
 from conversion.convert_lare import convert_lare
 from modeling_latentvlm import LaReForCausalLM
 from train import train_lare
+from train.common.training_model import LatentTrainer, last_complete_checkpoint
+from train.data.small_tokenizer import texts_of
+from train.data.tasks import write_dataset
 from train.lare.data import LaReCollator, read_llava
 from train.lare.objective import LaReObjective, LatentLossArguments
-from train.lare.small import write_small
-from train.small_backbone import texts_of
-from train.tasks import write_dataset
+from train.recipes.small_clip import write_small
 from train.train_lare import LaReTrainingArguments, ScriptArguments, complete_arguments
-from train.training_model import LatentTrainer, last_complete_checkpoint
 
 
 OBJECTIVE = "training/objective.safetensors"

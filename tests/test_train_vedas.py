@@ -20,15 +20,17 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from conversion.convert_vedas import convert_vedas
 from processing_latentvlm import VedasProcessor
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
-from train import train_vedas, training_model
-from train.curriculum import Curriculum, CurriculumCollator, merge_steps
-from train.reasoning_data import ReasoningSample, read_reasoning
-from train.replay import ReplayArguments, ReplayObjective
-from train.small_backbone import texts_of, write_backbone
-from train.stages import StageArguments
-from train.tasks import write_dataset
+from train import train_vedas
+from train.common import training_model
+from train.common.stages import Curriculum, StageArguments
+from train.common.training_model import OBJECTIVE_FILE, LatentTrainer, TrainingModel, last_complete_checkpoint
+from train.data.reasoning_data import ReasoningSample, merge_steps, read_reasoning
+from train.data.small_tokenizer import texts_of
+from train.data.tasks import write_dataset
+from train.recipes.small_backbone import write_backbone
 from train.train_vedas import ScriptArguments, VedasTrainingArguments, plan_stages
-from train.training_model import OBJECTIVE_FILE, LatentTrainer, TrainingModel, last_complete_checkpoint
+from train.vedas.crop_distillation import ReplayArguments, ReplayObjective
+from train.vedas.curriculum import CurriculumCollator
 
 
 PARSER = HfArgumentParser((ScriptArguments, ReplayArguments, VedasTrainingArguments, StageArguments))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from processing_latentvlm.pictures import open_picture
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
-from train.data import fit_grid
+from train.data.chats import fit_grid
 from train.deeplatent.collator import DeepLatentCollator, PictureSizes
 from train.deeplatent.trajectories import Trajectories, picture_items, shorten
 
@@ -332,7 +332,7 @@ def test_sizes_of_the_ablations(processor, model, sample):
 
 
 def test_procedural_tasks_are_trajectories(tmp_path):
-    from train.tasks import write_dataset
+    from train.data.tasks import write_dataset
 
     data = Trajectories(write_dataset("count", 3, 0, tmp_path / "tasks", image_size=112))
     assert all(picture_items(sample["messages"], "assistant") for sample in data)

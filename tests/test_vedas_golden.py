@@ -18,7 +18,7 @@ from modeling_latentvlm import VedasForConditionalGeneration
 from modeling_latentvlm.routing import RoutedQwen2_5_VLDecoderLayer, Routing
 from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
 from modeling_latentvlm.visual_replay import densest_window
-from train.replay import ReplayArguments, ReplayObjective
+from train.vedas.crop_distillation import ReplayArguments, ReplayObjective
 
 
 pytestmark = pytest.mark.core

@@ -18,10 +18,10 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 
+from evaluation.faithfulness.items import Item
+from evaluation.faithfulness.subject import Subject
+from evaluation.rows import EvaluationRow
 from modeling_latentvlm.trace import LatentStep, LatentTrace
-from train.evaluation.rows import EvaluationRow
-from train.faithfulness.items import Item
-from train.faithfulness.subject import Subject
 
 
 WORDS = {

@@ -16,8 +16,9 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from conversion.commands import exit_on_error
+from conversion.config_overrides import load_config
+from conversion.own_models import TRUST_HELP, check_model_type
 from processing_latentvlm.pictures import read_size
-from train.config_overrides import load_config
 from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.sft import DataArguments, load_model, load_processor, local_folder
 from train.deeplatent.teacher_states import (
@@ -28,7 +29,6 @@ from train.deeplatent.teacher_states import (
     read_hidden_states,
 )
 from train.deeplatent.trajectories import Trajectories, picture_items
-from train.own_models import TRUST_HELP, check_model_type
 
 
 @dataclass

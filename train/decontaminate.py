@@ -20,13 +20,13 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from conversion.commands import exit_on_error
-from train.decontamination.arguments import DTYPES, DecontaminationArguments
-from train.decontamination.comparison import EXACT, IMAGE, UNREADABLE, UNREADABLE_TEST, Comparison
-from train.decontamination.journal import Journal, fingerprint_of
-from train.decontamination.outputs import KEPT, PUBLISHING, publish
-from train.decontamination.samples import read_samples
-from train.decontamination.survey import HeldOut, Survey
-from train.decontamination.tower import ImageEmbedder
+from train.data.decontamination.arguments import DTYPES, DecontaminationArguments
+from train.data.decontamination.comparison import EXACT, IMAGE, UNREADABLE, UNREADABLE_TEST, Comparison
+from train.data.decontamination.journal import Journal, fingerprint_of
+from train.data.decontamination.outputs import KEPT, PUBLISHING, publish
+from train.data.decontamination.samples import read_samples
+from train.data.decontamination.survey import HeldOut, Survey
+from train.data.decontamination.tower import ImageEmbedder
 
 
 def decontaminate(arguments: DecontaminationArguments) -> Counter:

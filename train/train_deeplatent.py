@@ -1,6 +1,6 @@
 """Train DeepLatent in its stages: interleaved pictures, latent blocks in their place, reinforcement learning.
 
-    python -m train.tasks --task all --n 2000 --seed 0 --output data/tasks
+    python -m train.data.tasks --task all --n 2000 --seed 0 --output data/tasks
     python -m train.train_deeplatent --stage sft1 --model_path out/deeplatent --data_path data/tasks/data.jsonl \
         --output_dir out/sft1 --bf16
     python -m train.cache_teacher_states --model out/sft1 --data data/tasks/data.jsonl --output out/teacher

@@ -1,11 +1,11 @@
 """Reinforcement learning of DeepLatent: GRPO over words and over how its latents are modulated.
 
-    python -m train.tasks --task all --n 2000 --seed 0 --output data/tasks
+    python -m train.data.tasks --task all --n 2000 --seed 0 --output data/tasks
     python -m train.train_deeplatent_rl --model_path out/deeplatent-sft2 --data_path data/tasks/data.jsonl \
         --output_dir out/deeplatent-rl --bf16 --gradient_checkpointing --report_to tensorboard
 
-The objective is in `train/deeplatent_rl/objective.py`, rewards in `rewards.py`, the loop in `grpo_trainer.py`, the data
-formats in `train/reasoning_data.py` (a row needs no rationale). A step takes the paper's 64 questions over all processes. Every argument of `transformers.TrainingArguments` works.
+The objective is in `train/deeplatent/rl/objective.py`, rewards in `rewards.py`, the loop in `grpo_trainer.py`, the data
+formats in `train/data/reasoning_data.py` (a row needs no rationale). A step takes the paper's 64 questions over all processes. Every argument of `transformers.TrainingArguments` works.
 The paper's ablations: `--variant text`, `--train_latent_former`, `--latent_reward_weight 0.1`. A run that was killed goes
 on with `--resume_from_checkpoint last`. `--dump_rollouts FOLDER` writes what was sampled.
 """
@@ -16,17 +16,17 @@ from dataclasses import dataclass, field
 from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
 
 from conversion.commands import exit_on_error
-from train.deeplatent_rl.dump import RolloutDump
-from train.deeplatent_rl.grpo_trainer import GRPOTrainer, GRPOTrainingArguments
-from train.deeplatent_rl.judge import JudgeArguments
-from train.deeplatent_rl.objective import GRPOObjective, ObjectiveArguments
-from train.deeplatent_rl.policy import AdapterArguments, check_policy, prepare_policy
-from train.deeplatent_rl.rewards import RewardArguments, WeightedRewards
-from train.deeplatent_rl.rollouts import QuestionCollator, RolloutArguments
-from train.own_models import TRUST_HELP, check_model_type
-from train.reasoning_data import ReasoningSample, read_reasoning
-from train.trained_sizes import record_image_sizes
-from train.training_model import TrainingModel, run_training
+from conversion.own_models import TRUST_HELP, check_model_type
+from train.common.trained_sizes import record_image_sizes
+from train.common.training_model import TrainingModel, run_training
+from train.data.reasoning_data import ReasoningSample, read_reasoning
+from train.deeplatent.rl.dump import RolloutDump
+from train.deeplatent.rl.grpo_trainer import GRPOTrainer, GRPOTrainingArguments
+from train.deeplatent.rl.judge import JudgeArguments
+from train.deeplatent.rl.objective import GRPOObjective, ObjectiveArguments
+from train.deeplatent.rl.policy import AdapterArguments, check_policy, prepare_policy
+from train.deeplatent.rl.rewards import RewardArguments, WeightedRewards
+from train.deeplatent.rl.rollouts import QuestionCollator, RolloutArguments
 
 
 @dataclass
@@ -83,7 +83,7 @@ def main(
         rewards=rewards,
         dump=dump,
     )
-    run_training(trainer, keeps_log=True)  # the curve of the rewards, for `train.deeplatent_rl.progress`
+    run_training(trainer, keeps_log=True)  # the curve of the rewards, for `train.deeplatent.rl.progress`
     return trainer
 
 

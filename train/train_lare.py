@@ -18,7 +18,7 @@ latents that a trained model is compared with.
 
 `--curriculum 0 1 2 3 4` (not the paper's either) teaches latents to compute what was written before: in the stages of the
 curriculum the answer loses the first 0, 1, .. steps of its reasoning, and as many refocusing steps take their place
-(`train/lare/curriculum.py`; in stage 0 of the table nothing does, which is a twin). `train/stages.py` says how its stages end.
+(`train/lare/curriculum.py`; in stage 0 of the table nothing does, which is a twin). `train/common/stages.py` says how its stages end.
 
     python -m train.train_lare --stage 4 --model_path out/words --data_path data/hops/data.jsonl --output_dir out/hops \
         --curriculum 1 2 3 4 --epochs_per_stage 4 --stage_accuracy 0.98 --eval_share 0.02 --fresh_objective --start_delimiters \
@@ -37,15 +37,15 @@ from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArg
 
 from conversion.backbone import parse_overrides
 from conversion.commands import exit_on_error
-from train.config_overrides import load_config
+from conversion.config_overrides import load_config
+from conversion.own_models import TRUST_HELP, check_model_type
+from train.common.stages import AnswerAccuracy, Curriculum, RowsUpTo, StageArguments, hold_out, plan_epochs, shown_rows
+from train.common.training_model import LatentTrainer, TrainingModel, load_objective, run_training
+from train.data.reasoning_data import read_reasoning
 from train.lare.curriculum import RefocusCurriculumCollator, shorten, start_delimiters
 from train.lare.data import LaReCollator, check_rows, from_reasoning, read_llava
 from train.lare.objective import LaReObjective, LatentLossArguments
 from train.lare.tower_cache import encode_pictures
-from train.own_models import TRUST_HELP, check_model_type
-from train.reasoning_data import read_reasoning
-from train.stages import AnswerAccuracy, Curriculum, RowsUpTo, StageArguments, hold_out, plan_epochs, shown_rows
-from train.training_model import LatentTrainer, TrainingModel, load_objective, run_training
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ TOKEN_IDS = ("_token_id", "_token_index")  # endings of config fields
 class ScriptArguments:
     stage: int = field(metadata={"help": "0 to 4."})
     model_path: str = field(metadata={"help": "Folder or hub id of a LaRe checkpoint (`conversion.convert_lare`)."})
-    data_path: str = field(metadata={"help": "LLaVA JSON, or questions with reasoning (`train/reasoning_data.py`)."})
+    data_path: str = field(
+        metadata={"help": "LLaVA JSON, or questions with reasoning (`train/data/reasoning_data.py`)."}
+    )
     data_format: str | None = field(default=None, metadata={"help": "llava, steps, m3cot or scienceqa; by the stage."})
     direct_answers: bool = field(
         default=False, metadata={"help": "Learn to answer without writing the reasoning; not of LLaVA data."}
@@ -186,7 +188,9 @@ def plan_curriculum(
     """
     if args.curriculum is None:
         if stage_args != StageArguments() or args.epochs_per_stage != [1]:
-            raise ValueError("`epochs_per_stage` and the settings of stages (`train/stages.py`) need a `curriculum`.")
+            raise ValueError(
+                "`epochs_per_stage` and the settings of stages (`train/common/stages.py`) need a `curriculum`."
+            )
         return []
     stages, has_latents = args.curriculum, STAGES[args.stage].has_latents
     if not stages or min(stages) < 0 or stages[-1] != max(stages):

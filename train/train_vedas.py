@@ -1,18 +1,18 @@
 """Train Vedas by its curriculum: reasoning steps become latent steps, stage by stage.
 
-    python -m train.tasks --task all --n 2000 --seed 0 --output data/tasks
+    python -m train.data.tasks --task all --n 2000 --seed 0 --output data/tasks
     python -m train.train_vedas --model_path out/vedas --data_path data/tasks/data.jsonl --output_dir out/vedas-trained \
         --lora --bf16 --attn_implementation sdpa --per_device_train_batch_size 8
 
 Every argument of `transformers.TrainingArguments` works. Stages last `--epochs_per_stage` epochs, or end by accuracy
-(`train/stages.py`):
+(`train/common/stages.py`):
 
     ... --stages 0 1 2 3 --epochs_per_stage 10 --samples_per_epoch 800 --stage_accuracy 0.97 --eval_share 0.02 \
         --freeze_vision --cache_image_features 0.1
 
 A run that was killed goes on with `--resume_from_checkpoint last`,
-in the same stage and with the same data. What the steps look at is trained by the crop branch (`train/replay.py`), the
-data formats are in `train/reasoning_data.py`. `output_dir` becomes a whole checkpoint; with `--lora` the adapter is merged
+in the same stage and with the same data. What the steps look at is trained by the crop branch (`train/vedas/crop_distillation.py`), the
+data formats are in `train/data/reasoning_data.py`. `output_dir` becomes a whole checkpoint; with `--lora` the adapter is merged
 into it, and also lies in `adapter/`.
 """
 
@@ -24,20 +24,20 @@ from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArg
 
 from configuration_latentvlm.transformers_contract import check_contract
 from conversion.commands import exit_on_error
-from train.curriculum import Curriculum, CurriculumCollator
-from train.feature_cache import FeatureCache, encode_pictures
-from train.gradient_dynamics import GradientDynamics
-from train.own_models import TRUST_HELP, check_model_type
-from train.reasoning_data import ReasoningSample, read_reasoning
-from train.replay import ReplayArguments, ReplayObjective
-from train.stages import AnswerAccuracy, RowsUpTo, StageArguments, hold_out, plan_epochs, shown_rows
-from train.trained_sizes import record_image_sizes
-from train.training_model import (
+from conversion.own_models import TRUST_HELP, check_model_type
+from train.common.feature_cache import FeatureCache, encode_pictures
+from train.common.gradient_dynamics import GradientDynamics
+from train.common.stages import AnswerAccuracy, Curriculum, RowsUpTo, StageArguments, hold_out, plan_epochs, shown_rows
+from train.common.trained_sizes import record_image_sizes
+from train.common.training_model import (
     LatentTrainer,
     TrainingModel,
     load_objective,
     run_training,
 )
+from train.data.reasoning_data import ReasoningSample, read_reasoning
+from train.vedas.crop_distillation import ReplayArguments, ReplayObjective
+from train.vedas.curriculum import CurriculumCollator
 
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"

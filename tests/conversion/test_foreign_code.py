@@ -10,14 +10,14 @@ from test_convert_lare import SMALL, save_language_model, save_tower
 from transformers import AutoModel, AutoProcessor
 
 from conversion.backbone import without_code
+from conversion.config_overrides import load_config
 from conversion.convert_lare import convert_lare
 from conversion.convert_vedas import convert_vedas
+from conversion.own_models import TRUST_HELP
 from conversion.reference_vedas import save_processor
-from train.adapters.answerer import Answerer
-from train.config_overrides import load_config
+from evaluation.harnesses.answerer import Answerer
+from evaluation.loading import load_model, load_processor
 from train.deeplatent import sft
-from train.evaluation.loading import load_model, load_processor
-from train.own_models import TRUST_HELP
 
 
 HOSTILE = "from pathlib import Path\nPath(__file__).with_name('ran').touch()\nraise SystemExit('foreign code ran')\n"
@@ -139,9 +139,10 @@ def test_foreign_code_runs_only_where_it_is_trusted(loader, hostile):
 
 
 def test_every_command_that_loads_a_model_has_the_switch_and_is_off_by_default(hostile, tmp_path):
-    from train import cache_teacher_states, evaluate, train_deeplatent_rl, train_lare, train_vedas
-    from train.analyses import collection
-    from train.faithfulness.__main__ import build_parser
+    from evaluation import evaluate
+    from evaluation.analyses import collection
+    from evaluation.faithfulness.__main__ import build_parser
+    from train import cache_teacher_states, train_deeplatent_rl, train_lare, train_vedas
 
     classes = (
         evaluate.EvaluationArguments,

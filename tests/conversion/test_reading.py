@@ -11,14 +11,14 @@ import pytest
 
 from conversion.commands import exit_on_error
 from conversion.reading import check_config_file, is_file, parse_json, read_json, read_json_lines, read_json_object
-from train.data import read_trajectories
+from train.data.chats import read_trajectories
+from train.data.reasoning_data import read_reasoning
+from train.data.small_tokenizer import texts_of
+from train.data.tasks.balance import read_rows
+from train.data.tasks.gallery import write_gallery
 from train.deeplatent.trajectories import open_rows
 from train.lare.data import read_llava
-from train.reasoning_data import read_reasoning
-from train.small_backbone import texts_of
-from train.tasks.balance import read_rows
-from train.tasks.gallery import write_gallery
-from train.vision_pretraining import read_scenes
+from train.recipes.vision_pretraining import read_scenes
 
 
 ROOT = Path(__file__).parents[2]
@@ -140,7 +140,7 @@ def test_every_command_ends_its_errors_in_the_one_way():
     commands = {name: source for name, source in sources.items() if '__name__ == "__main__"' in source}
     others = {
         "evaluation/worker_mathematics.py",
-        "train/adapters/lmms_eval.py",
+        "evaluation/harnesses/lmms_eval.py",
     }  # a worker, and a harness' own command
     assert len(commands) > 30 and others <= commands.keys()
     ends = re.compile(r"with exit_on_error\(\):|run_converter\(")
@@ -154,22 +154,22 @@ def test_every_command_ends_its_errors_in_the_one_way():
 @pytest.mark.parametrize(
     "command",
     [
-        "train.small_backbone --data none.jsonl --output out",
-        "train.lare.small --data none.jsonl --output out",
-        "train.vision_pretraining --model none --data none.jsonl",
-        "train.tasks.balance --data none.jsonl",
-        "train.tasks --task nothing --n 1 --output out",
+        "train.recipes.small_backbone --data none.jsonl --output out",
+        "train.recipes.small_clip --data none.jsonl --output out",
+        "train.recipes.vision_pretraining --model none --data none.jsonl",
+        "train.data.tasks.balance --data none.jsonl",
+        "train.data.tasks --task nothing --n 1 --output out",
         "train.decontaminate --train none.jsonl --test none.jsonl --vision_tower bad --output out.jsonl",
-        "train.comparison --run none",
+        "train.recipes.comparison --run none",
         "train.train_vedas --model_path bad --data_path none.jsonl --output_dir out",
         "train.train_lare --stage 2 --model_path bad --data_path none.jsonl --output_dir out",
         "train.train_deeplatent --stage sft1 --model_path bad --data_path none.jsonl --output_dir out",
         "train.train_deeplatent --stage rl --model_path bad --data_path none.jsonl --output_dir out",
         "train.cache_teacher_states --model bad --data none.jsonl --output out",
-        "train.faithfulness --model bad --data none.jsonl --output out",
-        "train.evaluate --model bad --data none.jsonl --output out",
-        "train.analyses.probing --model bad --data none.jsonl --output out",
-        "train.deeplatent_rl.progress out",
+        "evaluation.faithfulness --model bad --data none.jsonl --output out",
+        "evaluation.evaluate --model bad --data none.jsonl --output out",
+        "evaluation.analyses.probing --model bad --data none.jsonl --output out",
+        "train.deeplatent.rl.progress out",
         "conversion.convert_vedas --backbone bad --output out",
         "conversion.check bad",
         "conversion.refresh_code bad",

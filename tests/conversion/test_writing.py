@@ -207,7 +207,16 @@ def test_the_marker_of_a_filled_folder_comes_last_and_goes_first(tmp_path, monke
 
 def test_two_commands_at_once(tmp_path):
     """The second ends with one line and status 2, and the first is not harmed."""
-    command = [sys.executable, "-m", "train.tasks", "--task", "color", "--output", str(tmp_path / "set"), "--force"]
+    command = [
+        sys.executable,
+        "-m",
+        "train.data.tasks",
+        "--task",
+        "color",
+        "--output",
+        str(tmp_path / "set"),
+        "--force",
+    ]
     first = subprocess.Popen([*command, "--n", "400"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while not (tmp_path / ".set.lock").exists() or not list(tmp_path.glob("set.partial-*")):
         time.sleep(0.02)

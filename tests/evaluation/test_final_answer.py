@@ -2,9 +2,9 @@
 
 import pytest
 
-import train.answers
-import train.deeplatent_rl.rewards
-import train.evaluation.scoring
+import evaluation.answers
+import evaluation.scoring
+import train.deeplatent.rl.rewards
 from evaluation.final_answer import (
     as_fraction,
     as_number,
@@ -15,8 +15,8 @@ from evaluation.final_answer import (
     read_choice,
     read_final_answer,
 )
-from examples import looking
-from train.adapters.answerer import shorten
+from evaluation.harnesses.answerer import shorten
+from examples import demo_common as looking
 
 
 # What was written, and the answer in it.
@@ -327,8 +327,8 @@ def test_known_choices_decide_what_a_text_may_hold(text, letter):
 def test_everyone_reads_the_same_answer():
     """Rewards, evaluation, harness adapters and demo, on every case."""
     for text, answer in [*MARKED, *UNMARKED]:
-        assert train.answers.extract_answer(text) == looking.told(text) == answer
-        assert train.evaluation.scoring.extract(text)[0] == answer
+        assert evaluation.answers.extract_answer(text) == looking.told(text) == answer
+        assert evaluation.scoring.extract(text)[0] == answer
     for text, answer in MARKED:
         assert shorten(text) == (answer or text)
     for text, _ in UNMARKED:
@@ -336,8 +336,8 @@ def test_everyone_reads_the_same_answer():
 
 
 def test_the_old_names_are_the_new_functions():
-    assert train.answers.find_box is find_box and train.answers.normalize is normalize
-    assert train.deeplatent_rl.rewards.is_right is is_right and train.deeplatent_rl.rewards.as_number is as_number
+    assert evaluation.answers.find_box is find_box and evaluation.answers.normalize is normalize
+    assert train.deeplatent.rl.rewards.is_right is is_right and train.deeplatent.rl.rewards.as_number is as_number
 
 
 def test_a_long_text_is_read_in_little_time():

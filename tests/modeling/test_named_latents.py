@@ -8,6 +8,10 @@ from conftest import CHAT_TEMPLATE, build_model, build_tokenizer, encode
 from helpers import GREEDY, open_at, step_logits
 from toy_subject import ToyModel, ToyProcessor, toy_rows
 
+from evaluation.answering import AnswerSettings
+from evaluation.evaluate_rows import evaluate_rows
+from evaluation.report import draw_table, summarize
+from evaluation.swapping import Swap
 from modeling_latentvlm import interventions
 from modeling_latentvlm.interventions import (
     ChangeAt,
@@ -19,10 +23,6 @@ from modeling_latentvlm.interventions import (
 from modeling_latentvlm.trace import LatentStep
 from processing_latentvlm import VedasProcessor
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
-from train.evaluation.answering import AnswerSettings
-from train.evaluation.evaluation import evaluate_rows
-from train.evaluation.report import draw_table, summarize
-from train.evaluation.swapping import Swap
 
 
 pytestmark = pytest.mark.core

@@ -132,7 +132,7 @@ def test_no_override_swallows_an_unknown_keyword():
     # The first raises whatever it is given, the second says once what it ignores.
     assert sorted(swallowing) == [
         "modeling_latentvlm.latent_decoding.LatentDecodingMixin.generate_batch",
-        "train.training_model.LatentTrainer.create_model_card",
+        "train.common.training_model.LatentTrainer.create_model_card",
     ]
 
 

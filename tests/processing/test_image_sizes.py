@@ -13,9 +13,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from processing_latentvlm import DeepLatentProcessor, VedasProcessor
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
-from train.checkpoints import CHECKPOINTS, read_sums, settle_image_size
-from train.tasks import generate_sample
-from train.trained_sizes import record_image_sizes
+from train.common.trained_sizes import record_image_sizes
+from train.data.tasks import generate_sample
+from train.recipes.shipping import CHECKPOINTS, read_sums, settle_image_size
 
 
 CLASSES = {DeepLatentProcessor: LATENT_TOKENS, VedasProcessor: (LATENT_TOKEN,)}

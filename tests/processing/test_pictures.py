@@ -15,14 +15,14 @@ from conftest import build_tokenizer, encode, picture, user_turn
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from evaluation.rows import read_evaluation
 from processing_latentvlm import LaReProcessor
 from processing_latentvlm.pictures import open_picture, read_size
 from processing_latentvlm.processing_lare import REFOCUS_TOKENS
-from train.data import read_trajectories
+from train.data.chats import read_trajectories
+from train.data.reasoning_data import ReasoningSample
 from train.deeplatent.trajectories import Trajectories
-from train.evaluation.rows import read_evaluation
 from train.lare.data import read_llava
-from train.reasoning_data import ReasoningSample
 
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,7 +7,7 @@ from conftest import picture, shake, user_turn
 from transformers import AutoProcessor
 
 from modeling_latentvlm import DeepLatentForConditionalGeneration, LaReForCausalLM, VedasForConditionalGeneration
-from train.data import TrajectoryCollator
+from train.common.chat_collator import TrajectoryCollator
 
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"

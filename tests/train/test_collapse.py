@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluation.donors import Donors
+from evaluation.faithfulness import sensitivity
+from evaluation.faithfulness.collapse import cosines, less_place_means, measure_collapse, share_between, spectrum
+from evaluation.faithfulness.items import Item, NotApplicable, scored_row
+from evaluation.faithfulness.sensitivity import OTHER_PICTURE, other_pictures
+from evaluation.faithfulness.subject import Answer
 from modeling_latentvlm.trace import LatentStep
-from train.evaluation.donors import Donors
-from train.faithfulness import sensitivity
-from train.faithfulness.collapse import cosines, less_place_means, measure_collapse, share_between, spectrum
-from train.faithfulness.items import Item, NotApplicable, scored_row
-from train.faithfulness.sensitivity import OTHER_PICTURE, other_pictures
-from train.faithfulness.subject import Answer
-from train.reasoning_data import ReasoningSample
+from train.data.reasoning_data import ReasoningSample
 
 
 TASKS = ("search", "puzzle")

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from train import recipes
-from train.own_models import OWN_TYPES, check_model_type
+from conversion.own_models import OWN_TYPES, check_model_type
+from train.recipes import small_models as recipes
 
 
 @pytest.mark.parametrize("wanted", OWN_TYPES)

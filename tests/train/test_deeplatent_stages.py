@@ -11,15 +11,16 @@ from test_train_deeplatent import SAMPLES, cache, logged, train
 from transformers import AutoModel, AutoProcessor
 
 from conversion.convert_deeplatent import convert_deeplatent
-from train import training_model
+from train.common import training_model
+from train.data.small_tokenizer import texts_of
+from train.data.tasks import write_dataset
 from train.deeplatent import collator as collators
 from train.deeplatent import trajectories
 from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.kept_features import keep_features
 from train.deeplatent.sft import PARSER
 from train.deeplatent.trajectories import Trajectories, count_steps, drop_texts
-from train.small_backbone import texts_of, write_backbone
-from train.tasks import write_dataset
+from train.recipes.small_backbone import write_backbone
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +126,7 @@ def test_stages_end_by_accuracy_and_show_short_answers(hops, tmp_path, unsaved, 
     assert max(longest for _, longest in seen) > 1
     rates = logged(trainer, "learning_rate")
     assert rates[:6] == [3e-3] * 6 and rates[-1] < rates[-2] < rates[-3] < 3e-3 * 1.01
-    monkeypatch.setattr("train.stages.AnswerAccuracy.average", staticmethod(lambda _: {"answer_accuracy": 1.0}))
+    monkeypatch.setattr("train.common.stages.AnswerAccuracy.average", staticmethod(lambda _: {"answer_accuracy": 1.0}))
     trainer = train("sft2", *hops, tmp_path / "soon", **settings, stage_accuracy=0.5, epochs_per_stage=[2, 9, 1])
     assert trainer.state.epoch == 3
 

@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from train.evaluation.donors import Candidate, Donors, chance_to_follow
-from train.evaluation.rows import EvaluationRow
-from train.evaluation.scoring import Reading
-from train.evaluation.swapping import Lender, Loan
+from evaluation.donors import Candidate, Donors, chance_to_follow
+from evaluation.rows import EvaluationRow
+from evaluation.scoring import Reading
+from evaluation.swapping import Lender, Loan
 
 
 def candidate(
@@ -88,7 +88,7 @@ def test_a_donor_without_latents_is_passed_over_for_the_next():
 
 
 def test_latents_that_were_pushed_out_are_asked_for_again(monkeypatch):
-    monkeypatch.setattr("train.evaluation.swapping.MOST_KEPT", 1)
+    monkeypatch.setattr("evaluation.swapping.MOST_KEPT", 1)
     rows = [row_of(number, str(number)) for number in range(4)]
     lender = Lender(rows, "task", 0, lambda batch: [[row.id] for row in batch], batch_size=4)
     for draw in range(6):

@@ -5,10 +5,10 @@ import torch
 from helpers import assert_near
 from test_train_vedas import data, folder, logged, processor, state_of, tokenizer, train  # noqa: F401
 
-from train import training_model
-from train.curriculum import CurriculumCollator
-from train.feature_cache import encode_pictures
-from train.reasoning_data import ReasoningSample, read_reasoning
+from train.common import training_model
+from train.common.feature_cache import encode_pictures
+from train.data.reasoning_data import ReasoningSample, read_reasoning
+from train.vedas.curriculum import CurriculumCollator
 
 
 SETTINGS = {"freeze_vision": True, "stages": [0, 2], "epochs_per_stage": 1, "seed": 3}

@@ -10,9 +10,9 @@ from helpers import assert_near
 from test_grpo import JOINT, ROLLOUT, first_letter, fond_of_latents, sample_of, train
 
 from benchmarks.gradient_shares import measure_norms
-from train.deeplatent_rl.gradients import ApartGradients
-from train.deeplatent_rl.grpo_trainer import GRPOTrainingArguments
-from train.deeplatent_rl.objective import ObjectiveArguments
+from train.deeplatent.rl.gradients import ApartGradients
+from train.deeplatent.rl.grpo_trainer import GRPOTrainingArguments
+from train.deeplatent.rl.objective import ObjectiveArguments
 
 
 @pytest.fixture(scope="module")

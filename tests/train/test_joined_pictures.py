@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from train.data.tasks import generate_questions, generate_sample, write_dataset
+from train.data.tasks.sample import join_pictures
 from train.deeplatent.trajectories import Trajectories, count_steps
-from train.tasks import generate_questions, generate_sample, write_dataset
-from train.tasks.sample import join_pictures
 
 
 def test_pictures_stand_side_by_side_in_the_order_of_the_steps():

@@ -13,11 +13,11 @@ import torch
 from conftest import picture
 from PIL import Image
 
-from train.deeplatent_rl import judge
-from train.deeplatent_rl.actions import group_advantages, has_no_signal
-from train.deeplatent_rl.judge import Judge, JudgeArguments, read_score
-from train.deeplatent_rl.rewards import RewardArguments, WeightedRewards
-from train.reasoning_data import ReasoningSample
+from train.data.reasoning_data import ReasoningSample
+from train.deeplatent.rl import judge
+from train.deeplatent.rl.actions import group_advantages, has_no_signal
+from train.deeplatent.rl.judge import Judge, JudgeArguments, read_score
+from train.deeplatent.rl.rewards import RewardArguments, WeightedRewards
 
 
 def written(text: str, line: int = 1, images=()) -> SimpleNamespace:

@@ -7,16 +7,16 @@ from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
 from conversion.convert_lare import convert_lare
 from train import train_lare
+from train.common.stages import StageArguments
+from train.common.training_model import StepPart
+from train.data.reasoning_data import ReasoningSample, read_reasoning
+from train.data.small_tokenizer import texts_of
+from train.data.tasks import write_dataset
 from train.lare.curriculum import RefocusCurriculumCollator, opening_token, shorten, start_delimiters
 from train.lare.data import LaReCollator, check_rows
 from train.lare.objective import LaReObjective, LatentLossArguments, changed
-from train.lare.small import write_small
-from train.reasoning_data import ReasoningSample, read_reasoning
-from train.small_backbone import texts_of
-from train.stages import StageArguments
-from train.tasks import write_dataset
+from train.recipes.small_clip import write_small
 from train.train_lare import LaReTrainingArguments, ScriptArguments
-from train.training_model import StepPart
 
 
 NO_TERMS = {"align_loss_weight": 0, "image_loss_weight": 0, "text_loss_weight": 0}

@@ -6,11 +6,11 @@ from test_faithfulness import data as data
 from test_faithfulness import make
 from test_faithfulness import makers as makers
 
-from train.faithfulness.attention_cut import CUTS, answer_cut, cut_attention, hide
-from train.faithfulness.columns import ANSWER, IMAGE, LATENT, TEXT
-from train.faithfulness.latent_only import blank, measure_latent_only
-from train.faithfulness.lending import table_of
-from train.faithfulness.subject import Arm
+from evaluation.faithfulness.attention_cut import CUTS, answer_cut, cut_attention, hide
+from evaluation.faithfulness.columns import ANSWER, IMAGE, LATENT, TEXT
+from evaluation.faithfulness.latent_only import blank, measure_latent_only
+from evaluation.faithfulness.lending import table_of
+from evaluation.faithfulness.subject import Arm
 
 
 KINDS = ("lare", "vedas", "deeplatent", "autoregressive")

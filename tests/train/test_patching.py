@@ -6,11 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluation.faithfulness.items import Item, NotApplicable, scored_row
+from evaluation.faithfulness.patching import change_one, measure_patching, recolor
+from evaluation.faithfulness.subject import Answer
 from modeling_latentvlm.trace import LatentStep
-from train.faithfulness.items import Item, NotApplicable, scored_row
-from train.faithfulness.patching import change_one, measure_patching, recolor
-from train.faithfulness.subject import Answer
-from train.reasoning_data import ReasoningSample
+from train.data.reasoning_data import ReasoningSample
 
 
 BOX = (0, 0, 4, 4)

@@ -7,12 +7,20 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluation.faithfulness.items import Item, NotApplicable, scored_row
+from evaluation.faithfulness.observation import Observed
+from evaluation.faithfulness.probe import (
+    ALL,
+    LAST,
+    learning_curve,
+    measure_probe,
+    probe,
+    shuffled_accuracy,
+    split_folds,
+)
+from evaluation.faithfulness.subject import Answer
 from modeling_latentvlm.trace import LatentStep
-from train.faithfulness.items import Item, NotApplicable, scored_row
-from train.faithfulness.observation import Observed
-from train.faithfulness.probe import ALL, LAST, learning_curve, measure_probe, probe, shuffled_accuracy, split_folds
-from train.faithfulness.subject import Answer
-from train.reasoning_data import ReasoningSample
+from train.data.reasoning_data import ReasoningSample
 
 
 SIZE = 6

@@ -9,11 +9,11 @@ from test_faithfulness import data as data
 from test_faithfulness import make
 from test_faithfulness import makers as makers
 
-from train.faithfulness.items import NotApplicable
-from train.faithfulness.lens import describe_place, measure_lens, read_words
-from train.faithfulness.observation import observe
-from train.faithfulness.parity import checkpointed, measure_parity, read_gradients
-from train.faithfulness.retrieval import compare_predictions, measure_retrieval
+from evaluation.faithfulness.items import NotApplicable
+from evaluation.faithfulness.lens import describe_place, measure_lens, read_words
+from evaluation.faithfulness.observation import observe
+from evaluation.faithfulness.parity import checkpointed, measure_parity, read_gradients
+from evaluation.faithfulness.retrieval import compare_predictions, measure_retrieval
 
 
 KINDS = ("lare", "vedas", "deeplatent", "autoregressive")
@@ -47,7 +47,7 @@ def test_retrieval_needs_a_teacher(makers, data):
 
 
 def test_latents_that_are_their_oracle_are_retrieved(makers, data):
-    from train.faithfulness.arms import oracle_table
+    from evaluation.faithfulness.arms import oracle_table
 
     subject = make(makers, "deeplatent", data)
     oracles = oracle_table(subject).steps
@@ -120,8 +120,8 @@ def test_a_gradient_is_that_of_the_loss(makers, data):
     subject = make(makers, "vedas", data)
     numbers = subject.with_latents[:1]
     found = read_gradients(subject, numbers, False)
-    from train.faithfulness.lending import Table
-    from train.faithfulness.subject import Arm
+    from evaluation.faithfulness.lending import Table
+    from evaluation.faithfulness.subject import Arm
 
     direction, losses = torch.zeros(len(found.by_place[0, 1])), []
     direction[3] = 1.0

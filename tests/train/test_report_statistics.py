@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from train.evaluation.report import wilson_interval
-from train.faithfulness.outcomes import count_pairs
-from train.faithfulness.statistics import (
+from evaluation.faithfulness.outcomes import count_pairs
+from evaluation.faithfulness.statistics import (
     draws_interval,
     gain_kept,
     holm,
@@ -17,6 +16,7 @@ from train.faithfulness.statistics import (
     share_interval,
     smallest_detectable,
 )
+from evaluation.report import wilson_interval
 
 
 def test_newcombe_against_the_published_table():

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 from toy_subject import STEPS, TASKS, ToyModel, ToyProcessor, toy_rows, toy_subject
 
-from train.evaluation.answering import AnswerSettings
-from train.evaluation.evaluation import evaluate_rows
-from train.evaluation.report import summarize
-from train.faithfulness.__main__ import summary
-from train.faithfulness.arms import build_arms, calibrate
-from train.faithfulness.audit import measure_invocation
-from train.faithfulness.interventions_report import measure_interventions
-from train.faithfulness.items import Item, read_items
-from train.faithfulness.outcomes import describe_group, observe_arms
-from train.faithfulness.report import write_report
-from train.faithfulness.subject import Answer
-from train.faithfulness.verdicts import verdict
+from evaluation.answering import AnswerSettings
+from evaluation.evaluate_rows import evaluate_rows
+from evaluation.faithfulness.__main__ import summary
+from evaluation.faithfulness.arms import build_arms, calibrate
+from evaluation.faithfulness.audit import measure_invocation
+from evaluation.faithfulness.interventions_report import measure_interventions
+from evaluation.faithfulness.items import Item, read_items
+from evaluation.faithfulness.outcomes import describe_group, observe_arms
+from evaluation.faithfulness.report import write_report
+from evaluation.faithfulness.subject import Answer
+from evaluation.faithfulness.verdicts import verdict
+from evaluation.report import summarize
 
 
 ARMS = ("sham", "shared", "matched", "swap", "swap_question", "cross_task", "skip")

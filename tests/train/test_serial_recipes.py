@@ -8,10 +8,11 @@ import pytest
 from test_recipes import parses
 from transformers import HfArgumentParser
 
-from train import serial_recipes, train_lare
+from train import train_lare
+from train.common.stages import StageArguments
 from train.lare.objective import LatentLossArguments
-from train.serial_recipes import ARMS, Place, Stage, describe_missing, stages_of, summarize
-from train.stages import StageArguments
+from train.recipes import serial_recipes
+from train.recipes.serial_recipes import ARMS, Place, Stage, describe_missing, stages_of, summarize
 
 
 def write_lines(path, rows: list[dict]) -> None:

@@ -9,21 +9,30 @@ import pytest
 import torch
 from PIL import Image
 
-from train.tasks import FAMILIES, LEVELS, continue_from, generate_questions, generate_sample, write_dataset
-from train.tasks.__main__ import main
-from train.tasks.arrows import DIRECTIONS, arrows_layout, deal_arrows
-from train.tasks.balance import main as balance
-from train.tasks.balance import make_rows
-from train.tasks.hops import deal_hops, hops_layout
-from train.tasks.layout import split_of
-from train.tasks.lines import TURNS, can_join, draw_line, edges_of, end_point, find_following, lines_layout, trace_line
-from train.tasks.sample import Request
-from train.tasks.serial import serial_answer
-from train.tasks.shapes import COLORS, LIGHT_COLORS, MORE_COLORS
-from train.tasks.shortcuts import measure_shortcuts
-from train.tasks.tiles import MOST_STEPS, TILE_COLORS
-from train.tasks.trace import deal_trace
-from train.vision_pretraining import NAMES, num_classes
+from train.data.tasks import FAMILIES, LEVELS, continue_from, generate_questions, generate_sample, write_dataset
+from train.data.tasks.__main__ import main
+from train.data.tasks.arrows import DIRECTIONS, arrows_layout, deal_arrows
+from train.data.tasks.balance import main as balance
+from train.data.tasks.balance import make_rows
+from train.data.tasks.hops import deal_hops, hops_layout
+from train.data.tasks.layout import split_of
+from train.data.tasks.lines import (
+    TURNS,
+    can_join,
+    draw_line,
+    edges_of,
+    end_point,
+    find_following,
+    lines_layout,
+    trace_line,
+)
+from train.data.tasks.sample import Request
+from train.data.tasks.serial import serial_answer
+from train.data.tasks.shapes import COLORS, LIGHT_COLORS, MORE_COLORS
+from train.data.tasks.shortcuts import measure_shortcuts
+from train.data.tasks.tiles import MOST_STEPS, TILE_COLORS
+from train.data.tasks.trace import deal_trace
+from train.recipes.vision_pretraining import NAMES, num_classes
 
 
 SIZES = {"easy": 112, "hard": 224}

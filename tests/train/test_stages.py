@@ -10,12 +10,13 @@ from transformers import TrainerControl, TrainerState
 
 from conversion.convert_vedas import convert_vedas
 from processing_latentvlm import VedasProcessor
-from train import training_model
-from train.curriculum import CurriculumCollator
-from train.reasoning_data import ReasoningSample, read_reasoning
-from train.small_backbone import texts_of, write_backbone
-from train.stages import AnswerAccuracy, Curriculum, EpochPortions, RowsUpTo, StageArguments, hold_out
-from train.tasks import write_dataset
+from train.common import training_model
+from train.common.stages import AnswerAccuracy, Curriculum, EpochPortions, RowsUpTo, StageArguments, hold_out
+from train.data.reasoning_data import ReasoningSample, read_reasoning
+from train.data.small_tokenizer import texts_of
+from train.data.tasks import write_dataset
+from train.recipes.small_backbone import write_backbone
+from train.vedas.curriculum import CurriculumCollator
 
 
 def rows_of(*lengths: int) -> list:

@@ -11,19 +11,19 @@ from serial_toy import MOVES, serial_items, serial_subject
 from test_faithfulness import data, make, makers  # noqa: F401
 from toy_subject import toy_subject
 
+from evaluation.faithfulness.__main__ import summary
+from evaluation.faithfulness.items import NotApplicable, read_items, read_serial
+from evaluation.faithfulness.lending import table_of
+from evaluation.faithfulness.looked_at import Look, describe, maps_of, touch
+from evaluation.faithfulness.need import measure_need
+from evaluation.faithfulness.report import write_report
+from evaluation.faithfulness.run import DIAGNOSTICS
+from evaluation.faithfulness.serial_items import Unit, Way, at_unit, find_units, find_ways
+from evaluation.faithfulness.step_content import measure_step_content
+from evaluation.faithfulness.subject import Answer, Arm
+from evaluation.faithfulness.whose_answer import measure_whose_answer
 from modeling_latentvlm.trace import LatentStep
-from train.faithfulness.__main__ import summary
-from train.faithfulness.items import NotApplicable, read_items, read_serial
-from train.faithfulness.lending import table_of
-from train.faithfulness.looked_at import Look, describe, maps_of, touch
-from train.faithfulness.need import measure_need
-from train.faithfulness.report import write_report
-from train.faithfulness.run import DIAGNOSTICS
-from train.faithfulness.serial_items import Unit, Way, at_unit, find_units, find_ways
-from train.faithfulness.step_content import measure_step_content
-from train.faithfulness.subject import Answer, Arm
-from train.faithfulness.whose_answer import measure_whose_answer
-from train.tasks import generate_sample
+from train.data.tasks import generate_sample
 
 
 KINDS = ("steps", "useless", "first")

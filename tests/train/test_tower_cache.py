@@ -12,8 +12,8 @@ from conversion.convert_lare import convert_lare
 from train import train_lare
 from train.lare.data import Conversation, LaReCollator
 from train.lare.objective import LaReObjective, LatentLossArguments
-from train.lare.small import write_small
 from train.lare.tower_cache import encode_pictures
+from train.recipes.small_clip import write_small
 from train.train_lare import LaReTrainingArguments, ScriptArguments
 
 

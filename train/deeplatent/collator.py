@@ -12,11 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from processing_latentvlm.pictures import open_picture, read_size
-from train.data import TrajectoryCollator, fit_grid
+from train.common.chat_collator import TrajectoryCollator
+from train.common.feature_cache import FeatureCache
+from train.data.chats import fit_grid
 from train.deeplatent.kept_features import KeptPicture, NumberingBlockProcessor
 from train.deeplatent.teacher_states import TeacherCache, pool_states
 from train.deeplatent.trajectories import drop_texts
-from train.feature_cache import FeatureCache
 
 
 @dataclass(frozen=True)

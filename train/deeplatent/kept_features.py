@@ -1,4 +1,4 @@
-"""Features of a frozen tower for trajectories: what `train/feature_cache.py` keeps, for pictures in the question and in answers.
+"""Features of a frozen tower for trajectories: what `train/common/feature_cache.py` keeps, for pictures in the question and in answers.
 
 A picture of the question and the same picture in an answer may be resized to different sizes, so that each role keeps its own.
 """
@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from processing_latentvlm.pictures import open_picture, read_size
+from train.common.feature_cache import FeatureCache, NumberingProcessor, encode_pictures
 from train.deeplatent.trajectories import ROLES, picture_items
-from train.feature_cache import FeatureCache, NumberingProcessor, encode_pictures
 
 
 class KeptPicture(str):
@@ -32,7 +32,7 @@ class KeptPicture(str):
 
 
 class TrajectoryPictures:
-    """The pictures of a sample, as `train.feature_cache.encode_pictures` asks for them.
+    """The pictures of a sample, as `train.common.feature_cache.encode_pictures` asks for them.
 
     Args:
         roles: of the messages whose pictures are asked for.

@@ -9,15 +9,10 @@ from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArg
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from configuration_latentvlm.transformers_contract import check_contract
+from conversion.config_overrides import load_config
+from conversion.own_models import TRUST_HELP, check_model_type
 from modeling_latentvlm.modeling_deeplatent import NEW_WEIGHTS
-from train.config_overrides import load_config
-from train.deeplatent.collator import DeepLatentCollator
-from train.deeplatent.distillation import SftObjective
-from train.deeplatent.kept_features import keep_features
-from train.deeplatent.teacher_states import TeacherCache, choose_layers, make_fingerprint
-from train.deeplatent.trajectories import CHAINS_OF_THOUGHT, WITHOUT_PICTURES, Trajectories, picture_items
-from train.own_models import TRUST_HELP, check_model_type
-from train.stages import (
+from train.common.stages import (
     AnswerAccuracy,
     Curriculum,
     RowsUpTo,
@@ -26,8 +21,13 @@ from train.stages import (
     shown_rows,
     split_by_pictures,
 )
-from train.trained_sizes import record_image_sizes
-from train.training_model import LatentTrainer, TrainingModel, run_training
+from train.common.trained_sizes import record_image_sizes
+from train.common.training_model import LatentTrainer, TrainingModel, run_training
+from train.deeplatent.collator import DeepLatentCollator
+from train.deeplatent.distillation import SftObjective
+from train.deeplatent.kept_features import keep_features
+from train.deeplatent.teacher_states import TeacherCache, choose_layers, make_fingerprint
+from train.deeplatent.trajectories import CHAINS_OF_THOUGHT, WITHOUT_PICTURES, Trajectories, picture_items
 
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"

@@ -5,7 +5,7 @@ A line of a JSONL file, an element of a JSON list, or a row of a `datasets` fold
 
 | `--data_format` | layout                                                                                              |
 |-----------------|-----------------------------------------------------------------------------------------------------|
-| `messages`      | `messages` as above (`train.tasks` writes such files)                                               |
+| `messages`      | `messages` as above (`train.data.tasks` writes such files)                                               |
 | `zebra_cot`     | `Question`, `Text Reasoning Trace`, `Final Answer`; `<image_start>[reasoning_image_2]<image_end>`    |
 |                 | in a text stands for the column `reasoning_image_2`. From the dataset card of Zebra-CoT.            |
 | `thyme`         | `image`, a list of paths or base64 texts, `question`, `response`; the k-th `<image>` in the two is   |
@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from conversion.reading import read_json
 from processing_latentvlm.pictures import open_picture, read_size
-from train.reasoning_data import DatasetRows, read_rows
+from train.data.reasoning_data import DatasetRows, read_rows
 
 
 ROLES = ("system", "user", "assistant")

@@ -1,7 +1,7 @@
 """A curriculum for LaRe: in its stage j the reasoning loses its first j steps, and j refocusing steps stand in their place.
 
 Stage 0 is plain chain of thought without refocusing, the last stage answers from the latents alone. As in Vedas' curriculum
-(`train/curriculum.py`), longer rationales are merged into as many steps as the last stage leaves out, and shorter ones are used
+(`train/vedas/curriculum.py`), longer rationales are merged into as many steps as the last stage leaves out, and shorter ones are used
 up earlier: every row of a stage takes the same number of refocusing steps, and a model that has its answer before the last
 of them learns to hold it. What the latents are to give back (L_text) and to lie near (L_align) is the reasoning that they stand
 for: the steps that were left out.
@@ -14,9 +14,8 @@ of the token behind which the plain model begins its answer 25 steps were enough
 import torch
 from torch import Tensor, nn
 
-from train.curriculum import merge_steps
+from train.data.reasoning_data import ReasoningSample, merge_steps
 from train.lare.data import Conversation, LaReCollator, from_reasoning
-from train.reasoning_data import ReasoningSample
 
 
 def shorten(sample: ReasoningSample, num_left_out: int, most_steps: int) -> Conversation:

@@ -2,7 +2,7 @@
 
 LLaVA's format is a JSON list, or JSONL, of objects with `conversations` ([{"from": "human", "value": "<image>\\n.."},
 {"from": "gpt", "value": ".."}, ..]) and, where a value names `<image>`, `image`: a path relative to the file, or a list of
-them. Questions with reasoning are read by `train.reasoning_data`.
+them. Questions with reasoning are read by `train.data.reasoning_data`.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from conversion.reading import is_file, read_file, read_json, read_json_lines
-from train.curriculum import answer_text
-from train.reasoning_data import ReasoningSample
+from train.common.stages import answer_text
+from train.data.reasoning_data import ReasoningSample
 
 
 IGNORED = -100

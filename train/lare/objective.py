@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from train.common.training_model import StepPart
 from train.lare.alignment import Alignment, pool
 from train.lare.image_reconstruction import ImageReconstruction, crop_windows, load_vae
 from train.lare.text_reconstruction import text_prefix_loss
-from train.training_model import StepPart
 
 
 @dataclass

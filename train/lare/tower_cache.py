@@ -2,7 +2,7 @@
 
 The tower is frozen in all stages, but the projector learns: what is kept are the features that the projector reads. A batch
 holds the numbers of its pictures beside pixels that are all zero and take no memory. Losses and gradients stay what they were.
-`train/feature_cache.py` does the same for models on a Qwen-VL backbone.
+`train/common/feature_cache.py` does the same for models on a Qwen-VL backbone.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from train.feature_cache import check_dropout, check_room, picture_key, tell_kept
+from train.common.feature_cache import check_dropout, check_room, picture_key, tell_kept
+from train.data.reasoning_data import ReasoningSample
 from train.lare.data import Conversation, image_key
-from train.reasoning_data import ReasoningSample
 
 
 BATCH = 32  # pictures that are encoded together

@@ -1,0 +1,1 @@
+"""What the training of several architectures shares: the trainer, stages, caches of features."""

@@ -1,1 +1,0 @@
-"""What `python -m train.evaluate` is made of: rows, answers, results on disk, and their summary."""

@@ -1,0 +1,1 @@
+"""Training of Vedas: its curriculum and its crop distillation."""
