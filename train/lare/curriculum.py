@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from train.data.reasoning_data import ReasoningSample, merge_steps
-from train.lare.data import Conversation, LaReCollator, from_reasoning
+from train.lare.data import IGNORED, Conversation, LaReCollator, from_reasoning
 
 
 def shorten(sample: ReasoningSample, num_left_out: int, most_steps: int) -> Conversation:
@@ -55,7 +55,16 @@ class RefocusCurriculumCollator:
 
     def __call__(self, samples: list[ReasoningSample]) -> dict[str, Tensor | int]:
         batch = self.collate([self.conversation(sample) for sample in samples])
+        if self.takes_steps and self.stage:
+            batch["step_words"] = torch.tensor([self.step_words(sample) for sample in samples])
         return batch | {"num_refocus_steps": self.stage if self.takes_steps else 0}
+
+    def step_words(self, sample: ReasoningSample) -> list[int]:
+        """The first token of every step that latents stand for: a rationale that has come to its end stays at its last step."""
+        steps = merge_steps(sample.steps, self.most_steps)
+        if not steps:
+            return [IGNORED] * self.stage
+        return [self.collate.tokens(steps[min(number, len(steps) - 1)])[0] for number in range(self.stage)]
 
     def conversation(self, sample: ReasoningSample) -> Conversation:
         return shorten(sample, self.stage, self.most_steps)

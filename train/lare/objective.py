@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from train.common.training_model import StepPart
 from train.lare.alignment import Alignment, pool
 from train.lare.image_reconstruction import ImageReconstruction, crop_windows, load_vae
-from train.lare.text_reconstruction import text_prefix_loss
+from train.lare.text_reconstruction import text_prefix_loss, word_loss
 
 
 @dataclass
@@ -23,6 +23,13 @@ class LatentLossArguments:
     align_loss_weight: float = field(default=0.1, metadata={"help": "w_align; 0 leaves the term out."})
     image_loss_weight: float = field(default=1.0, metadata={"help": "w_image; 0 leaves the term out."})
     text_loss_weight: float = field(default=0.5, metadata={"help": "w_text; 0 leaves the term out."})
+    word_loss_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of a term for curricula (not the paper's): the last latent of a step lies in the direction of the embedding "
+            "of the first word of the reasoning step that it stands for."
+        },
+    )
     text_prefix_length: int = field(default=32, metadata={"help": "Tokens of the reasoning to give back, 1 to 128."})
     vae_path: str | None = field(default=None, metadata={"help": "Folder of the KL-16 image tokenizer (diffusers)."})
     crop_size: int = field(default=256, metadata={"help": "Sides of the enlarged window in pixels."})
@@ -39,7 +46,7 @@ class LatentLossArguments:
     )
 
     def __post_init__(self):
-        for name in ("align_loss_weight", "image_loss_weight", "text_loss_weight"):
+        for name in ("align_loss_weight", "image_loss_weight", "text_loss_weight", "word_loss_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` must be >= 0 and finite, got {getattr(self, name)}.")
         if not 0 <= self.hidden_windows <= 1:
@@ -170,6 +177,7 @@ class LaReObjective(nn.Module):
         reasoning_keys: Tensor | None = None,
         image_keys: Tensor | None = None,
         num_refocus_steps: int | None = None,
+        step_words: Tensor | None = None,
         **inputs,
     ) -> dict:
         if num_refocus_steps == 0 or not self.has_latents:
@@ -199,6 +207,9 @@ class LaReObjective(nn.Module):
                 model, *flat_latents(output), reasoning_ids[:, :length], reasoning_mask[:, :length]
             )
             weights["text_loss"] = arguments.text_loss_weight
+        if arguments.word_loss_weight:
+            terms["word_loss"] = word_loss(model, output.latents, output.latent_mask, step_words)
+            weights["word_loss"] = arguments.word_loss_weight
         loss = sum(weights[name] * term.to(output.loss.device) for name, term in terms.items())
         loss = loss + untouched_projector(model, inputs)
         losses = {name: term.detach() for name, term in terms.items()} | counts

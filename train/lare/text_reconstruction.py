@@ -9,6 +9,8 @@ Shapes: B rows, T latents, n prefix tokens, D hidden size.
 import torch
 from torch import Tensor, nn
 
+from train.lare.data import IGNORED
+
 
 def text_prefix_loss(model, latents: Tensor, latent_mask: Tensor, prefix: Tensor, prefix_mask: Tensor) -> Tensor:
     """Mean over rows with a prefix of their mean cross-entropy; zero without such a row.
@@ -37,3 +39,27 @@ def text_prefix_loss(model, latents: Tensor, latent_mask: Tensor, prefix: Tensor
     by_row = (losses.view_as(prefix) * prefix_mask).sum(1) / prefix_mask.sum(1).clamp(min=1)
     exists = prefix_mask.any(1)
     return (by_row * exists).sum() / exists.sum().clamp(min=1)
+
+
+def word_loss(model: nn.Module, latents: Tensor, latent_mask: Tensor, words: Tensor | None) -> Tensor:
+    """Mean of 1 - cos(last latent of a step, embedding of the word that it stands for), over the steps that have both.
+
+    The text that goes on behind the latents then finds there what it found in words. With `text_prefix_loss` in its place, pointer
+    chasing took three times as many steps to learn what comes behind one latent step, and what comes behind two was not learned at all.
+
+    Args:
+        latents: (B, N, K, D).
+        latent_mask: (B, N) bool.
+        words: (B, N) tokens, `IGNORED` where there is none.
+
+    Raises:
+        ValueError: the batch does not say which words (it is not a curriculum's).
+    """
+    if words is None:
+        raise ValueError(
+            "`word_loss_weight` needs a `curriculum`: only there a latent step stands for a step in words."
+        )
+    exists = latent_mask & (words != IGNORED)
+    embeddings = model.get_input_embeddings()(words.clamp(min=0)).detach().float()
+    distances = 1 - nn.functional.cosine_similarity(latents[:, :, -1].float(), embeddings, dim=-1)  # (B, N)
+    return (distances * exists).sum() / exists.sum().clamp(min=1)

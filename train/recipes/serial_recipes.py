@@ -27,6 +27,8 @@ from train.recipes.small_models import IMAGE_SIZE, SHARED, remember, run
 
 STEPS = 4  # the largest number of moves that is asked for, and the latent steps of every question
 LAYERS = 4  # of the backbone
+# Passes over the pictures in which a tower learns what stands in each cell. Where an arrow points to is a matter of several cells.
+TOWER_EPOCHS = {"hops": (1, 5), "arrows": (6, 10), "trace": (1, 5)}  # by task, of Qwen's tower and of CLIP's
 PICTURES = {"train": 6000, "val": 64, "test": 480}
 INTERVENTIONS = ("swap", "zero", "noise")
 # Stages end by what greedy decoding would write word for word; an epoch is 50 steps of 16 questions.
@@ -86,7 +88,7 @@ def qwen_backbone(place: Place, layers: int = LAYERS) -> list[Stage]:
         ),
         Stage(
             f"{backbone}/vision_pretraining.json",
-            f"train.recipes.vision_pretraining --model {backbone} --data {place.data('train')} --epochs 1 --seed {place.seed}",
+            f"train.recipes.vision_pretraining --model {backbone} --data {place.data('train')} --epochs {TOWER_EPOCHS[place.task][0]} --seed {place.seed}",
             0.6 * layers / LAYERS,
         ),
         Stage(
@@ -170,10 +172,10 @@ LARE_TRAINING = (
     "--lr_scheduler_type constant_with_warmup --warmup_steps 50 --adam_beta2 0.98 --disable_tqdm true "
     f"{SHARED.replace(' --seed 0', '')}"
 )
-LARE_LONG = "--epochs_per_stage 32 20 24 24"  # the most of each
+LARE_LONG = "--epochs_per_stage 24 24 24 24"  # the most of each
 # What is left out stands in latents: these have to give it back (L_text), and the attention that places a window has no
 # gradient of its own: it is learned where the Extractor does not see the window.
-LARE_LATENTS = "--fresh_objective --start_delimiters --hidden_windows 0.5 --align_loss_weight 0 --image_loss_weight 0 --text_loss_weight 0.5"
+LARE_LATENTS = "--fresh_objective --start_delimiters --hidden_windows 0.5 --align_loss_weight 0 --image_loss_weight 0 --text_loss_weight 0 --word_loss_weight 1"
 
 
 def clip_backbone(place: Place) -> list[Stage]:
@@ -189,7 +191,7 @@ def clip_backbone(place: Place) -> list[Stage]:
         ),
         Stage(
             f"{small}/vision/vision_pretraining.json",
-            f"train.recipes.vision_pretraining --model {small}/vision --data {place.data('train')} --epochs 5 --batch-size 64 "
+            f"train.recipes.vision_pretraining --model {small}/vision --data {place.data('train')} --epochs {TOWER_EPOCHS[place.task][1]} --batch-size 64 "
             f"--learning-rate 1e-3 --seed {place.seed}",
             1.0,
         ),

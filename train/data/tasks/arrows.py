@@ -145,7 +145,7 @@ def _offset(one: Cell, other: Cell) -> tuple[int, int]:
 
 def ask_arrows(request: Request, ring: Ring, asked: list[tuple[str, int]]) -> list[Sample]:
     """Ask which tile is so many arrows after a start, for several starts and numbers."""
-    shown = {color: {"arrow": arrow_of(ring, color)} for color in ring.cells}
+    shown = {color: {"arrow": arrow_of(ring, color), "next": ring.following[color]} for color in ring.cells}
 
     def question(start: str, num_arrows: int) -> str:
         return f"Which tile is {num_arrows} {'arrow' if num_arrows == 1 else 'arrows'} after {start}?"
