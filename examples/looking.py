@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
+from configuration_latentvlm import ARCHITECTURES
 from evaluation import final_answer
 from modeling_latentvlm.trace import LatentTrace
 from processing_latentvlm import draw_trace
@@ -108,8 +109,7 @@ def ask_about(picture: Image.Image, question: str) -> list[dict]:
 
 def count_latents(name: str, answer: Answer) -> str:
     """In words how much an answer looked."""
-    step = "block" if name == "deeplatent" else "step"
-    counts = {f"latent {step}": answer.num_latent_blocks, "latent": answer.num_latents}
+    counts = {f"latent {ARCHITECTURES[name].latent_unit}": answer.num_latent_blocks, "latent": answer.num_latents}
     return ", ".join(f"{count} {what}{'' if count == 1 else 's'}" for what, count in counts.items())
 
 

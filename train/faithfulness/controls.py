@@ -35,7 +35,7 @@ from modeling_latentvlm.trace import LatentStep
 from processing_latentvlm import LaReProcessor
 from processing_latentvlm.processing_lare import REFOCUS_TOKENS
 from train.answers import encode_questions
-from train.faithfulness.architectures import LaReArchitecture
+from train.faithfulness.architectures import StepArchitecture
 from train.faithfulness.arms import ARMS
 from train.faithfulness.items import read_items
 from train.faithfulness.report import write_report
@@ -166,7 +166,7 @@ def train(kind: str, model: LaReForCausalLM, processor: LaReProcessor, data: Pat
     """Teach the answers; returns the mean loss of the last steps."""
     items = read_items(data, "steps", "train", None)
     inputs = dict(encode_questions(processor, [item.sample for item in items]))
-    architecture, end = LaReArchitecture(model), [processor.tokenizer.eos_token_id]
+    architecture, end = StepArchitecture(model), [processor.tokenizer.eos_token_id]
     answers = [processor.tokenizer(item.answer, add_special_tokens=False)["input_ids"] + end for item in items]
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=2e-3, weight_decay=0.01)
