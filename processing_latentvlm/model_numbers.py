@@ -1,6 +1,7 @@
 """Numbers that a processor needs of its model, read from the model's config, which alone holds them."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,15 @@ def find_config(source: str | Path, config_class: type, chosen: dict[str, Any]):
         ValueError: the file holds no JSON object.
         StrictDataclassError: a field of it is refused.
     """
+    if Path(source).is_file():
+        source = Path(source).parent
     content = read_json(source, CONFIG, chosen)
     if content is None:
         base = (read_json(source, ADAPTER, chosen) or {}).get("base_model_name_or_path")
-        elsewhere = {name: value for name, value in chosen.items() if name not in ("revision", "subfolder")}
-        content = read_json(base, CONFIG, elsewhere) if base else None
+        # Where it has been loaded before, since nobody asked for that model. It may also be a folder that is gone.
+        here = {"local_files_only": True} | {name: chosen[name] for name in ("cache_dir",) if name in chosen}
+        with suppress(OSError):
+            content = read_json(base, CONFIG, here) if base else None
     if content is None or content.get("model_type") != config_class.model_type:
         return None
     return config_class.from_dict(content)
