@@ -166,6 +166,10 @@ class DeepLatentConfig(LatentArchitectureMixin, HubCodeMixin, Qwen2_5_VLConfig):
         return tuple(self.fixed_latent_grid) if self.latent_scale == "fixed" else None
 
     @property
+    def shows_latents_one_by_one(self) -> bool:
+        return self.latent_mode == "autoregressive"
+
+    @property
     def unused_token_id(self) -> int:
         return self.video_token_id
 

@@ -152,6 +152,10 @@ class VedasConfig(LatentArchitectureMixin, HubCodeMixin, Qwen2_5_VLConfig):
         if self.routed_layers is None:
             self.routed_layers = list(range(1, self.get_text_config().num_hidden_layers, 2))
 
+    @property
+    def recomputes_sequence(self) -> bool:
+        return self.routing_scope == "reference"
+
     def step_tokens(self) -> list[int]:
         return [self.latent_token_id] * self.num_latent_steps
 

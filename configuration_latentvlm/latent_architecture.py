@@ -63,6 +63,19 @@ class LatentArchitectureMixin:
     # Whether a step feeds image tokens of the prompt again, and forwards without a cache always begin with the prompt.
     replays_image_tokens: ClassVar[bool] = False
 
+    # Whether the answer attends to the images of the prompt.
+    answer_sees_image = True
+
+    @property
+    def shows_latents_one_by_one(self) -> bool:
+        """Whether interventions get the latents of a block one at a time, and not all together."""
+        return False
+
+    @property
+    def recomputes_sequence(self) -> bool:
+        """Whether every forward computes the whole sequence anew, so that later tokens change earlier ones."""
+        return False
+
     @property
     def latent_count(self) -> int:
         """Steps of an answer, or the most blocks that it opens."""

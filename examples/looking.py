@@ -156,7 +156,7 @@ def look(model, processor, picture: Image.Image, question: str, kind: str = "sea
     donors = [row for row in range(1, 1 + DONORS) if trace.row(row)]
     swapped = None
     if trace.row(0) and donors:
-        swap = Swap({0: trace.row(donors[0])}, getattr(model.config, "latent_mode", None))
+        swap = Swap({0: trace.row(donors[0])}, model.config.shows_latents_one_by_one)
         settings = AnswerSettings(max_new_tokens=MOST_TOKENS)
         swapped = answer_batch(model, processor, [mine], settings, latent_intervention=swap)[0].text
     off = AnswerSettings(latents="off", max_new_tokens=MOST_TOKENS)

@@ -81,7 +81,7 @@ def measure_shares(study: Study) -> pandas.DataFrame:
     config = study.model.config
     check_takes_steps(config)
     check_steps(config)
-    if not getattr(config, "answer_sees_image", True):
+    if not config.answer_sees_image:
         raise ValueError(
             "With `answer_sees_image=False` no generated token attends to the image: there is nothing to measure."
         )

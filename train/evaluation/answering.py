@@ -311,7 +311,7 @@ def make_change(model, settings: AnswerSettings, conversations, names, lent, wan
                 f"got {None if lent is None else len(lent)}. `evaluate_rows` and `train.evaluate` find donors in their data."
             )
         given = {row: steps for row, steps in enumerate(lent) if steps is not None}
-        change = Swap(given, getattr(model.config, "latent_mode", None))
+        change = Swap(given, model.config.shows_latents_one_by_one)
     elif name in DRAWN:
         names = names if names is not None else [describe_conversation(one) for one in conversations]
         seeds = [draw_seed(settings.seed, one) for one in names for _ in range(num_beams(model, wanted))]
