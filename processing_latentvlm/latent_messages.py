@@ -1,5 +1,7 @@
 """What all processors share: images that can be seen, latents in messages, and tokens that nobody but the model writes."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,8 @@ class LatentProcessorMixin:
     latent_tokens: tuple[str, ...] = ()
     converter = ""
     config_class: type | None = None  # of the model
-    # Arguments of `__init__` that are numbers of the model's config. They are read from there and saved nowhere else.
+    # Arguments of `__init__` that are numbers of the model's config. They are read from there where the processor lies beside
+    # it, and are then not saved again; a processor that is saved alone keeps them.
     model_numbers: tuple[str, ...] = ()
 
     @classmethod
@@ -31,10 +34,10 @@ class LatentProcessorMixin:
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
         """As in transformers, with the numbers of the model that lies beside the processor.
 
-        A number that is nowhere to be found, since the processor lies alone, is None: what needs it will ask for it.
+        A number that is nowhere to be found, since the config beside it is gone, is None: what needs it will ask for it.
 
         Raises:
-            ValueError: a checkpoint of earlier versions, which saved these numbers twice, says two different things.
+            ValueError: both files hold a number, as in checkpoints of earlier versions, and they differ.
         """
         chosen = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
         processor_dict, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
@@ -51,8 +54,16 @@ class LatentProcessorMixin:
                 )
         return processor_dict, unused
 
-    def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in super().to_dict().items() if name not in self.model_numbers}
+    def to_json_file(self, json_file_path, *args, **kwargs) -> None:
+        super().to_json_file(json_file_path, *args, **kwargs)
+        path = Path(json_file_path)
+        config = find_config(path.parent, self.config_class, {}) if self.model_numbers else None
+        if config is None:
+            return
+        content, said = json.loads(path.read_text(encoding="utf-8")), self.numbers_of(config)
+        # One that differs stays: loading names both.
+        kept = {name: value for name, value in content.items() if name not in said or value != said[name]}
+        path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def check_model(self, config: Any) -> None:
         """Take the numbers of the model that this processor is used with, or require that they are the same.

@@ -1,7 +1,6 @@
 """Numbers that a processor needs of its model, read from the model's config, which alone holds them."""
 
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ from transformers.utils.hub import cached_file
 
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-CONFIG, ADAPTER = "config.json", "adapter_config.json"
+CONFIG = "config.json"
 
 
 def read_json(source: str | Path, name: str, chosen: dict[str, Any]) -> dict[str, Any] | None:
@@ -38,7 +37,7 @@ def read_json(source: str | Path, name: str, chosen: dict[str, Any]) -> dict[str
 
 
 def find_config(source: str | Path, config_class: type, chosen: dict[str, Any]):
-    """The config beside a processor, or that of the model that the adapters beside it belong to.
+    """The config beside a processor.
 
     Args:
         chosen: of `HUB_ARGUMENTS` those that the processor is loaded with.
@@ -53,12 +52,6 @@ def find_config(source: str | Path, config_class: type, chosen: dict[str, Any]):
     if Path(source).is_file():
         source = Path(source).parent
     content = read_json(source, CONFIG, chosen)
-    if content is None:
-        base = (read_json(source, ADAPTER, chosen) or {}).get("base_model_name_or_path")
-        # Where it has been loaded before, since nobody asked for that model. It may also be a folder that is gone.
-        here = {"local_files_only": True} | {name: chosen[name] for name in ("cache_dir",) if name in chosen}
-        with suppress(OSError):
-            content = read_json(base, CONFIG, here) if base else None
     if content is None or content.get("model_type") != config_class.model_type:
         return None
     return config_class.from_dict(content)

@@ -43,7 +43,7 @@ def test_autoregressive_blocks_have_no_controls(image_processor, tokenizer):
     inputs = processor(text=f"x{LATENT_START}1x4{LATENT_END}", return_tensors="pt")
     pad = tokenizer.convert_tokens_to_ids(LATENT_PAD)
     assert int((inputs["input_ids"] == pad).sum()) == 4
-    assert "num_control_tokens" not in processor.to_json_string()  # it stands in the model's config
+    assert '"num_control_tokens": 0' in processor.to_json_string()
 
 
 @pytest.mark.parametrize(
