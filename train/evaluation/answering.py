@@ -246,7 +246,7 @@ def changed_config(model, settings: AnswerSettings) -> AbstractContextManager[No
     """
     wanted = fields_of(model.config, settings.set, "set")
     if settings.latents == "off":
-        wanted |= model.config.limit_latents(0)[0]
+        wanted = model.config.limit_latents(0)[0] | wanted  # what is set too is still checked
     return changed_fields(model.config, **wanted)
 
 
