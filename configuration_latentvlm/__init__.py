@@ -12,7 +12,10 @@ from configuration_latentvlm.configuration_vedas import VedasConfig
 from configuration_latentvlm.hub_code import __version__
 
 
-for config_class in (DeepLatentConfig, LaReConfig, VedasConfig):
-    AutoConfig.register(config_class.model_type, config_class)
+# The one list of architectures; what each of them is stands on its config class (see `latent_architecture.py`).
+ARCHITECTURES = {config_class.model_type: config_class for config_class in (DeepLatentConfig, LaReConfig, VedasConfig)}
 
-__all__ = ["DeepLatentConfig", "LaReConfig", "VedasConfig", "__version__"]
+for model_type, config_class in ARCHITECTURES.items():
+    AutoConfig.register(model_type, config_class)
+
+__all__ = ["ARCHITECTURES", "DeepLatentConfig", "LaReConfig", "VedasConfig", "__version__"]

@@ -23,6 +23,7 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfi
 
 from configuration_latentvlm.backbone_fields import check_backbone_fields
 from configuration_latentvlm.hub_code import HubCodeMixin, __version__
+from configuration_latentvlm.latent_architecture import LatentArchitectureMixin
 from configuration_latentvlm.model_card import write_model_card
 
 
@@ -48,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @strict
-class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
+class VedasConfig(LatentArchitectureMixin, HubCodeMixin, Qwen2_5_VLConfig):
     r"""
     Configuration of [`VedasForConditionalGeneration`]. Every field of the backbone keeps its meaning.
 
@@ -109,6 +110,14 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
         "AutoModelForImageTextToText": _MODEL,
     }
 
+    latent_unit = "step"
+    latent_count_field = "num_latent_steps"
+    latent_modules = ("router",)
+    frozen_modules = ("visual",)
+    latent_token_fields = ("latent_token_id",)
+    training_command = "train.train_vedas"
+    replays_image_tokens = True
+
     backbone: str = "qwen2_5_vl"
     latent_token_id: int = 151665
     num_latent_steps: int = 4
@@ -142,6 +151,13 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
         super().__post_init__(**kwargs)
         if self.routed_layers is None:
             self.routed_layers = list(range(1, self.get_text_config().num_hidden_layers, 2))
+
+    @property
+    def recomputes_sequence(self) -> bool:
+        return self.routing_scope == "reference"
+
+    def step_tokens(self) -> list[int]:
+        return [self.latent_token_id] * self.num_latent_steps
 
     @classmethod
     def preset(cls, name: str, **fields) -> "VedasConfig":

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, Qwen2_5_VLConfig
 
 from conversion.backbone import Backbone, reference_picture, root_mean_square
 from conversion.qwen_backbone import VISION, Architecture, convert_backbone, rename_weight, report, run_converter
-from modeling_latentvlm.modeling_deeplatent import NEW_WEIGHTS, DeepLatentForConditionalGeneration
+from modeling_latentvlm.modeling_deeplatent import DeepLatentForConditionalGeneration
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS, DeepLatentProcessor
 
 
@@ -43,10 +43,8 @@ DEEPLATENT = Architecture(
     model_class=DeepLatentForConditionalGeneration,
     processor_class=DeepLatentProcessor,
     tokens=dict(zip(("latent_start_token_id", "latent_pad_token_id", "latent_end_token_id"), LATENT_TOKENS)),
-    is_new=lambda name: name.startswith(NEW_WEIGHTS),
     backbones={"qwen2_5_vl": Qwen2_5_VLConfig},
     measure=measure,
-    processor_fields=lambda config: {"num_control_tokens": config.num_control_tokens},
 )
 
 

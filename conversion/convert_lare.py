@@ -263,8 +263,8 @@ def convert_lare(
     if "latent_rms" not in overrides:
         config.latent_rms = measure_rms(weights, known_ids)
     added = make_weights(model, projector, seed, cast_to)
-    size, patch = (side_of(getattr(vision, name)) for name in ("image_size", "patch_size"))
-    processor = LaReProcessor(load_tower_processor(tower, size), tokenizer, patch_size=patch, image_size=size)
+    images = load_tower_processor(tower, config.tower_sizes[0])
+    processor = LaReProcessor(images, tokenizer, **LaReProcessor.numbers_of(config))
     with replaced_folder(output) as folder:
         write_weights(folder, weights, edit_vocabulary(model, weights, known_ids, added_ids), added, cast_to)
         config.save_pretrained(folder)
@@ -276,10 +276,6 @@ def convert_lare(
             record_answers(folder, output)
     report_conversion(config, weights, added, text.vocab_size, projector)
     return output
-
-
-def side_of(size: int | tuple[int, int]) -> int:
-    return size if isinstance(size, int) else size[0]
 
 
 def make_weights(model, projector: str | Path | None, seed: int, cast_to: torch.dtype | None) -> dict[str, Tensor]:

@@ -21,7 +21,6 @@ VEDAS = Architecture(
     model_class=VedasForConditionalGeneration,
     processor_class=VedasProcessor,
     tokens={"latent_token_id": LATENT_TOKEN},
-    is_new=lambda name: any(part in name for part in VedasForConditionalGeneration.new_weights),
     backbones=BACKBONES,
     fields_of=lambda model_type: {"backbone": model_type},
 )

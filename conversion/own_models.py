@@ -10,11 +10,11 @@ from transformers import AutoConfig
 
 import modeling_latentvlm  # noqa: F401
 import processing_latentvlm  # noqa: F401
+from configuration_latentvlm import ARCHITECTURES
 from conversion.reading import check_config_file
 
 
 TRUST_HELP = "Run the code that a checkpoint of another model type brings. Those of this library need no such trust."
-OWN_TYPES = ("deeplatent", "lare", "vedas")
 
 
 def check_model_type(model: str | Path, wanted: str, trust_remote_code: bool = False) -> None:
@@ -24,9 +24,10 @@ def check_model_type(model: str | Path, wanted: str, trust_remote_code: bool = F
         trust_remote_code: a checkpoint of a type that is not ours may pass, since its code may build on ours.
 
     Raises:
-        ValueError: it is of another type, which is named.
+        ValueError: it is of another type, which is named with the command that trains it.
     """
     check_config_file(model)
     found = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code).model_type
-    if found != wanted and (found in OWN_TYPES or not trust_remote_code):
-        raise ValueError(f"{model} must be a checkpoint of type {wanted!r}, got {found!r}.")
+    if found != wanted and (found in ARCHITECTURES or not trust_remote_code):
+        hint = f" Train it with `python -m {ARCHITECTURES[found].training_command}`." if found in ARCHITECTURES else ""
+        raise ValueError(f"{model} must be a checkpoint of type {wanted!r}, got {found!r}.{hint}")

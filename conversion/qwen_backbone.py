@@ -94,9 +94,7 @@ def build_config(
     return config
 
 
-def build_model(
-    backbone: Backbone, model_class: type[PreTrainedModel], config, is_new: Callable[[str], bool]
-) -> PreTrainedModel:
+def build_model(backbone: Backbone, model_class: type[PreTrainedModel], config) -> PreTrainedModel:
     """Build the model without memory, and require that the backbone's weights are all of its other ones.
 
     Raises:
@@ -108,7 +106,7 @@ def build_model(
     expected = {
         name: (num_rows, *weight.shape[1:]) if name in vocabulary else tuple(weight.shape)
         for name, weight in model.state_dict().items()
-        if not is_new(name)
+        if not config.is_new_weight(name)
     }
     check_weights(backbone.weights, rename_weight, expected, optional=set(model.all_tied_weights_keys))
     return model
@@ -160,12 +158,10 @@ class Architecture:
     model_class: type[PreTrainedModel]
     processor_class: type
     tokens: dict[str, str]  # config field -> special token whose id it takes
-    is_new: Callable[[str], bool]  # whether the architecture adds a weight of this name
     backbones: dict[str, type]  # `model_type` -> config class
     fields_of: Callable[[str], dict[str, Any]] = lambda model_type: {}  # config fields that the backbone decides
     decided: tuple[str, ...] = ("latentvlm_version",)  # further fields that `--set` cannot change
     measure: Callable[..., None] = lambda source, config, model, overrides: None  # completes the config
-    processor_fields: Callable[..., dict[str, Any]] = lambda config: {}
 
 
 def convert_backbone(
@@ -209,15 +205,15 @@ def convert_backbone(
 
     card = {"base_model": name_backbone(backbone), "base_model_license": license or find_license(folder)}
     config = build_config(source, model_class, architecture.tokens, cast_to, card | given | overrides)
-    model = build_model(source, model_class, config, architecture.is_new)
+    model = build_model(source, model_class, config)
     architecture.measure(source, config, model, overrides)
-    names = [name for name in model.state_dict() if architecture.is_new(name)]
+    names = [name for name in model.state_dict() if config.is_new_weight(name)]
     new_weights = initialize_weights(model, names, seed, dtype_of_new_weights(model))
     edits = edit_vocabulary(source, model, known_ids, added_ids)
     with replaced_folder(output) as partial_folder:
         write_weights(partial_folder, source.weights, edits, new_weights, cast_to)
-        fields = architecture.processor_fields(config)
-        save_side_files(partial_folder, source, config, architecture.processor_class, **fields)
+        processor_class = architecture.processor_class
+        save_side_files(partial_folder, source, config, processor_class, **processor_class.numbers_of(config))
         if known_answers:
             record_answers(partial_folder, output)
     report_conversion(source, config, architecture.tokens, new_weights)

@@ -17,8 +17,8 @@ Then `repeats` asks every question several times. Sampled words follow from the 
 from the seed, the repeat and the row alone, so that batch size and order of the data do not matter.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from configuration_latentvlm import ARCHITECTURES
+from configuration_latentvlm.latent_architecture import changed_fields, has_latents
 from conversion.backbone import parse_overrides
 from conversion.config_overrides import fields_of
 from evaluation.answers import conversation_of, encode_conversations
@@ -37,7 +39,6 @@ from modeling_latentvlm.trace import LatentStep
 
 
 ANSWER_PREFIX = "The answer is \\boxed{"
-LATENT_STEPS = {"deeplatent": None, "lare": "num_refocus_steps", "vedas": "num_latent_steps"}  # 0: no latents
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 RANDOM_INTERVENTIONS = (*DRAWN, "swap")
 OURS = (
@@ -172,11 +173,12 @@ class Answer:
 class AnswerPrefix(LogitsProcessor):
     """Makes every row write `prefix` first, behind the latent blocks it opens at once."""
 
-    def __init__(self, prefix: list[int], prompt_length: int, latent_start_token_id: int):
-        self.prefix, self.prompt_length, self.latent = prefix, prompt_length, latent_start_token_id
+    def __init__(self, prefix: list[int], prompt_length: int, opening_token_id: int | None):
+        self.prefix, self.prompt_length = prefix, prompt_length
+        self.opening = -1 if opening_token_id is None else opening_token_id  # no token has the id -1
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        written = (input_ids[:, self.prompt_length :] != self.latent).sum(dim=1).tolist()
+        written = (input_ids[:, self.prompt_length :] != self.opening).sum(dim=1).tolist()
         for row, count in enumerate(written):
             if count < len(self.prefix):
                 scores[row] = -float("inf")
@@ -202,16 +204,14 @@ def check_settings(model, settings: AnswerSettings) -> None:
         ValueError: the settings do not fit the model.
         StrictDataclassError: the config does not take a value of `set`.
     """
-    if model.config.model_type not in LATENT_STEPS and (
-        settings.latents == "off" or settings.latent_intervention is not None
-    ):
+    if not has_latents(model.config) and (settings.latents == "off" or settings.latent_intervention is not None):
         raise ValueError(
-            f"`latents=off` and `latent_intervention` need a model with latents, one of {sorted(LATENT_STEPS)}; this is "
+            f"`latents=off` and `latent_intervention` need a model with latents, one of {sorted(ARCHITECTURES)}; this is "
             f"{model.config.model_type!r}."
         )
     if settings.latents == "off":
         given = parse_overrides(settings.set) | parse_overrides(settings.generate)
-        steps = LATENT_STEPS[model.config.model_type] or "max_latent_blocks"
+        steps = model.config.latent_count_field
         if given.get(steps, 0) != 0:
             raise ValueError(f"`latents=off` takes no latents, but `{steps}` is set to {given[steps]}.")
     if settings.latent_intervention is not None:
@@ -227,9 +227,9 @@ def check_places(model, settings: AnswerSettings) -> None:
         ValueError: it is not among those that the settings allow.
     """
     places = parse_intervention(settings.latent_intervention)[1]
-    name = LATENT_STEPS[model.config.model_type] or "max_latent_blocks"
+    name = model.config.latent_count_field
     given = parse_overrides(settings.set) | parse_overrides(settings.generate)
-    most = given.get(name, getattr(model.config, name))
+    most = given.get(name, model.config.latent_count)
     beyond = [step for step, _ in places if isinstance(most, int) and step >= most]
     if beyond:
         raise ValueError(
@@ -238,25 +238,16 @@ def check_places(model, settings: AnswerSettings) -> None:
         )
 
 
-@contextmanager
-def changed_config(model, settings: AnswerSettings) -> Iterator[None]:
+def changed_config(model, settings: AnswerSettings) -> AbstractContextManager[None]:
     """The config as the arm wants it; afterwards it is as before.
 
     Raises:
         ValueError: `set` names what is no field.
     """
     wanted = fields_of(model.config, settings.set, "set")
-    steps = LATENT_STEPS.get(model.config.model_type)
-    if settings.latents == "off" and steps is not None:
-        wanted[steps] = 0
-    before = {name: getattr(model.config, name) for name in wanted}
-    try:
-        for name, value in wanted.items():
-            setattr(model.config, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(model.config, name, value)
+    if settings.latents == "off":
+        wanted = model.config.limit_latents(0)[0] | wanted  # what is set too is still checked
+    return changed_fields(model.config, **wanted)
 
 
 @torch.no_grad()
@@ -320,7 +311,7 @@ def make_change(model, settings: AnswerSettings, conversations, names, lent, wan
                 f"got {None if lent is None else len(lent)}. `evaluate_rows` and `evaluation.evaluate` find donors in their data."
             )
         given = {row: steps for row, steps in enumerate(lent) if steps is not None}
-        change = Swap(given, getattr(model.config, "latent_mode", None))
+        change = Swap(given, model.config.shows_latents_one_by_one)
     elif name in DRAWN:
         names = names if names is not None else [describe_conversation(one) for one in conversations]
         seeds = [draw_seed(settings.seed, one) for one in names for _ in range(num_beams(model, wanted))]
@@ -351,11 +342,11 @@ def arguments_of(model, processor, settings: AnswerSettings, prompt_length: int,
         raise ValueError(
             f"`latent_intervention=swap` is done without beams, but `num_beams` is {num_beams(model, wanted)}."
         )
-    if settings.latents == "off" and model.config.model_type == "deeplatent":
-        wanted["max_latent_blocks"] = 0
+    if settings.latents == "off":
+        wanted |= model.config.limit_latents(0)[1]
     if settings.direct:
         prefix = processor.tokenizer(ANSWER_PREFIX, add_special_tokens=False)["input_ids"]
-        start = getattr(model.config, "latent_start_token_id", -1)  # no token
+        start = model.config.opening_token_id if has_latents(model.config) else None
         wanted["logits_processor"] = LogitsProcessorList([AnswerPrefix(prefix, prompt_length, start)])
         wanted["stopping_criteria"] = StoppingCriteriaList([BoxClosed(processor, prompt_length)])
         wanted["max_new_tokens"] += len(prefix)
@@ -392,7 +383,7 @@ def account(model, processor, output, prompt_length: int, is_direct: bool) -> li
     texts = processor.batch_decode(written, skip_special_tokens=True)
     settings = model.generation_config
     ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    start = getattr(model.config, "latent_start_token_id", None)
+    start = model.config.opening_token_id if has_latents(model.config) else None
     blocks, latents = getattr(output, "num_latent_blocks", None), getattr(output, "num_latents", None)
     reasons = getattr(output, "stop_reason", None)
     answers = []

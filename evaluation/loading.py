@@ -10,6 +10,8 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
 )
 from transformers.utils import cached_file, is_torchvision_available
 
@@ -21,7 +23,7 @@ from train.data.decontamination.journal import hash_file
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-QWEN = ("qwen2_vl", "qwen2_5_vl")
+PLAIN_QWEN = (Qwen2VLConfig, Qwen2_5_VLConfig)  # and not what derives from them
 MODEL_FILES = (".json", ".safetensors", ".py", ".jinja", ".txt", ".model")  # what a checkpoint's answers follow from
 
 
@@ -36,7 +38,7 @@ def load_processor(model: str, trust_remote_code: bool = False):
         trust_remote_code: run what the checkpoint of another model type brings (`conversion/own_models.py`).
     """
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
-    if config.model_type in QWEN and not is_torchvision_available():
+    if type(config) in PLAIN_QWEN and not is_torchvision_available():
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
         processor = PlainQwenProcessor(
             AutoImageProcessor.from_pretrained(model, trust_remote_code=trust_remote_code),

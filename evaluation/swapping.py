@@ -27,12 +27,11 @@ class Swap:
 
     Args:
         given: by row the blocks or steps of its donor; a row without an entry keeps its own.
-        latent_mode: of the model's config; "autoregressive" shows the latents of a block one by one.
+        is_one_by_one: whether the model shows the latents of a block one by one (`config.shows_latents_one_by_one`).
     """
 
-    def __init__(self, given: dict[int, list[LatentStep]], latent_mode: str | None):
-        self.given = given
-        self.is_one_by_one = latent_mode == "autoregressive"
+    def __init__(self, given: dict[int, list[LatentStep]], is_one_by_one: bool):
+        self.given, self.is_one_by_one = given, is_one_by_one
 
     def __call__(self, latents: Tensor, step: LatentStep) -> Tensor:
         if step.row not in self.given:

@@ -17,7 +17,7 @@ def ask(model, processor, image: Image.Image, question: str, min_blocks: int = 0
     """Return the answer's text and everything that `generate` returned with it.
 
     Args:
-        min_blocks: latent blocks that the answer opens at least; of DeepLatent alone, the others always take their steps.
+        min_blocks: latent blocks that the answer opens at least; models that take steps always take theirs.
 
     Raises:
         ValueError: `min_blocks` for a model without blocks.
@@ -32,12 +32,7 @@ def ask(model, processor, image: Image.Image, question: str, min_blocks: int = 0
     ).to(model.device)
     blocks = {}
     if min_blocks:
-        if not hasattr(model.config, "max_latent_blocks"):
-            raise ValueError(f"`min_blocks` is for models that open blocks, not for {model.config.model_type}.")
-        blocks = {
-            "min_latent_blocks": min_blocks,
-            "max_latent_blocks": max(min_blocks, model.config.max_latent_blocks),
-        }
+        blocks = model.config.force_latents(min_blocks)
     output = model.generate(
         **inputs,
         **blocks,
@@ -52,8 +47,9 @@ def ask(model, processor, image: Image.Image, question: str, min_blocks: int = 0
 
 def count_latents(model, output) -> str:
     """In words what a single answer took."""
-    what = "blocks" if hasattr(model.config, "max_latent_blocks") else "steps"
-    return f"{what}: {int(output.num_latent_blocks.sum())}, latents: {int(output.num_latents.sum())}"
+    return (
+        f"{model.config.latent_unit}s: {int(output.num_latent_blocks.sum())}, latents: {int(output.num_latents.sum())}"
+    )
 
 
 def main() -> None:

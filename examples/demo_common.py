@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
+from configuration_latentvlm import ARCHITECTURES
 from evaluation import final_answer
 from evaluation.answering import Answer, AnswerSettings, account, answer_batch
 from evaluation.answers import encode_conversations, extract_answer
@@ -108,8 +109,7 @@ def ask_about(picture: Image.Image, question: str) -> list[dict]:
 
 def count_latents(name: str, answer: Answer) -> str:
     """In words how much an answer looked."""
-    step = "block" if name == "deeplatent" else "step"
-    counts = {f"latent {step}": answer.num_latent_blocks, "latent": answer.num_latents}
+    counts = {f"latent {ARCHITECTURES[name].latent_unit}": answer.num_latent_blocks, "latent": answer.num_latents}
     return ", ".join(f"{count} {what}{'' if count == 1 else 's'}" for what, count in counts.items())
 
 
@@ -156,7 +156,7 @@ def look(model, processor, picture: Image.Image, question: str, kind: str = "sea
     donors = [row for row in range(1, 1 + DONORS) if trace.row(row)]
     swapped = None
     if trace.row(0) and donors:
-        swap = Swap({0: trace.row(donors[0])}, getattr(model.config, "latent_mode", None))
+        swap = Swap({0: trace.row(donors[0])}, model.config.shows_latents_one_by_one)
         settings = AnswerSettings(max_new_tokens=MOST_TOKENS)
         swapped = answer_batch(model, processor, [mine], settings, latent_intervention=swap)[0].text
     off = AnswerSettings(latents="off", max_new_tokens=MOST_TOKENS)

@@ -3,7 +3,7 @@
 python -m train.data.tasks --task all --n 256 --seed 0 --output data/tasks
 python -m examples.finetune MODEL data/tasks/data.jsonl out/finetuned
 
-Models that open no blocks (LaRe, Vedas) take their steps before the answer, and those pictures are left out.
+Models that open no blocks take their steps before the answer, and those pictures are left out.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def finetune(model_path: str, data_path: str, output: str, **arguments) -> Train
     data = read_trajectories(data_path)
     record_image_sizes(processor, data, question_image_sizes)
     for name, parameter in model.named_parameters():
-        if ".visual." in name or ".vision_tower." in name:  # the vision tower; `refocus.visual_proj` is none
+        if model.config.is_frozen_weight(name):
             parameter.requires_grad_(False)
     defaults = {"learning_rate": 1e-4, "num_train_epochs": 1, "per_device_train_batch_size": 4, "logging_steps": 1}
     trainer = Trainer(

@@ -17,14 +17,12 @@ from train.data.chats import question_image_sizes, read_trajectories
 # The language model's projections alone. What an architecture adds is new, and trains in full.
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
-NEW_MODULES = ("latent_control", "latent_blocks", "refocus", "router")
-
 
 def train_adapter(model_path: str, data_path: str, adapter: str, **arguments) -> Trainer:
     processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True)
     model = AutoModel.from_pretrained(model_path, trust_remote_code=True)
     found = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    new = [name for name in NEW_MODULES if name in found]
+    new = [name for name in model.config.latent_modules if name in found]
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, modules_to_save=new or None)
     data = read_trajectories(data_path)
     record_image_sizes(processor, data, question_image_sizes)

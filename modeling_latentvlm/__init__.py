@@ -2,7 +2,7 @@
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from configuration_latentvlm import DeepLatentConfig, LaReConfig, VedasConfig
+import configuration_latentvlm  # noqa: F401
 from modeling_latentvlm.modeling_deeplatent import DeepLatentForConditionalGeneration
 from modeling_latentvlm.modeling_lare import LaReForCausalLM
 from modeling_latentvlm.modeling_vedas import VedasForConditionalGeneration
@@ -10,9 +10,8 @@ from modeling_latentvlm.trace import LatentStep, LatentTrace
 
 
 for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText):
-    auto_class.register(DeepLatentConfig, DeepLatentForConditionalGeneration)
-    auto_class.register(LaReConfig, LaReForCausalLM)
-    auto_class.register(VedasConfig, VedasForConditionalGeneration)
+    for model_class in (DeepLatentForConditionalGeneration, LaReForCausalLM, VedasForConditionalGeneration):
+        auto_class.register(model_class.config_class, model_class)
 
 __all__ = [
     "DeepLatentForConditionalGeneration",

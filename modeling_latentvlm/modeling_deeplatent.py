@@ -49,6 +49,7 @@ from modeling_latentvlm.latent_generation import LatentGenerationMixin
 from modeling_latentvlm.lockstep import Lockstep, agree_on_work, is_scattered, is_sharded, touch
 from modeling_latentvlm.qwen_inputs import QwenInputsMixin, rename_hub_weights
 from modeling_latentvlm.segments import find_state
+from modeling_latentvlm.sharded_layers import keep_present_layers
 from modeling_latentvlm.trace import LatentTrace
 
 
@@ -59,9 +60,6 @@ register_checkpoint_conversion_mapping(
     get_checkpoint_conversion_mapping("Qwen2_5_VLForConditionalGeneration"),
     overwrite=True,
 )
-
-
-NEW_WEIGHTS = ("latent_control.", "latent_blocks.")
 
 
 @dataclass
@@ -89,7 +87,6 @@ class DeepLatentForConditionalGeneration(
 
     config: DeepLatentConfig
     config_class = DeepLatentConfig
-    new_weights = NEW_WEIGHTS
     _only_of_forward = ("labels", "latent_state_layers")
     # Small, and the seat of all latents: quantizers skip them, and float16 (which overflows where bfloat16 does not) too.
     _keep_in_fp32_modules = ["latent_control", "latent_blocks"]
@@ -102,6 +99,7 @@ class DeepLatentForConditionalGeneration(
         guard_backbone(self)
         self.register_load_state_dict_pre_hook(rename_hub_weights)
         self.post_init()
+        keep_present_layers(self)
 
     @property
     def latent_placeholder_id(self) -> int:

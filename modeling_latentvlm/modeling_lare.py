@@ -55,6 +55,7 @@ from modeling_latentvlm.refocus_decoding import Places, RefocusContext, RefocusD
 from modeling_latentvlm.refocus_extractor import RefocusEmbedding, RefocusExtractor, RefocusNorm
 from modeling_latentvlm.row_images import collect_row_images
 from modeling_latentvlm.saliency import record_attention
+from modeling_latentvlm.sharded_layers import keep_present_layers
 from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_prompt_rows
 
 
@@ -84,7 +85,6 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
 
     config: LaReConfig
     config_class = LaReConfig
-    new_weights = ("refocus.",)
     accepts_loss_kwargs = False
     _supports_flex_attn = False  # steps need a row of attention, which its mask, a program, does not give
     _only_of_forward = ("labels", "answer_starts")
@@ -110,6 +110,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         if getattr(config, "quantization_config", None) is not None:
             self._keep_in_fp32_modules = ["refocus"]  # quantizers skip it; without one it has the dtype of all others
         self.post_init()
+        keep_present_layers(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, RefocusNorm):

@@ -60,6 +60,7 @@ from modeling_latentvlm.routing import (
     TokenScore,
 )
 from modeling_latentvlm.saliency import record_attention
+from modeling_latentvlm.sharded_layers import keep_present_layers
 from modeling_latentvlm.step_decoding import StepContext, StepDecoder
 from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_prompt_rows
 from modeling_latentvlm.visual_replay import Replay
@@ -93,7 +94,6 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
 
     config: VedasConfig
     config_class = VedasConfig
-    new_weights = (".router.",)
     accepts_loss_kwargs = False
     # `num_latent_steps` of an answer are those of the config: `model.config.num_latent_steps` sets them.
     _only_of_forward = ("labels", "answer_starts", "num_latent_steps")
@@ -119,6 +119,7 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         record_attention(self.model.language_model)
         self.post_init()
+        keep_present_layers(self)
 
     @property
     def latent_placeholder_id(self) -> int:

@@ -2,15 +2,14 @@
 
 from transformers import AutoProcessor
 
-from configuration_latentvlm import DeepLatentConfig, LaReConfig, VedasConfig
+import configuration_latentvlm  # noqa: F401
 from processing_latentvlm.draw_trace import draw_trace
 from processing_latentvlm.processing_deeplatent import DeepLatentProcessor
 from processing_latentvlm.processing_lare import LaReProcessor
 from processing_latentvlm.processing_vedas import VedasProcessor
 
 
-AutoProcessor.register(DeepLatentConfig, DeepLatentProcessor)
-AutoProcessor.register(LaReConfig, LaReProcessor)
-AutoProcessor.register(VedasConfig, VedasProcessor)
+for processor_class in (DeepLatentProcessor, LaReProcessor, VedasProcessor):
+    AutoProcessor.register(processor_class.config_class, processor_class)
 
 __all__ = ["DeepLatentProcessor", "LaReProcessor", "VedasProcessor", "draw_trace"]

@@ -11,11 +11,12 @@ from test_analyses import lare_model, lare_processor
 from test_vedas import build as build_vedas
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from configuration_latentvlm import ARCHITECTURES
 from conversion.known_answers import record_answers
 from processing_latentvlm import DeepLatentProcessor, VedasProcessor
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
-from train.recipes.shipping import CONFIGS, write_sums
+from train.recipes.shipping import write_sums
 
 
 KINDS = ("deeplatent", "lare", "vedas", "plain")
@@ -50,7 +51,7 @@ def save_checkpoint(kind: str, folder: Path, **fields) -> Path:
 
 def ship_random(folder: Path) -> Path:
     """Random models as `train.recipes.shipping` ships trained ones."""
-    for name in CONFIGS:
+    for name in ARCHITECTURES:
         save_checkpoint(name, folder / name)
         record_answers(folder / name)
         write_sums(name, folder)

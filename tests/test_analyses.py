@@ -20,8 +20,9 @@ from test_processing_lare import QWEN_TEMPLATE, exact
 from test_vedas import build as build_vedas
 from transformers import AutoModel, AutoProcessor
 
+from configuration_latentvlm.latent_architecture import changed_fields
 from evaluation.analyses import attention, convergence, probing, reconstruction
-from evaluation.analyses.collection import Study, changed_steps, pool_mean_max, prepare_output
+from evaluation.analyses.collection import Study, fields_of_steps, pool_mean_max, prepare_output
 from evaluation.analyses.matched_pairs import KINDS, Questions, choose_questions, pair_up, share_out
 from modeling_latentvlm import LaReForCausalLM
 from processing_latentvlm import DeepLatentProcessor, LaReProcessor, VedasProcessor
@@ -383,7 +384,7 @@ def test_bad_input_is_refused(processor, data, tmp_path):
         probing.probe_latents(few, 40)
     with pytest.raises(ValueError, match="`num_steps` must be 1 to 8 for this model, got 9"):
         convergence.measure_convergence(few, 9)
-    with changed_steps(model.config, 0):
+    with changed_fields(model.config, **fields_of_steps(model.config, 0)):
         for analyse in (attention.measure_shares, convergence.measure_convergence):
             with pytest.raises(ValueError, match="takes no latent steps: `num_refocus_steps` is 0"):
                 analyse(few)

@@ -9,6 +9,7 @@ import torch
 from helpers import run_strictly
 from transformers import AutoModel, AutoProcessor
 
+from configuration_latentvlm import ARCHITECTURES
 from configuration_latentvlm.hub_code import flat_code
 from train.data.tasks import write_dataset
 from train.recipes import comparison
@@ -76,7 +77,7 @@ def test_every_file_that_answers_follow_from_is_held_to_its_hash(name, tmp_path)
 @pytest.mark.core
 @pytest.mark.parametrize("name", NAMES)
 def test_the_code_that_ships_is_the_export_byte_for_byte(name):
-    folder, expected = CHECKPOINTS / name, flat_code(checkpoints.CONFIGS[name].hub_classes)
+    folder, expected = CHECKPOINTS / name, flat_code(ARCHITECTURES[name].hub_classes)
     found = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
     # Names alone: the texts of thirty files would fill the log.
     differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))

@@ -156,7 +156,7 @@ def test_a_swap_gives_the_donors_latents_at_the_norm_of_ones_own(loaded, rows, k
     trace = model.generate(**inputs, **wanted).latent_trace
     donors = {0: 1, 1: 2}  # the third row has none
     given = {row: steps_of(trace, donor) for row, donor in donors.items()}
-    swap = Swap(given, getattr(model.config, "latent_mode", None))
+    swap = Swap(given, model.config.shows_latents_one_by_one)
     swapped = model.generate(**inputs, **wanted, latent_intervention=swap).latent_trace
     for row, donor in donors.items():
         got, own, given = swapped.row(row)[0].latents, trace.row(row)[0].latents, trace.row(donor)[0].latents

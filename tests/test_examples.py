@@ -34,7 +34,6 @@ MODELS = {
     "vedas": ("vedas", {"num_latent_steps": 2}),
     "unrouted": ("vedas", {"num_latent_steps": 2, "routed_layers": []}),
 }
-NEW_WEIGHTS = ("latent_control", "latent_blocks", "refocus.")
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -111,7 +110,7 @@ def test_finetuning_learns_and_the_checkpoint_loads_again(checkpoint, data, tmp_
         is_sequential = getattr(again.config, "latent_mode", None) == "autoregressive"
         is_fixed = getattr(again.config, "latent_scale", None) == "fixed"
         is_used = not is_sequential and not ("scale_head" in name and is_fixed)
-        if is_used and (name.startswith(NEW_WEIGHTS) or ".router." in name):  # its latents took part
+        if is_used and again.config.is_new_weight(name):  # its latents took part
             assert not torch.equal(before[name], weight), name
     processor = AutoProcessor.from_pretrained(tmp_path / "tuned", trust_remote_code=True)
     assert processor.image_size == 56 or processor.trained_image_sizes == [[112, 112], [112, 112]]

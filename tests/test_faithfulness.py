@@ -20,7 +20,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from test_analyses import lare_model, lare_processor, write_questions
 from test_vedas import build as build_vedas
-from transformers import AutoModel
+from transformers import AutoModel, Qwen2_5_VLConfig
 
 from evaluation.faithfulness import __main__ as entry
 from evaluation.faithfulness import architectures, controls
@@ -571,12 +571,9 @@ def test_bad_input_is_refused(makers, data, tmp_path):
     model.config.max_latent_blocks = 0
     with pytest.raises(ValueError, match="opens no latent blocks: `max_latent_blocks` is 0"):
         architecture_of(model)
-    model.config.__class__.model_type, kept = "qwen2_5_vl", model.config.__class__.model_type
-    try:
-        with pytest.raises(ValueError, match="needs a model with latents.*'qwen2_5_vl', which has none"):
-            architecture_of(model)
-    finally:
-        model.config.__class__.model_type = kept
+    model.config = Qwen2_5_VLConfig()
+    with pytest.raises(ValueError, match="needs a model with latents.*'qwen2_5_vl', which has none"):
+        architecture_of(model)
     options = ["--model", "nowhere", "--data", str(data), "--output", str(tmp_path)]
     with pytest.raises(ValueError, match=r"`arms` must be of .*got \['all'\]"):
         main([*options, "--arms", "all"])

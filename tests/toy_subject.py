@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature
 
+from configuration_latentvlm.latent_architecture import LatentArchitectureMixin
 from evaluation.faithfulness.items import Item
 from evaluation.faithfulness.subject import Subject
 from evaluation.rows import EvaluationRow
@@ -35,7 +36,11 @@ SIZE = COUNT + len(TASKS) + STEPS
 
 
 @dataclass
-class ToyConfig:
+class ToyConfig(LatentArchitectureMixin):
+    latent_unit = "step"
+    latent_count_field = "num_latent_steps"
+    replays_image_tokens = True
+
     num_latent_steps: int = STEPS
     model_type: str = "vedas"
     image_token_id: int = -1
@@ -45,6 +50,9 @@ class ToyConfig:
 
     def get_text_config(self):
         return self
+
+    def step_tokens(self) -> list[int]:
+        return [self.latent_token_id] * self.num_latent_steps
 
     def to_dict(self) -> dict:
         return vars(self)

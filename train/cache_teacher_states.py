@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
+from configuration_latentvlm import DeepLatentConfig
 from conversion.commands import exit_on_error
 from conversion.config_overrides import load_config
 from conversion.own_models import TRUST_HELP, check_model_type
@@ -86,7 +87,7 @@ def states_of(model, collator: DeepLatentCollator, samples: list[dict], layers) 
 def main(args: CacheArguments, data_args: DataArguments) -> None:
     number, count = this_process(args)
     folder = local_folder(args.model)
-    check_model_type(folder, "deeplatent", args.trust_remote_code)
+    check_model_type(folder, DeepLatentConfig.model_type, args.trust_remote_code)
     config = load_config(folder, args.config_overrides, args.trust_remote_code)
     processor = load_processor(folder, config, args.trust_remote_code)
     data = data_args.read(config, processor)

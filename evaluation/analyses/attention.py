@@ -25,17 +25,18 @@ from matplotlib.figure import Figure
 from scipy import stats
 from torch import Tensor
 
+from configuration_latentvlm.latent_architecture import changed_fields
 from conversion.commands import exit_on_error
 from conversion.writing import replaced_file, write_file
 from evaluation.analyses.collection import (
     GREEDY,
     Study,
     analysis_parser,
-    changed_steps,
     check_steps,
+    check_takes_steps,
     encoded_batches,
+    fields_of_steps,
     open_study,
-    step_field,
 )
 from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
 
@@ -78,15 +79,15 @@ def measure_shares(study: Study) -> pandas.DataFrame:
         ValueError: a model without latent steps, or whose answers do not attend to the image.
     """
     config = study.model.config
-    step_field(config)
+    check_takes_steps(config)
     check_steps(config)
-    if not getattr(config, "answer_sees_image", True):
+    if not config.answer_sees_image:
         raise ValueError(
             "With `answer_sees_image=False` no generated token attends to the image: there is nothing to measure."
         )
     shares: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for arm, num_steps in ARMS.items():
-        with changed_steps(config, num_steps):
+        with changed_fields(config, **fields_of_steps(config, num_steps)):
             for _, inputs in encoded_batches(study, study.samples):
                 with recorded_first_token(study.model) as recorder:
                     study.model.generate(**inputs, **GREEDY, max_new_tokens=2, eos_token_id=None)

@@ -6,7 +6,6 @@ Shapes: K latents of a step, D hidden size, F pooled features.
 import argparse
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModel, AutoProcessor, set_seed
 
+from configuration_latentvlm import ARCHITECTURES
+from configuration_latentvlm.latent_architecture import has_latents
 from conversion.own_models import TRUST_HELP
 from conversion.reading import check_config_file
 from evaluation.answers import encode_questions
 from train.data.reasoning_data import ADAPTERS, ReasoningSample, read_reasoning
 
 
-STEP_FIELDS = {"lare": "num_refocus_steps", "vedas": "num_latent_steps"}
 GREEDY = {"do_sample": False, "return_dict_in_generate": True}
 
 
@@ -92,18 +92,18 @@ def prepare_output(folder: str | Path) -> Path:
     return Path(folder)
 
 
-def step_field(config) -> str:
-    """The name of the field with the number of latent steps.
+def check_takes_steps(config) -> None:
+    """Refuse a model without latents, or whose latents are blocks in its text.
 
     Raises:
         ValueError: an architecture that takes no steps between prompt and answer.
     """
-    if config.model_type not in STEP_FIELDS:
+    if not has_latents(config) or config.latent_unit != "step":
+        known = sorted(name for name, kind in ARCHITECTURES.items() if kind.latent_unit == "step")
         raise ValueError(
-            f"The analysis needs a model that takes latent steps behind its prompt, one of {sorted(STEP_FIELDS)}; this one is "
+            f"The analysis needs a model that takes latent steps behind its prompt, one of {known}; this one is "
             f"a {config.model_type!r}."
         )
-    return STEP_FIELDS[config.model_type]
 
 
 def check_steps(config) -> None:
@@ -112,25 +112,20 @@ def check_steps(config) -> None:
     Raises:
         ValueError: it is.
     """
-    field = STEP_FIELDS.get(config.model_type)
-    if field is not None and getattr(config, field) < 1:
-        raise ValueError(f"The model takes no latent steps: `{field}` is {getattr(config, field)}.")
+    if has_latents(config) and config.latent_unit == "step" and config.latent_count < 1:
+        raise ValueError(f"The model takes no latent steps: `{config.latent_count_field}` is {config.latent_count}.")
 
 
-@contextmanager
-def changed_steps(config, num_steps: int | None) -> Iterator[None]:
-    """Have every row take `num_steps` latent steps for a while, adaptive stopping off; None: leave all as it is."""
-    fields = {} if num_steps is None else {step_field(config): num_steps}
-    if fields and hasattr(config, "adaptive_stop"):
-        fields["adaptive_stop"] = None
-    kept = {name: getattr(config, name) for name in fields}
-    try:
-        for name, value in fields.items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(config, name, value)
+def fields_of_steps(config, num_steps: int | None) -> dict:
+    """The config fields with which every row takes `num_steps` latent steps; none for None, which leaves all as it is.
+
+    Raises:
+        ValueError: an architecture that takes no steps between prompt and answer.
+    """
+    if num_steps is None:
+        return {}
+    check_takes_steps(config)
+    return config.limit_latents(num_steps)[0]
 
 
 def encoded_batches(study: Study, samples: list[ReasoningSample]) -> Iterator[tuple]:

@@ -18,18 +18,19 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from configuration_latentvlm.latent_architecture import changed_fields
 from conversion.commands import exit_on_error
 from conversion.writing import replaced_file, write_file
 from evaluation.analyses.collection import (
     GREEDY,
     Study,
     analysis_parser,
-    changed_steps,
     check_steps,
+    check_takes_steps,
     encoded_batches,
+    fields_of_steps,
     latents_of,
     open_study,
-    step_field,
 )
 from modeling_latentvlm.refocus_decoding import change_of
 
@@ -68,14 +69,14 @@ def measure_convergence(study: Study, num_steps: int | None = None) -> pandas.Da
         ValueError: an architecture without steps, or a number of steps that it cannot take.
     """
     config = study.model.config
-    step_field(config)
-    most = getattr(config, "max_refocus_steps", MOST_STEPS)
+    check_takes_steps(config)
+    most = config.latent_count_limit or MOST_STEPS
     if num_steps is None:
         check_steps(config)
     elif not 1 <= num_steps <= most:
         raise ValueError(f"`num_steps` must be 1 to {most} for this model, got {num_steps}.")
     rows = []
-    with changed_steps(config, num_steps):
+    with changed_fields(config, **fields_of_steps(config, num_steps)):
         for samples, inputs in encoded_batches(study, study.samples):
             output = study.model.generate(**inputs, **GREEDY, output_latents=True, max_new_tokens=1)
             for steps in latents_of(output, samples):

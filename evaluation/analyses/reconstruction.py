@@ -143,7 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not 1 <= options.denoising_steps <= 1000:
         raise ValueError(f"`denoising_steps` must be within 1 and 1000, got {options.denoising_steps}.")
     study = open_study(options)
-    if study.model.config.model_type != "lare":
+    if not getattr(study.model.config, "reconstructs_images", False):
         raise ValueError(
             f"Only LaRe is trained to give pictures back, this one is a {study.model.config.model_type!r}."
         )

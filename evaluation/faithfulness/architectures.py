@@ -1,4 +1,4 @@
-"""What differs between architectures, for the report: how latents are switched off, counted and read under teacher forcing.
+"""Latents that are steps and latents that are blocks, for the report: how latents are switched off, counted and read under teacher forcing.
 
 Shapes: B rows, P prompt columns, T answer tokens.
 """
@@ -9,7 +9,9 @@ from contextlib import contextmanager
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from evaluation.analyses.collection import STEP_FIELDS, check_steps
+from configuration_latentvlm import ARCHITECTURES
+from configuration_latentvlm.latent_architecture import changed_fields, has_latents
+from evaluation.analyses.collection import check_steps
 from evaluation.faithfulness.items import NotApplicable
 from modeling_latentvlm.trace import LatentStep
 
@@ -18,23 +20,8 @@ SWEEP = (0, 1, 2, 3, 4, 6, 8, 12, 16, 20)
 IGNORED = -100
 
 
-@contextmanager
-def changed_fields(config, **fields) -> Iterator[None]:
-    """Set config fields for a while."""
-    kept = {name: getattr(config, name) for name in fields}
-    try:
-        for name, value in fields.items():
-            setattr(config, name, value)
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(config, name, value)
-
-
-class Architecture:
-    """Latent steps between prompt and answer (LaRe, Vedas)."""
-
-    names_oracle = False  # whether pictures of the assistant taught the latents
+class StepArchitecture:
+    """Latent steps between prompt and answer."""
 
     def __init__(self, model, min_latent_blocks: int = 0):
         self.model, self.config, self.min_latent_blocks = model, model.config, min_latent_blocks
@@ -58,11 +45,9 @@ class Architecture:
     @contextmanager
     def with_latents(self, count: int) -> Iterator[dict]:
         """Take `count` steps (0: none); gives settings of `generate`."""
-        fields = {STEP_FIELDS[self.config.model_type]: count}
-        if hasattr(self.config, "adaptive_stop"):
-            fields["adaptive_stop"] = None
+        fields, arguments = self.config.limit_latents(count)
         with changed_fields(self.config, **fields):
-            yield {}
+            yield arguments
 
     @contextmanager
     def with_steps(self, count: int) -> Iterator[dict]:
@@ -84,7 +69,9 @@ class Architecture:
 
     def teacher_forced(self, inputs: dict, answers: list[list[int]], steps: list[list[LatentStep]]) -> dict:
         """Arguments of `forward`; of its last T + 1 columns, column j predicts token j of the answer."""
-        return self.joined(inputs, answers, [])
+        slots = self.config.step_tokens()
+        # Without any, labels tell where an answer begins.
+        return self.joined(inputs, answers, slots, has_labels=not slots)
 
     def joined(self, inputs: dict, answers: list[list[int]], slots: list[int], has_labels: bool = False) -> dict:
         """Prompt (padded on the left), what stands for latents, and answer (padded on the right)."""
@@ -105,99 +92,83 @@ class Architecture:
             arguments["logits_to_keep"] = padded.shape[1] + 1
         return arguments
 
-    def markers_only(self, inputs: dict, answer_tokens: list[list[int]]):
+    @contextmanager
+    def markers_only(self, inputs: dict, answer_tokens: list[list[int]]) -> Iterator[tuple[dict, dict, list[int]]]:
         """A context in which `generate` gets the markers of latents and no latents; it gives (inputs, settings, answer
         tokens that stand in the prompt by now).
 
         Raises:
             NotApplicable: there are no markers.
         """
-        raise NotApplicable("this architecture puts no markers around its latents")
-
-
-class LaReArchitecture(Architecture):
-    def __init__(self, model, min_latent_blocks: int = 0):
-        super().__init__(model, min_latent_blocks)
-        self.markers = [self.config.bot_token_id, self.config.eot_token_id]
+        markers = self.config.marker_ids
+        if not markers:
+            raise NotApplicable(f"{self.config.model_type} puts no markers around its latents")
+        prompt, mask = inputs["input_ids"], inputs["attention_mask"]
+        added = torch.tensor(markers, device=prompt.device).expand(len(prompt), -1)
+        changed = dict(inputs) | {
+            "input_ids": torch.cat([prompt, added], dim=1),
+            "attention_mask": torch.cat([mask, torch.ones_like(added)], dim=1),
+        }
+        with self.as_ordinary_tokens() as settings:
+            yield changed, settings | {"suppress_tokens": markers}, [0] * len(prompt)
 
     @contextmanager
-    def with_latents(self, count: int) -> Iterator[dict]:
-        most = max(count, self.config.max_refocus_steps)
-        with changed_fields(self.config, max_refocus_steps=most), super().with_latents(count) as settings:
+    def as_ordinary_tokens(self) -> Iterator[dict]:
+        """No latents, and the architecture's own tokens taken for tokens of the backbone; gives settings of `generate`.
+
+        Without latents a model drops or refuses its tokens: under other ids it does not know them.
+        """
+        ids = dict.fromkeys(self.config.latent_token_fields, self.config.unused_token_id)
+        with self.with_latents(0) as settings, changed_fields(self.config, **ids):
             yield settings
 
-    def teacher_forced(self, inputs: dict, answers: list[list[int]], steps: list[list[LatentStep]]) -> dict:
-        return self.joined(inputs, answers, self.markers)  # side by side they say where latents go, with K = 0 too
 
-    @contextmanager
-    def markers_only(self, inputs: dict, answer_tokens: list[list[int]]):
-        prompt, mask = inputs["input_ids"], inputs["attention_mask"]
-        markers = torch.tensor(self.markers, device=prompt.device).expand(len(prompt), -1)
-        changed = dict(inputs) | {
-            "input_ids": torch.cat([prompt, markers], dim=1),
-            "attention_mask": torch.cat([mask, torch.ones_like(markers)], dim=1),
-        }
-        # Without steps LaRe drops both markers: under other ids they are ordinary tokens of its backbone.
-        ids = {"bot_token_id": -1, "eot_token_id": -1}
-        with self.with_latents(0) as settings, changed_fields(self.config, **ids):
-            yield changed, settings | {"suppress_tokens": self.markers}, [0] * len(prompt)
-
-
-class VedasArchitecture(Architecture):
-    def teacher_forced(self, inputs: dict, answers: list[list[int]], steps: list[list[LatentStep]]) -> dict:
-        slots = [self.config.latent_token_id] * self.config.num_latent_steps
-        return self.joined(
-            inputs, answers, slots, has_labels=not slots
-        )  # without slots labels tell where an answer begins
-
-    def markers_only(self, inputs: dict, answer_tokens: list[list[int]]):
-        raise NotApplicable("Vedas puts no markers around its latents: a step is replayed image tokens and z alone")
-
-
-class DeepLatentArchitecture(Architecture):
+class BlockArchitecture(StepArchitecture):
     """Latent blocks that the model opens in its text."""
 
-    names_oracle = True
-
     def check(self) -> None:
-        if self.config.max_latent_blocks < 1:
+        if self.config.latent_count < 1:
             raise ValueError(
-                f"The model opens no latent blocks: `max_latent_blocks` is {self.config.max_latent_blocks}."
+                f"The model opens no latent blocks: `{self.config.latent_count_field}` is {self.config.latent_count}."
             )
 
     def settings(self) -> dict:
-        return {"min_latent_blocks": self.min_latent_blocks} if self.min_latent_blocks else {}
+        return {self.config.least_count_argument: self.min_latent_blocks} if self.min_latent_blocks else {}
 
     @contextmanager
     def with_latents(self, count: int) -> Iterator[dict]:
         """Blocks of `count` x `count` latents (autoregressive: 1 x `count`); none with 0."""
         if count == 0:
-            yield {"max_latent_blocks": 0, "min_latent_blocks": 0}
+            with self.with_steps(0) as settings:
+                yield settings
             return
-        is_parallel = self.config.latent_mode == "parallel"
-        yield self.settings() | {"latent_grid": (count if is_parallel else 1, count)}
+        has_grid = self.config.latent_grid_limit is not None
+        yield self.settings() | {self.config.latent_grid_argument: (count if has_grid else 1, count)}
 
     @contextmanager
     def with_steps(self, count: int) -> Iterator[dict]:
-        yield {"max_latent_blocks": count, "min_latent_blocks": min(count, self.min_latent_blocks)}
+        fields, arguments = self.config.limit_latents(count)
+        with changed_fields(self.config, **fields):
+            yield arguments | {self.config.least_count_argument: min(count, self.min_latent_blocks)}
 
     def sweep(self) -> list[tuple[str, int]]:
-        if self.config.latent_mode == "parallel":
-            sides = [side for side in (1, 2, 4, 8, 16, 24) if side <= self.config.latent_grid_size]
+        most = self.config.latent_grid_limit
+        if most is not None:
+            sides = [side for side in (1, 2, 4, 8, 16, 24) if side <= most]
             return [("no blocks", 0), *((f"{side} x {side} = {side * side} latents", side) for side in sides)]
         return [(f"{count} latents", count) for count in SWEEP]
 
     def visible(self, tokens: list[int]) -> list[int]:
-        return [token for token in tokens if token != self.config.latent_start_token_id]
+        return [token for token in tokens if token != self.config.opening_token_id]
 
     def scored(self, tokens: list[int], has_latents: bool = True) -> list[int]:
-        start = self.config.latent_start_token_id
+        start = self.config.opening_token_id
         first = tokens.index(start) if start in tokens else len(tokens)
         return [place for place, token in enumerate(tokens) if place > first and token != start]
 
     def teacher_forced(self, inputs: dict, answers: list[list[int]], steps: list[list[LatentStep]]) -> dict:
         arguments = self.joined(inputs, answers, [])
-        start, grids = self.config.latent_start_token_id, []
+        start, grids = self.config.opening_token_id, []
         for tokens, row in zip(answers, steps):
             if start in tokens:
                 grids += [step.grid for step in row[: tokens.count(start)]]
@@ -208,15 +179,12 @@ class DeepLatentArchitecture(Architecture):
     @contextmanager
     def markers_only(self, inputs: dict, answer_tokens: list[list[int]]):
         config = self.config
-        start, end = config.latent_start_token_id, config.latent_end_token_id
-        inner = [start, config.latent_pad_token_id, end]
+        start, end = config.marker_ids
         begun = [tokens[: tokens.index(start)] if start in tokens else [] for tokens in answer_tokens]
         begun = [[*tokens, start, end] if start in whole else [] for tokens, whole in zip(begun, answer_tokens)]
         changed = put_before(inputs, begun, config.get_text_config().pad_token_id or 0)
-        # `<latent>` and `</latent>` alone would be a broken block; under another id, that nothing here uses, they are tokens.
-        unused = config.video_token_id
-        ids = dict.fromkeys(("latent_start_token_id", "latent_pad_token_id", "latent_end_token_id"), unused)
-        with self.with_latents(0) as settings, changed_fields(config, **ids):
+        inner = [getattr(config, name) for name in config.latent_token_fields]
+        with self.as_ordinary_tokens() as settings:
             yield changed, settings | {"suppress_tokens": inner}, [len(tokens) for tokens in begun]
 
 
@@ -236,25 +204,18 @@ def put_before(inputs: dict, tokens: list[list[int]], pad: int) -> dict:
     }
 
 
-ARCHITECTURES: dict[str, type[Architecture]] = {
-    "lare": LaReArchitecture,
-    "vedas": VedasArchitecture,
-    "deeplatent": DeepLatentArchitecture,
-}
-
-
-def architecture_of(model, min_latent_blocks: int = 0) -> Architecture:
+def architecture_of(model, min_latent_blocks: int = 0) -> StepArchitecture:
     """The architecture of a model, checked to make latents.
 
     Raises:
-        ValueError: a model of another kind, or one that is configured to make none.
+        ValueError: a model without latents, or one that is configured to make none.
     """
-    kind = ARCHITECTURES.get(model.config.model_type)
-    if kind is None:
+    if not has_latents(model.config):
         raise ValueError(
             f"The report needs a model with latents, one of {sorted(ARCHITECTURES)}; this one is a "
             f"{model.config.model_type!r}, which has none."
         )
+    kind = BlockArchitecture if model.config.latent_unit == "block" else StepArchitecture
     found = kind(model, min_latent_blocks)
     found.check()
     return found

@@ -94,18 +94,19 @@ def oracle_table(subject: Subject) -> Table:
     Raises:
         NotApplicable: an architecture that no assistant's picture taught, or data without any.
     """
-    if not subject.architecture.names_oracle:
+    if not subject.architecture.config.learns_from_assistant_images:
         raise NotApplicable(
             f"{subject.model.config.model_type} learns its latents from no picture of the assistant, so "
             "there is no teacher "
             "feature to put in their place"
         )
-    if subject.architecture.config.latent_mode != "parallel":
+    most = subject.architecture.config.latent_grid_limit
+    if most is None:
         raise NotApplicable("autoregressive latents stand for no grid of a picture")
     numbers = [number for number in subject.with_latents if subject.items[number].assistant_images]
     if not numbers:
         raise NotApplicable("the data bring no pictures of the assistant (`assistant_images`)")
-    steps, most = {}, subject.architecture.config.latent_grid_size
+    steps = {}
     for batch in subject.batches("reading assistant images", numbers):
         for number in batch:
             pictures = [load_fitted(path, most) for path in subject.items[number].assistant_images]

@@ -95,7 +95,7 @@ def answer_cut(subject: Subject, arm: Arm, served: dict[int, list[LatentStep]], 
     Raises:
         NotApplicable: `routing_scope="reference"`, where answers run deeper too, in a pass that no mask reaches.
     """
-    if getattr(subject.model.config, "routing_scope", None) == "reference":
+    if subject.model.config.recomputes_sequence:
         raise NotApplicable("with `routing_scope='reference'` answers are routed as well, and that pass cannot be cut")
     answers: list[Answer] = []
     for batch in subject.batches(f"answering, {arm.title}, {what} cut", list(served)):

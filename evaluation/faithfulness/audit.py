@@ -70,7 +70,7 @@ def measure_invocation(subject: Subject) -> Result:
             f"`--min-latent-blocks {subject.architecture.min_latent_blocks}`: blocks were forced open, "
             "so the share in latent mode says little."
         )
-    if subject.model.config.model_type != "deeplatent":
+    if subject.model.config.latent_unit == "step":
         result.notes.append(
             "This architecture takes its steps behind every prompt, so the share in latent mode is 1 by construction."
         )

@@ -4,7 +4,7 @@ New columns are told apart by what went in:
 
     image     columns of image tokens in the prompt
     latent    vectors equal to a latent that is served; they are equal to the bit
-    replay    image tokens that Vedas feeds again before a latent
+    replay    image tokens that a step feeds again before its latent
     answer    text behind the first latent of its row (delimiters of latents included)
     text      all other text
 
@@ -53,10 +53,10 @@ class ColumnKinds:
         is_cached = cache is not None
         seen = int(cache.get_seq_length()) if is_cached else 0  # less than before where an answer starts afresh (LaRe)
         earlier = self.cached[:, :seen]
-        is_vedas = self.subject.model.config.model_type == "vedas"
-        has_prompt = seen == 0 and (is_vedas or not self.has_started)
+        replays = self.subject.model.config.replays_image_tokens
+        has_prompt = seen == 0 and (replays or not self.has_started)
         self.has_started = True
-        self.kinds, order = self.classify(embeds, mask, earlier, has_prompt, is_vedas)
+        self.kinds, order = self.classify(embeds, mask, earlier, has_prompt, replays)
         self.keys = torch.cat([earlier, self.kinds], dim=1)
         self.key_order = torch.cat([self.order[:, : earlier.shape[1]], order], dim=1)
         if is_cached:
@@ -64,7 +64,7 @@ class ColumnKinds:
         return has_prompt
 
     def classify(
-        self, embeds: Tensor, mask: Tensor | None, earlier: Tensor, has_prompt: bool, is_vedas: bool
+        self, embeds: Tensor, mask: Tensor | None, earlier: Tensor, has_prompt: bool, replays: bool
     ) -> tuple[Tensor, Tensor]:
         """(B, T) kinds of the new columns, and which latent of its row each is (0 for others)."""
         rows, length = embeds.shape[:2]
@@ -87,7 +87,7 @@ class ColumnKinds:
                 order[row] = (before + is_latent.long().cumsum(0) - 1).clamp(0, len(known) - 1)
             kinds[row][is_latent] = LATENT
             behind = (columns >= width) & ~is_latent
-            if is_vedas and bool(is_latent.any()):
+            if replays and bool(is_latent.any()):
                 kinds[row][behind & (columns < int(is_latent.nonzero()[-1]))] = REPLAY
             else:
                 kinds[row][behind & ((is_latent.long().cumsum(0) > 0) | (before > 0))] = ANSWER

@@ -31,7 +31,7 @@ from configuration_latentvlm import LaReConfig
 from conversion.commands import exit_on_error
 from conversion.writing import replaced_folder, write_file
 from evaluation.answers import encode_questions
-from evaluation.faithfulness.architectures import LaReArchitecture
+from evaluation.faithfulness.architectures import StepArchitecture
 from evaluation.faithfulness.arms import ARMS
 from evaluation.faithfulness.items import read_items
 from evaluation.faithfulness.report import write_report
@@ -166,7 +166,7 @@ def train(kind: str, model: LaReForCausalLM, processor: LaReProcessor, data: Pat
     """Teach the answers; returns the mean loss of the last steps."""
     items = read_items(data, "steps", "train", None)
     inputs = dict(encode_questions(processor, [item.sample for item in items]))
-    architecture, end = LaReArchitecture(model), [processor.tokenizer.eos_token_id]
+    architecture, end = StepArchitecture(model), [processor.tokenizer.eos_token_id]
     answers = [processor.tokenizer(item.answer, add_special_tokens=False)["input_ids"] + end for item in items]
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=2e-3, weight_decay=0.01)

@@ -66,7 +66,7 @@ def measure_interventions(subject: Subject, names: tuple[str, ...] = ARMS, draws
         f"{'' if task == 'all' else f'{task}: '}{verdict(rows)}" for task, rows in groups.items() if len(rows) > 1
     ]
     result.notes += [margin_note(), chance_note(subject)]
-    if getattr(subject.model.config, "routing_scope", None) == "reference":
+    if subject.model.config.recomputes_sequence:
         result.notes.append(
             'With `routing_scope="reference"` later tokens change earlier ones, so KL is not that of the decoding loop.'
         )

@@ -84,7 +84,7 @@ def read_gradients(subject: Subject, numbers: list[int], is_on: bool) -> Gradien
     targets = torch.full((len(answers), width), -100)
     for row, tokens in enumerate(answers):
         targets[row, : len(tokens)] = torch.tensor(tokens)
-        start = getattr(subject.architecture.config, "latent_start_token_id", None)
+        start = subject.architecture.config.opening_token_id
         if start is not None:
             targets[row][targets[row] == start] = -100
     torch.manual_seed(subject.seed)  # of what is drawn while a model trains

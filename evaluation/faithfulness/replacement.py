@@ -108,7 +108,7 @@ def summarize(subject: Subject, scores: dict, units: dict, most: int, shares, co
             points.append((100 * float(share), mean, low, high))
         curves[f"the {order} attended"] = points
     notes = ["u_t > 0: the answer leans on that latent. A flat curve: on none of them, in this context."]
-    if subject.model.config.model_type == "vedas":
+    if subject.model.config.replays_image_tokens:
         notes.append(
             "Image tokens that later steps replay are picked anew, and may change with the latents before them."
         )

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from evaluation.answers import encode_questions, extract_answer
 from evaluation.donors import Donors
-from evaluation.faithfulness.architectures import Architecture, architecture_of
+from evaluation.faithfulness.architectures import StepArchitecture, architecture_of
 from evaluation.faithfulness.items import Item, NotApplicable
 from evaluation.final_answer import normalize
 from evaluation.scoring import Reading, known_answers, read_answer
@@ -99,7 +99,7 @@ class Subject:
         seed: int = 0,
     ):
         self.model, self.processor, self.items = model.eval(), processor, items
-        self.architecture: Architecture = architecture_of(model, min_latent_blocks)
+        self.architecture: StepArchitecture = architecture_of(model, min_latent_blocks)
         self.batch_size, self.max_new_tokens, self.seed = batch_size, max_new_tokens, seed
         self.asked: dict[str, list[Answer]] = {}
         self.encoded: tuple[list[int], dict] = ([], {})  # of the last batch: many arms read one after the other
@@ -250,7 +250,7 @@ class Subject:
             if is_without_latents:
                 tokens, taken = self.architecture.visible(tokens), []
             else:
-                start = getattr(self.architecture.config, "latent_start_token_id", None)
+                start = self.architecture.config.opening_token_id
                 if start is not None and tokens and tokens[-1] == start and tokens.count(start) > len(taken):
                     tokens = tokens[:-1]  # cut off before its block was built
             answers.append(tokens)
@@ -330,6 +330,6 @@ def compare(clean: Tensor, other: Tensor, tokens: list[int]) -> Score:
     return Score(float(other.gather(1, chosen).sum()), float(divergence), len(tokens))
 
 
-def without_latents(architecture: Architecture) -> Arm:
+def without_latents(architecture: StepArchitecture) -> Arm:
     """K = 0."""
     return Arm("skip", "no latents (K = 0)", inside=lambda: architecture.with_latents(0), is_without_latents=True)

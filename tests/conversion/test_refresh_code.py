@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForImageTextToText
 
 import modeling_latentvlm  # noqa: F401 (registers the models)
-from configuration_latentvlm import DeepLatentConfig, LaReConfig, VedasConfig
+from configuration_latentvlm import ARCHITECTURES
 from conversion import refresh_code as command
 from conversion.known_answers import write_known_answers
 from conversion.refresh_code import read_hub_classes, refresh_code
@@ -20,7 +20,6 @@ from modeling_latentvlm import answered_model
 
 pytestmark = pytest.mark.core
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = {"deeplatent": DeepLatentConfig, "lare": LaReConfig, "vedas": VedasConfig}
 
 
 @pytest.fixture
@@ -41,9 +40,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_classes_are_read_off_the_source_as_they_are(name):
-    assert read_hub_classes(name) == CONFIGS[name].hub_classes
+    assert read_hub_classes(name) == ARCHITECTURES[name].hub_classes
 
 
 def test_the_code_is_rewritten_and_nothing_else(old):

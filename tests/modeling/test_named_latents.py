@@ -200,7 +200,7 @@ def test_a_callable_can_be_held_to_places():
 
 def test_autoregressive_donors_lend_the_latent_at_the_same_place():
     donor = LatentStep(0, 0, 0, (1, 4), torch.eye(4), [])
-    swap = ChangeAt(Swap({0: [donor]}, "autoregressive"), [(0, 2)])
+    swap = ChangeAt(Swap({0: [donor]}, is_one_by_one=True), [(0, 2)])
     own = [LatentStep(0, 0, 0, (1, 1), torch.full((1, 4), 0.5), [], offset=n) for n in range(4)]
     found = [swap(step.latents, step).tolist() for step in own]
     assert found[0] == found[1] == found[3] == [[0.5] * 4] and found[2] == [[0, 0, 1, 0]]

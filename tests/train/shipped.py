@@ -16,7 +16,6 @@ CLASSES = {
     "lare": LaReForCausalLM,
     "vedas": VedasForConditionalGeneration,
 }
-NEW_WEIGHTS = {"deeplatent": ("latent_blocks.", "latent_control."), "lare": ("refocus.",), "vedas": (".router.",)}
 
 
 def load(name: str, folder=None, **settings):
@@ -27,8 +26,8 @@ def load_shaken(name: str):
     return shake(load(name)), AutoProcessor.from_pretrained(CHECKPOINTS / name)
 
 
-def new_weights(name: str, model) -> dict[str, torch.Tensor]:
-    return {key: value for key, value in model.named_parameters() if any(part in key for part in NEW_WEIGHTS[name])}
+def new_weights(model) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in model.named_parameters() if model.config.is_new_weight(key)}
 
 
 def is_unread(model, weight: str) -> bool:

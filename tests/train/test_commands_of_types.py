@@ -6,17 +6,19 @@ import sys
 
 import pytest
 
-from conversion.own_models import OWN_TYPES, check_model_type
+from configuration_latentvlm import ARCHITECTURES
+from conversion.own_models import check_model_type
 from train.recipes import small_models as recipes
 
 
-@pytest.mark.parametrize("wanted", OWN_TYPES)
-@pytest.mark.parametrize("found", OWN_TYPES)
+@pytest.mark.parametrize("wanted", ARCHITECTURES)
+@pytest.mark.parametrize("found", ARCHITECTURES)
 def test_another_architecture_is_refused(wanted, found):
     if wanted == found:
         return check_model_type(f"checkpoints/{found}", wanted)
     for trust in (False, True):
-        with pytest.raises(ValueError, match=f"must be a checkpoint of type {wanted!r}, got {found!r}"):
+        command = f"python -m train.train_{found}"
+        with pytest.raises(ValueError, match=f"must be a checkpoint of type {wanted!r}, got {found!r}.*{command}"):
             check_model_type(f"checkpoints/{found}", wanted, trust)
 
 

@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 from transformers import AutoModel, AutoProcessor, HfArgumentParser
 
+from configuration_latentvlm.latent_architecture import changed_fields
 from conversion.convert_lare import convert_lare
 from train import train_lare
 from train.common.stages import StageArguments
@@ -14,7 +15,7 @@ from train.data.small_tokenizer import texts_of
 from train.data.tasks import write_dataset
 from train.lare.curriculum import RefocusCurriculumCollator, opening_token, shorten, start_delimiters
 from train.lare.data import LaReCollator, check_rows
-from train.lare.objective import LaReObjective, LatentLossArguments, changed
+from train.lare.objective import LaReObjective, LatentLossArguments
 from train.recipes.small_clip import write_small
 from train.train_lare import LaReTrainingArguments, ScriptArguments
 
@@ -129,7 +130,7 @@ def test_the_objective_takes_the_steps_of_the_stage(loaded, data):
         batch = collator(read_reasoning(data)[:3])
         losses[stage] = objective(model, **batch)["loss"]
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels", "pixel_values")}
-        with changed(model.config, num_refocus_steps=stage):
+        with changed_fields(model.config, num_refocus_steps=stage):
             assert_close(losses[stage], model(**inputs).loss, atol=1e-6, rtol=0)
     assert model.config.num_refocus_steps == 2  # what is saved
     assert len({round(float(loss), 4) for loss in losses.values()}) == 3

@@ -105,7 +105,7 @@ def test_qlora(name, tmp_path):
     model = quantized()
     four_bit = {key for key, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
     assert any("language_model" in key for key in four_bit)
-    new = new_weights(name, model)
+    new = new_weights(model)
     assert new and not [key for key in new if key.rpartition(".")[0] in four_bit]
     assert {weight.dtype for weight in new.values()} == {torch.float32}
     batch = training_batch(name, AutoProcessor.from_pretrained(CHECKPOINTS / name))

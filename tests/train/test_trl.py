@@ -9,7 +9,7 @@ import transformers
 from conftest import picture, user_turn
 from helpers import CHECKPOINTING, assert_near
 from packaging.version import Version
-from shipped import CLASSES, NEW_WEIGHTS, is_unread, load_shaken
+from shipped import CLASSES, is_unread, load_shaken
 
 from modeling_latentvlm.backbone_calls import find_answers
 
@@ -92,7 +92,7 @@ def test_sft_has_the_loss_and_the_gradients_of_forward(layout, case, tmp_path):
     assert found.keys() == expected.keys()
     for weight in expected:
         assert_near(found[weight], expected[weight], 1e-4)
-    moved = [weight for weight, grad in expected.items() if any(part in weight for part in NEW_WEIGHTS[name])]
+    moved = [weight for weight, grad in expected.items() if model.config.is_new_weight(weight)]
     assert moved and not [weight for weight in moved if not expected[weight].any() and not is_unread(own, weight)]
     # Without latents the loss is another one: nothing above compares the backbone with itself.
     plain = {"lare": {}, "vedas": {"num_latent_steps": 0}, "deeplatent": {"latent_intervention": "zero"}}[name]
@@ -111,7 +111,7 @@ def test_one_step_of_sft_moves_the_new_weights(case, tmp_path):
         stated = float(copy.deepcopy(model).eval()(**inputs).loss) if name != "deeplatent" else None
     loss = trainer.train().training_loss
     assert stated is None or loss == pytest.approx(stated, rel=1e-4)
-    new = [weight for weight in before if any(part in weight for part in NEW_WEIGHTS[name])]
+    new = [weight for weight in before if model.config.is_new_weight(weight)]
     still = [weight for weight in new if torch.equal(dict(model.named_parameters())[weight], before[weight])]
     assert new and not [weight for weight in still if not is_unread(model, weight)]
 
@@ -181,7 +181,7 @@ def test_grpo_moves_the_new_weights(name, tmp_path):
     before = {weight: values.detach().clone() for weight, values in model.named_parameters()}
     trainer = grpo(model, processor, tmp_path)
     trainer.train()
-    new = [weight for weight in before if any(part in weight for part in NEW_WEIGHTS[name])]
+    new = [weight for weight in before if model.config.is_new_weight(weight)]
     still = [weight for weight in new if torch.equal(dict(model.named_parameters())[weight], before[weight])]
     assert new and not [weight for weight in still if not is_unread(model, weight)]
 

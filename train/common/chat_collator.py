@@ -7,6 +7,8 @@ What becomes of an assistant's pictures is the collator's `assistant_images`:
     "drop"     it is left out: the text alone
 """
 
+from importlib import import_module
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,13 @@ class TrajectoryCollator:
         tokenizer = processor.tokenizer
         self.header = tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
         self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+    @classmethod
+    def for_model(cls, processor, config) -> "TrajectoryCollator":
+        """As a model's `generate` will meet the chats: assistant pictures become its blocks, or are left out for its steps."""
+        if config.latent_unit == "block":
+            return cls(processor, "latent", config.latent_grid_limit or 1, config.given_latent_grid)
+        return cls(processor, "drop", num_steps=config.latent_count)
 
     def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
         conversations = [[self.render(message) for message in sample["messages"]] for sample in samples]
@@ -117,12 +126,6 @@ def collator_for(processor, config):
     An assistant's pictures become the blocks of a model that opens some. The others take their steps wherever they answer;
     the pictures are left out.
     """
-    if hasattr(config, "latent_grid_size"):
-        fixed = tuple(config.fixed_latent_grid) if config.latent_scale == "fixed" else None
-        block = (1, config.num_autoregressive_latents) if config.latent_mode == "autoregressive" else fixed
-        return TrajectoryCollator(processor, "latent", config.latent_grid_size, block)
-    if hasattr(config, "num_latent_steps"):
-        return TrajectoryCollator(processor, "drop", num_steps=config.num_latent_steps)
-    from train.lare.data import RefocusingChatCollator  # not above: it imports this module
-
-    return RefocusingChatCollator(processor)
+    module, _, name = config.chat_collator.rpartition(".")
+    processor.check_model(config)
+    return getattr(import_module(module), name).for_model(processor, config)

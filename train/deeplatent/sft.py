@@ -11,7 +11,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from configuration_latentvlm.transformers_contract import check_contract
 from conversion.config_overrides import load_config
 from conversion.own_models import TRUST_HELP, check_model_type
-from modeling_latentvlm.modeling_deeplatent import NEW_WEIGHTS
 from train.common.stages import (
     AnswerAccuracy,
     Curriculum,
@@ -31,7 +30,6 @@ from train.deeplatent.trajectories import CHAINS_OF_THOUGHT, WITHOUT_PICTURES, T
 
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-LATENT_MODULES = ("latent_control", "latent_blocks")
 
 
 @dataclass
@@ -168,7 +166,7 @@ def load_model(
         **({"attn_implementation": attn_implementation} if attn_implementation else {}),
     )
     fresh = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])}
-    wrong = sorted(name for name in fresh if not name.startswith(NEW_WEIGHTS))
+    wrong = sorted(name for name in fresh if not config.is_new_weight(name))
     if wrong:
         raise ValueError(f"{path} lacks {len(wrong)} weights of the backbone, first {wrong[0]}.")
     return model
@@ -178,7 +176,8 @@ def prepare_weights(model, args: SftArguments, training_args: TrainingArguments)
     """Say what trains: never the vision tower; the latent modules in SFT 2; the rest in full or by adapters."""
     is_latent = args.stage == "sft2"
     model.model.visual.requires_grad_(False)
-    for name in LATENT_MODULES:
+    latent_modules = list(model.config.latent_modules)
+    for name in latent_modules:
         getattr(model, name).requires_grad_(is_latent)
     if args.lora:
         from peft import LoraConfig, get_peft_model
@@ -191,7 +190,7 @@ def prepare_weights(model, args: SftArguments, training_args: TrainingArguments)
                 lora_alpha=args.lora_alpha,
                 lora_dropout=args.lora_dropout,
                 target_modules=LORA_TARGETS,
-                modules_to_save=list(LATENT_MODULES) if is_latent else None,
+                modules_to_save=latent_modules if is_latent else None,
             ),
         )
     if training_args.bf16 or training_args.fp16:

@@ -23,8 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from configuration_latentvlm import DeepLatentConfig
 from conversion.writing import write_file
-from modeling_latentvlm.modeling_deeplatent import NEW_WEIGHTS
 
 
 INDEX = "index.json"
@@ -66,7 +66,7 @@ def hash_weights(folder: str | Path) -> str:
     places = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(path, "pt") as weights:
-            places |= {name: path for name in weights.keys() if not name.startswith(NEW_WEIGHTS)}  # noqa: SIM118
+            places |= {name: path for name in weights.keys() if not DeepLatentConfig.is_new_weight(name)}  # noqa: SIM118
     if not places:
         raise ValueError(f"{folder} holds no weights in safetensors files.")
     digest = hashlib.sha256()

@@ -324,6 +324,10 @@ class RefocusingChatCollator:
     def __init__(self, processor):
         self.collate = LaReCollator(processor)
 
+    @classmethod
+    def for_model(cls, processor, config) -> "RefocusingChatCollator":
+        return cls(processor)
+
     def __call__(self, samples: list[dict]) -> dict[str, Tensor]:
         batch = self.collate([self.conversation(sample) for sample in samples])
         return {name: batch[name] for name in MODEL_INPUTS if name in batch}

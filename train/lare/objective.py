@@ -4,12 +4,13 @@ Rows of the batch come from `LaReCollator`. A term whose weight is zero has no m
 first term alone.
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from configuration_latentvlm.latent_architecture import changed_fields
 from train.common.training_model import StepPart
 from train.lare.alignment import Alignment, pool
 from train.lare.image_reconstruction import ImageReconstruction, crop_windows, load_vae
@@ -55,19 +56,6 @@ class LatentLossArguments:
             raise ValueError(f"`text_prefix_length` must be within 1 and 128, got {self.text_prefix_length}.")
         if len(self.unet_channels) != 4:
             raise ValueError(f"`unet_channels` must be four numbers, got {self.unet_channels}.")
-
-
-@contextmanager
-def changed(config, **fields):
-    """A config with other fields for a while: what is saved keeps its own."""
-    kept = {name: getattr(config, name) for name in fields}
-    for name, value in fields.items():
-        setattr(config, name, value)
-    try:
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(config, name, value)
 
 
 class DelimiterRows(nn.Module):
@@ -183,7 +171,7 @@ class LaReObjective(nn.Module):
         if num_refocus_steps == 0 or not self.has_latents:
             return self.compute_plain(model, part, inputs)
         fields = {} if num_refocus_steps is None else {"num_refocus_steps": num_refocus_steps}
-        with changed(model.config, **fields):
+        with changed_fields(model.config, **fields):
             output = model(**inputs, output_latents=True)
         model = base_of(model)
         terms, weights, counts = {"ntp_loss": output.loss}, {"ntp_loss": 1.0}, {}
@@ -219,7 +207,7 @@ class LaReObjective(nn.Module):
         """The next-token loss of the plain model, without refocusing steps."""
         if self.alignment is not None and part is not None and part.others is None:
             return {"rows": {}}  # without latents nothing has to be known of the other parts
-        with changed(model.config, num_refocus_steps=0, adaptive_stop=None):
+        with changed_fields(model.config, **model.config.limit_latents(0)[0]):
             output = model(**inputs, use_cache=False)  # gradient checkpointing would fill a cache twice
         loss = output.loss + untouched_projector(base_of(model), inputs)
         if self.has_latents:  # in other batches of the run

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
-from configuration_latentvlm import DeepLatentConfig, LaReConfig, VedasConfig
+from configuration_latentvlm import ARCHITECTURES
 from configuration_latentvlm.model_card import render_model_card
 from conversion.commands import exit_on_error
 from conversion.known_answers import record_answers
@@ -29,7 +29,6 @@ CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 SUMS = "SHA256SUMS"
 WEIGHTS = "model.safetensors"
 ENDS = {name: trained for name, (_, trained) in RECIPES.items()}  # folders of a recipe's output
-CONFIGS = {"deeplatent": DeepLatentConfig, "lare": LaReConfig, "vedas": VedasConfig}
 LARGEST = 8_000_000  # bytes of weights that a shipped checkpoint may have
 
 TRAINING = """
@@ -150,7 +149,9 @@ def ship(name: str, run: Path, folder: Path = CHECKPOINTS) -> Path:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("name", nargs="?", choices=sorted(CONFIGS), help="without: bring the code of all up to date")
+    parser.add_argument(
+        "name", nargs="?", choices=sorted(ARCHITECTURES), help="without: bring the code of all up to date"
+    )
     parser.add_argument("--run", type=Path, help="output of `train.recipes`")
     parser.add_argument("--output", type=Path, default=CHECKPOINTS)
     args = parser.parse_args(arguments)
