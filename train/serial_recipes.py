@@ -31,7 +31,7 @@ from train.recipes import SETTINGS, remember, run
 from train.serial.arms import ARMS, Model
 from train.serial.plan import Place, Stage, draw_again, shrink
 from train.serial.rates import choose_rate, missing_choices, models_of, models_there, try_rates
-from train.serial.scoring import report_model, score_model
+from train.serial.scoring import fresh_scores, report_model, score_model
 from train.serial.table import collect, draw
 from train.tasks.families import FAMILIES
 
@@ -83,8 +83,8 @@ class Plan:
         else:
             stages = stages_of(place, models)
         if self.fresh_seed is not None:
-            name = f"fresh{self.fresh_seed}"
-            asked = [stage for model in models for stage in score_model(place, model, name, name)]
+            where = fresh_scores(self.fresh_seed)
+            asked = [stage for model in models for stage in score_model(place, model, **where)]
             stages = [*stages, draw_again(place, self.fresh_seed), *asked]
         if self.has_report:
             stages = [*stages, *(stage for model in models for stage in report_model(place, model))]

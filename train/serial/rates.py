@@ -10,6 +10,7 @@ from pathlib import Path
 from conversion.writing import write_file
 from train.serial.arms import ARMS, Model, own_rate
 from train.serial.plan import Place, Stage, vary
+from train.serial.scoring import ask, kinds_of
 
 
 SHARE = 0.25  # of the epochs of every stage
@@ -29,14 +30,13 @@ def searched_arm(name: str) -> str:
 
 def try_rates(place: Place, name: str) -> list[Stage]:
     """What is trained and asked to choose the rate of an arm."""
-    arm = ARMS[name]
-    *stages, last = arm.build(place)
+    *stages, last = ARMS[name].build(place)
     for rate in TRIED[own_rate(name, place)]:
         tried = f"rates/{name}-{rate}"
         stages.append(vary(last, place, tried, rate, SHARE))
         command = (
             f"train.evaluate --model {place.folder}/{tried} --data {place.data('val')} --output {score_of(place, name, rate).parent} "
-            f"--batch_size 32 --max_new_tokens 64{arm.asked and ' '}{arm.asked}"
+            f"--batch_size 32 --max_new_tokens 64{ask(Model(name), kinds_of(Model(name))[0])}"
         )
         stages.append(Stage(str(score_of(place, name, rate)), command, 0.15))
     return stages

@@ -11,8 +11,25 @@ D1_ARMS = ("swap", "sham", "shared")
 
 
 def kinds_of(model: Model) -> tuple[str, ...]:
-    """As it is, and the interventions where there are latents to replace."""
-    return ("", *INTERVENTIONS) if ARMS[model.arm].has_latents else ("",)
+    """How a model is asked: first as it was trained, then with its latents replaced where it has any.
+
+    LaRe's checkpoints take refocusing steps even where training took none, unless they are told not to.
+    """
+    arm = ARMS[model.arm]
+    if arm.has_latents:
+        return ("", *INTERVENTIONS)
+    return ("off",) if arm.backbone == "clip" else ("",)
+
+
+def ask(model: Model, kind: str) -> str:
+    """Options of `train.evaluate` that ask a model in one of the kinds, each with a blank before it."""
+    options = {"": "", "off": "--latents off"}.get(kind, f"--latent_intervention {kind}")
+    return "".join(f" {one}" for one in (options, ARMS[model.arm].asked) if one)
+
+
+def fresh_scores(seed: int) -> dict[str, str]:
+    """Where answers to pictures of another seed lie, and which data these are (`plan.draw_again`)."""
+    return {"folder": f"scores-fresh{seed}", "split": f"fresh{seed}"}
 
 
 def score_folder(place: Place, model: Model, kind: str = "", folder: str = "scores") -> str:
@@ -26,12 +43,12 @@ def score_model(place: Place, model: Model, folder: str = "scores", split: str =
         folder: of the seed's, for the answers.
         split: the name of the data.
     """
-    made, asked = [], ARMS[model.arm].asked
+    made = []
     for kind in kinds_of(model):
         output = score_folder(place, model, kind, folder)
         command = (
             f"train.evaluate --model {place.folder}/{model.name} --data {place.data(split)} --output {output} --batch_size 32 "
-            f"--max_new_tokens 64{kind and ' --latent_intervention '}{kind}{asked and ' '}{asked}"
+            f"--max_new_tokens 64{ask(model, kind)}"
         )
         made.append(Stage(f"{output}/summary.json", command, 0.2))
     return made

@@ -13,7 +13,7 @@ from train.evaluation.report import describe
 from train.serial.arms import ARMS, Model, own_rate
 from train.serial.plan import STEPS, Place
 from train.serial.rates import SHARE, TRIED, models_there, read_chosen, searched_arm
-from train.serial.scoring import kinds_of, report_model, score_folder
+from train.serial.scoring import fresh_scores, kinds_of, report_model, score_folder
 
 
 AS_IS = "as it is"
@@ -50,12 +50,12 @@ def shorten(numbers: dict) -> dict:
 
 def read_answers(place: Place, model: Model, folder: str, split: str) -> tuple[dict[str, dict], float | None]:
     """(answers by kind, chance) as far as they are complete."""
-    found, chance = {}, None
-    for kind in kinds_of(model):
+    found, chance, kinds = {}, None, kinds_of(model)
+    for kind in kinds:
         results = Path(score_folder(place, model, kind, folder))
         if (results / "summary.json").is_file():
             needs, chance = read_needs(Path(place.data(split)))
-            found[kind or AS_IS] = by_moves(read_lines(results / "results.jsonl"), needs)
+            found[AS_IS if kind == kinds[0] else kind] = by_moves(read_lines(results / "results.jsonl"), needs)
     return found, chance
 
 
@@ -92,7 +92,7 @@ def measure(place: Place, model: Model) -> dict:
     draws = sorted(
         int(found[1]) for one in place.output.glob("fresh*") if (found := re.fullmatch(r"fresh(\d+)", one.name))
     )
-    fresh = {str(seed): read_answers(place, model, f"fresh{seed}", f"fresh{seed}")[0] for seed in draws}
+    fresh = {str(seed): read_answers(place, model, **fresh_scores(seed))[0] for seed in draws}
     searched = searched_arm(model.arm)
     tried = {f"{place.folder}/rates/{searched}-{rate}/config.json" for rate in TRIED[own_rate(searched, place)]}
     return {
