@@ -270,7 +270,7 @@ def test_the_table_has_twins_donors_fresh_draws_and_seeds(tmp_path):
     write_results(places[0], "vedas-swap", [], **donor)
     write_results(places[1], "vedas-swap", [])  # of an earlier version
     write_results(places[0], "shorter", [1, 3])
-    write_results(places[0], "lare_direct-off", [1, 2])
+    write_results(places[0], "lare_direct-off", [1, 2, 3, 4])
     write_results(places[0], "lare_words", [1, 2, 3, 4])  # asked with latents that it never had: counts for nothing
     write_results(places[0], "vedas", [1, 2], "scores-fresh7")
     table = collect(places, list(ARMS))
