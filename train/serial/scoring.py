@@ -8,6 +8,7 @@ INTERVENTIONS = ("swap", "zero", "noise")
 DIAGNOSTICS = ("D1", "D14", "D15", "D16")
 # D1 adds what `train.evaluate` has not: one's own latents once more, and the task's mean at every place.
 D1_ARMS = ("swap", "sham", "shared")
+REPORTED = 256  # questions: as many of every answer and number of moves
 
 
 def kinds_of(model: Model) -> tuple[str, ...]:
@@ -61,6 +62,6 @@ def report_model(place: Place, model: Model) -> list[Stage]:
     output = f"{place.folder}/report/{model.name}"
     command = (
         f"train.faithfulness --model {place.folder}/{model.name} --data {place.data('test')} --output {output} --batch-size 32 "
-        f"--diagnostics {' '.join(DIAGNOSTICS)} --arms {' '.join(D1_ARMS)} --device cpu"
+        f"--limit {REPORTED} --donor-draws 1 --diagnostics {' '.join(DIAGNOSTICS)} --arms {' '.join(D1_ARMS)} --device cpu"
     )
-    return [Stage(f"{output}/faithfulness.json", command, 4)]
+    return [Stage(f"{output}/faithfulness.json", command, 8)]
