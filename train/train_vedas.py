@@ -35,7 +35,7 @@ from train.common.training_model import (
     load_objective,
     run_training,
 )
-from train.data.reasoning_data import ReasoningSample, read_reasoning
+from train.data.reasoning_data import ReasoningSample, instruct, read_reasoning
 from train.vedas.crop_distillation import ReplayArguments, ReplayObjective
 from train.vedas.curriculum import CurriculumCollator
 
@@ -51,6 +51,7 @@ class ScriptArguments:
     split: str = field(default="train", metadata={"help": "Of a `datasets` folder with several."})
     drop_incomplete: bool = field(default=False, metadata={"help": "Leave out rows without steps or answer."})
     eval_data_path: str | None = field(default=None, metadata={"help": "For `--eval_strategy`, at the current stage."})
+    instruction: str | None = field(default=None, metadata={"help": "Stands below every question."})
     stages: list[int] | None = field(default=None, metadata={"help": "By default 0 to `num_latent_steps`."})
     epochs_per_stage: list[int] = field(
         default_factory=lambda: [4], metadata={"help": "Epochs before the next stage, of all stages or of each."}
@@ -183,9 +184,12 @@ def keep_features(model, processor, samples: list, limit_gib: float, training_ar
 def read_data(args: ScriptArguments, stage_args: StageArguments, seed: int) -> tuple[list, list | None]:
     """Questions to learn from, and held-out ones where there are any."""
     data = read_reasoning(args.data_path, args.data_format, args.split, args.drop_incomplete)
+    data = instruct(data, args.instruction)
     if stage_args.eval_share:
         return hold_out(data, stage_args.eval_share, seed)
-    return data, read_reasoning(args.eval_data_path, args.data_format, args.split) if args.eval_data_path else None
+    if not args.eval_data_path:
+        return data, None
+    return data, instruct(read_reasoning(args.eval_data_path, args.data_format, args.split), args.instruction)
 
 
 def main(

@@ -22,7 +22,7 @@ from evaluation.faithfulness.arms import ARMS, DRAWS
 from evaluation.faithfulness.controls import controls_result
 from evaluation.faithfulness.items import Item, read_items
 from evaluation.faithfulness.report import write_report
-from evaluation.faithfulness.run import digest, file_digest, take_all
+from evaluation.faithfulness.run import DIAGNOSTICS, digest, file_digest, take_all
 from evaluation.faithfulness.subject import Subject
 from train.data.reasoning_data import ADAPTERS
 
@@ -51,6 +51,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=64, help="budget of every answer (default: 64)")
     parser.add_argument(
         "--min-latent-blocks", type=int, default=0, help="DeepLatent: open at least so many (default: 0)"
+    )
+    parser.add_argument(
+        "--diagnostics", nargs="+", default=list(DIAGNOSTICS), help=f"which (default: all): {', '.join(DIAGNOSTICS)}"
     )
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help=f"of D1 (default: all): {', '.join(ARMS)}")
     parser.add_argument(
@@ -97,9 +100,10 @@ def main(arguments: list[str] | None = None) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"`{name}` must be >= 1, got {value}.")
-    unknown = sorted(set(options.arms) - set(ARMS))
-    if unknown:
-        raise ValueError(f"`arms` must be of {list(ARMS)}, got {unknown}.")
+    for name, known in (("arms", ARMS), ("diagnostics", DIAGNOSTICS)):
+        unknown = sorted(set(getattr(options, name)) - set(known))
+        if unknown:
+            raise ValueError(f"`{name}` must be of {list(known)}, got {unknown}.")
     output = prepare_output(options.output)
     items = read_items(options.data, options.data_format, options.split, options.limit)
     set_seed(options.seed)
@@ -118,7 +122,9 @@ def main(arguments: list[str] | None = None) -> None:
         options.seed,
     )
     key = key_of(options, items, model, processor)
-    results = take_all(subject, tuple(options.arms), output / "finished", key, options.donor_draws)
+    results = take_all(
+        subject, tuple(options.arms), output / "finished", key, options.donor_draws, tuple(options.diagnostics)
+    )
     if options.controls:
         results.append(controls_result(output / "controls", options.seed))
     about = {

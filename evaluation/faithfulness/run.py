@@ -70,15 +70,21 @@ DIAGNOSTICS: dict[str, tuple[str, Callable[[Study], Result]]] = {
 
 
 def take_all(
-    subject: Subject, arms: tuple[str, ...], cache: Path | None = None, key: str = "", draws: int = DRAWS
+    subject: Subject,
+    arms: tuple[str, ...],
+    cache: Path | None = None,
+    key: str = "",
+    draws: int = DRAWS,
+    names: tuple[str, ...] = tuple(DIAGNOSTICS),
 ) -> list[Result]:
-    """All diagnostics in order; one that makes no sense for this subject says why.
+    """The diagnostics in order; one that makes no sense for this subject says why.
 
     Args:
         draws: donors of each item in D1's arms that swap.
+        names: of the diagnostics, by default all.
     """
     study, results = Study(subject, arms, draws), []
-    for name in (progress := tqdm(DIAGNOSTICS, desc="diagnostics")):
+    for name in (progress := tqdm([one for one in DIAGNOSTICS if one in names], desc="diagnostics")):
         progress.set_postfix_str(name)
         file = (
             None

@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,11 @@ def list_choices(choices: Iterable[Any]) -> str:
 
 def join_texts(*parts: Any) -> str:
     return "\n".join(str(part).strip() for part in parts if part)
+
+
+def instruct(samples: list[ReasoningSample], instruction: str | None) -> list[ReasoningSample]:
+    """The samples with a text below every question, as `evaluation.evaluate --instruction` asks."""
+    return [replace(sample, question=join_texts(sample.question, instruction)) for sample in samples]
 
 
 def rationale_of(row: dict) -> list:
