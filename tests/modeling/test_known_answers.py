@@ -4,6 +4,7 @@ The mutations are applied to the shipped checkpoints, whose weights matter: on r
 """
 
 import copy
+import json
 import os
 import shutil
 import subprocess
@@ -33,13 +34,16 @@ from modeling_latentvlm.answer_check import check_answers
 from modeling_latentvlm.known_answers import (
     FILE,
     FOLDER,
+    FORMAT,
     TOLERANCES,
     KnownAnswers,
     compute_answer,
     deviation,
     digest_content,
+    load_tensors,
     read_metadata,
     record,
+    save_tensors,
 )
 from modeling_latentvlm.segments import LatentState
 
@@ -439,26 +443,55 @@ def test_a_damaged_file_is_named(lare_folder):
     for content in (good[:100], b"", b"\xff" * 64, good[:-5], bytes(flipped)):
         with pytest.raises(ValueError, match=r"lare/known_answers/answers\.safetensors are damaged"):
             replace_answers(lare_folder, content).check_known_answers()
-    tensors = load_bytes(good)
+    tensors, metadata = load_tensors(good), read_metadata(good)
     for name in ("picture", "inputs.input_ids", "bfloat16.tokens"):
         without = {other: value for other, value in tensors.items() if other != name}
-        metadata = read_metadata(good) | {"content": digest_content(without)}
         with pytest.raises(ValueError, match="are damaged"):
-            replace_answers(lare_folder, save_bytes(without, metadata)).check_known_answers()
+            replace_answers(lare_folder, save_tensors(without, metadata)).check_known_answers()
     broken = tensors | {"picture": tensors["picture"][:50].contiguous()}
-    metadata = read_metadata(good) | {"content": digest_content(broken)}
     with pytest.raises(ValueError, match="a picture cannot be read"):
-        replace_answers(lare_folder, save_bytes(broken, metadata)).check_known_answers()
-    with pytest.raises(ValueError, match="must have format 1, got '2'"):
-        replace_answers(lare_folder, save_bytes(tensors, read_metadata(good) | {"format": "2"})).check_known_answers()
+        replace_answers(lare_folder, save_tensors(broken, metadata)).check_known_answers()
+    with pytest.raises(ValueError, match="must have format 1 or 2, got '3'"):
+        replace_answers(lare_folder, save_tensors(tensors, metadata | {"format": "3"})).check_known_answers()
+
+
+def test_pixels_are_deflated_without_loss_and_older_files_are_read():
+    tensors = load_tensors(recorded("lare"))
+    tensors["inputs.pixel_values"][0, 0, 0, 0] = float("nan")  # bits are kept, whatever they mean
+    tensors["inputs.pixel_values"][0, 0, 0, 1] = -0.0
+    metadata = read_metadata(recorded("lare")) | {"format": FORMAT}
+    content = save_tensors(tensors, metadata)
+    assert set(json.loads(read_metadata(content)["deflated"])) >= {"inputs.pixel_values", "resized_pixels"}
+    large = sum(value.numel() * value.element_size() for name, value in tensors.items() if "pixel" in name)
+    assert len(content) < large / 3
+    again = load_tensors(content)
+    assert again.keys() == tensors.keys() and digest_content(again) == digest_content(tensors)
+    assert all(again[name].dtype == tensors[name].dtype for name in tensors)
+    older = save_bytes(tensors, metadata | {"format": "1", "content": digest_content(tensors)})
+    read = [KnownAnswers.from_bytes(one, "here").to_bytes() for one in (older, content)]
+    assert read_metadata(read[0]) == read_metadata(read[1]) and read_metadata(read[0])["format"] == FORMAT
+    assert digest_content(load_tensors(read[0])) == digest_content(tensors)
+
+
+def test_deflated_tensors_of_another_size_are_damage():
+    tensors, metadata = load_tensors(recorded("lare")), read_metadata(recorded("lare")) | {"format": FORMAT}
+    content = save_tensors(tensors, metadata)
+    stored, metadata = load_bytes(content), read_metadata(content)
+    for shape, dtype in (([1, 3, 112, 111], "float32"), ([1, 3, 112, 113], "float32"), ([1], "complex64")):
+        deflated = json.loads(metadata["deflated"]) | {"resized_pixels": [dtype, shape]}
+        with pytest.raises(ValueError, match="are damaged"):
+            KnownAnswers.from_bytes(save_bytes(stored, metadata | {"deflated": json.dumps(deflated)}), "here")
+    stored["resized_pixels"][20] ^= 255
+    with pytest.raises(ValueError, match="are damaged"):
+        KnownAnswers.from_bytes(save_bytes(stored, metadata), "here")
 
 
 def test_answers_of_another_model_are_foreign(lare_folder):
     with pytest.raises(ValueError, match="are of a model of type 'vedas', but this one is of type 'lare'"):
         replace_answers(lare_folder, recorded("vedas")).check_known_answers()
-    tensors, metadata = load_bytes(recorded("lare")), read_metadata(recorded("lare"))
+    tensors, metadata = load_tensors(recorded("lare")), read_metadata(recorded("lare"))
     narrow = tensors | {name: value[:, :7].contiguous() for name, value in tensors.items() if name.endswith("logits")}
-    content = save_bytes(narrow, metadata | {"content": digest_content(narrow)})
+    content = save_tensors(narrow, metadata)
     with pytest.raises(ValueError, match="are of another model: their vocabulary is 7, this model's is"):
         replace_answers(lare_folder, content).check_known_answers()
 
