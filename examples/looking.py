@@ -114,8 +114,14 @@ def count_latents(name: str, answer: Answer) -> str:
 
 
 @torch.no_grad()
-def answer_with_trace(model, processor, conversations: Sequence[list[dict]]) -> tuple[list[Answer], LatentTrace]:
-    """Answer greedily, as `train.evaluation` does, and return what the latents were."""
+def answer_with_trace(
+    model, processor, conversations: Sequence[list[dict]], **generate
+) -> tuple[list[Answer], LatentTrace]:
+    """Answer greedily, as `train.evaluation` does, and return what the latents were.
+
+    Args:
+        generate: more arguments of the model's `generate`.
+    """
     inputs = encode_conversations(processor, conversations).to(model.device)
     output = model.generate(
         **inputs,
@@ -123,6 +129,7 @@ def answer_with_trace(model, processor, conversations: Sequence[list[dict]]) -> 
         max_new_tokens=MOST_TOKENS,
         return_dict_in_generate=True,
         output_latents=True,
+        **generate,
     )
     answers = account(model, processor, output, inputs["input_ids"].shape[1], is_direct=False)
     return answers, output.latent_trace

@@ -1,0 +1,125 @@
+"""Draw a chase: the question's picture, then for every latent step the tile that it is about, with an arrow from the one before."""
+
+import math
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+from train.tasks import Sample
+
+
+PANEL, GAP, MARGIN = 208, 14, 18  # pixels
+HEAD, FOOT = 58, 44  # above and below the panels
+INK, PALE, PAPER = "#20242c", "#7b8494", "#ffffff"
+MARK, RIGHT, WRONG = "#e6007e", "#0b8a4a", "#c62828"  # no tile has the color of the mark
+FADED = 0.62  # how much of a tile that the way has not come to is paper
+
+
+@dataclass
+class Stop:
+    """One latent step: the color of its tile, and how that is seen."""
+
+    verb: str  # "says", "looks at"
+    tile: str | None  # None: it is about no tile
+
+
+@dataclass
+class Panel:
+    """One board: which tiles are bright, which are numbered, and the arrows between them."""
+
+    title: str
+    note: str
+    path: list[str]  # tiles in order; the last two have the bright arrow
+    color: str = MARK
+    number: str = ""
+
+
+def draw_chase(sample: Sample, stops: list[Stop], answer: str, is_right: bool) -> Image.Image:
+    """One panel with the question, one a latent step, and one with the answer."""
+    panels = [Panel("question", f"from {sample.serial.start}", [sample.serial.start])]
+    # Who looks at a tile to read its disc begins on the start; who says a tile has already left it.
+    path = [sample.serial.start] if stops and stops[0].verb == "says" else []
+    for number, stop in enumerate(stops, 1):
+        stays = bool(path) and stop.tile == path[-1]
+        path = path if stop.tile is None else [*path, stop.tile]
+        note = f"{stop.verb} {stop.tile or 'no tile'}" + (" still" if stays else "")
+        panels.append(Panel(f"latent step {number}", note, path, MARK, str(number)))
+    told = answer.strip().lower()
+    is_tile = any(thing["color"] == told for thing in sample.objects)
+    verdict = "right" if is_right else f"wrong, it is {sample.answer}"
+    end = [told] if is_tile else []
+    panels.append(Panel("answer", f"{answer or 'none'} ({verdict})", [*path, *end], RIGHT if is_right else WRONG))
+    return join([draw_panel(sample, panel) for panel in panels], panels, sample.question)
+
+
+def font(size: int):
+    return ImageFont.load_default(size=size)
+
+
+def join(boards: list[Image.Image], panels: list[Panel], question: str) -> Image.Image:
+    width = 2 * MARGIN + len(boards) * PANEL + (len(boards) - 1) * GAP
+    canvas = Image.new("RGB", (width, HEAD + PANEL + FOOT), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((MARGIN, 12), question, fill=INK, font=font(22))
+    for place, (board, panel) in enumerate(zip(boards, panels)):
+        left = MARGIN + place * (PANEL + GAP)
+        canvas.paste(board, (left, HEAD))
+        draw.text((left, HEAD + PANEL + 5), panel.title, fill=PALE, font=font(13))
+        draw.text((left, HEAD + PANEL + 20), panel.note, fill=panel.color if panel.title == "answer" else INK, font=font(16))
+    return canvas
+
+
+def draw_panel(sample: Sample, panel: Panel) -> Image.Image:
+    scale = PANEL / sample.image.width
+    board = sample.image.convert("RGB").resize((PANEL, PANEL), Image.Resampling.LANCZOS)
+    pale = Image.blend(board, Image.new("RGB", board.size, PAPER), FADED)
+    boxes = {thing["color"]: [round(scale * side) for side in thing["box"]] for thing in sample.objects}
+    if panel.title == "question":
+        pale = board
+    for tile in panel.path:
+        pale.paste(board.crop(boxes[tile]), boxes[tile][:2])
+    large = pale.resize((2 * PANEL, 2 * PANEL), Image.Resampling.LANCZOS)  # drawn twice as large, for smooth lines
+    draw = ImageDraw.Draw(large)
+    boxes = {tile: [2 * side for side in box] for tile, box in boxes.items()}
+    moves = [(one, other) for one, other in zip(panel.path, panel.path[1:]) if one != other]
+    is_new = len(panel.path) > 1 and panel.path[-1] != panel.path[-2]
+    for place, (one, other) in enumerate(moves):
+        is_last = is_new and place == len(moves) - 1
+        draw_arrow(draw, boxes[one], boxes[other], panel.color if is_last else INK, 9 if is_last else 5)
+    if panel.path:
+        frame(draw, boxes[panel.path[-1]], panel.color)
+        if panel.number:
+            badge(draw, boxes[panel.path[-1]], panel.number, panel.color)
+    return large.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
+
+
+def frame(draw: ImageDraw.ImageDraw, box: list[int], color: str) -> None:
+    left, top, right, bottom = box
+    draw.rounded_rectangle((left - 3, top - 3, right + 2, bottom + 2), 8, outline="white", width=14)
+    draw.rounded_rectangle((left - 1, top - 1, right, bottom), 8, outline=color, width=9)
+
+
+def badge(draw: ImageDraw.ImageDraw, box: list[int], text: str, color: str) -> None:
+    """A number in a disc on the corner of a tile that lies farther from the picture's edge."""
+    x = box[2] - 8 if box[2] < 2 * PANEL - 24 else box[0] + 8
+    y = box[1] + 8 if box[1] > 24 else box[3] - 8
+    draw.ellipse((x - 22, y - 22, x + 22, y + 22), fill=color, outline="white", width=4)
+    draw.text((x, y), text, fill="white", font=font(30), anchor="mm")
+
+
+def draw_arrow(draw: ImageDraw.ImageDraw, start: list[int], end: list[int], color: str, width: int) -> None:
+    """From the middle of one tile to the edge of another, with a white rim, so that it is seen on every color."""
+    (x, y), (to_x, to_y) = (((box[0] + box[2]) / 2, (box[1] + box[3]) / 2) for box in (start, end))
+    length = math.hypot(to_x - x, to_y - y)
+    dx, dy = (to_x - x) / length, (to_y - y) / length
+    short = 0.30 * (end[2] - end[0])  # the disc of the tile stays to be seen
+    tip = (to_x - short * dx, to_y - short * dy)
+    head = 3.4 * width
+    back = (tip[0] - head * dx, tip[1] - head * dy)
+    wings = [(back[0] + side * 0.62 * head * dy, back[1] - side * 0.62 * head * dx) for side in (1, -1)]
+    draw.ellipse((x - width - 3, y - width - 3, x + width + 3, y + width + 3), fill="white")
+    draw.line((x, y, *back), fill="white", width=width + 7)
+    draw.polygon([(px + 0, py + 0) for px, py in (tip, *wings)], fill="white", outline="white", width=8)
+    draw.ellipse((x - width, y - width, x + width, y + width), fill=color)
+    draw.line((x, y, *back), fill=color, width=width)
+    draw.polygon([tip, *wings], fill=color)
