@@ -5,7 +5,6 @@ it is seen which, and what the answer becomes when a latent is another picture's
 """
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +28,7 @@ from train.tasks.tiles import MOST_STEPS, TILE_COLORS
 
 TASK = "hops"
 NUM_ANSWERS, MOST = len(TILE_COLORS["easy"]), MOST_STEPS["easy"]
-PARTICULAR = {"vedas": "says", "lare": "looks at", "deeplatent": "looks at"}  # how it is seen which tile a latent is about
+SAY_WORDS = ("vedas",)  # architectures whose latents are the last hidden states
 DONORS_TRIED = 200
 
 
@@ -75,7 +74,9 @@ def draw_question(num_hops: int, seed: int, turn: int = 0) -> Sample:
     """
     if not 1 <= num_hops <= MOST:
         raise ValueError(f"A chase must have 1 to {MOST} hops, got {num_hops}.")
-    rounds, place = divmod(turn, NUM_ANSWERS)  # the task asks for one hop in as many pictures as there are tiles, then for two
+    rounds, place = divmod(
+        turn, NUM_ANSWERS
+    )  # the task asks for one hop in as many pictures as there are tiles, then for two
     index = NUM_ANSWERS * (MOST * rounds + num_hops - 1) + place
     return generate_sample(TASK, seed, index, "test", IMAGE_SIZE)
 
@@ -91,21 +92,25 @@ def chase_all(model, processor, samples: list[Sample], **generate) -> list[Chase
     found = []
     for row, (sample, answer) in enumerate(zip(samples, answers)):
         steps = trace.row(row)
-        find = partial(find_tile, model, processor, sample)
-        verb = PARTICULAR[model.config.model_type]
-        stops = [Stop(verb, find(step)) for step in steps]
-        found.append(Chase(sample, answer, stops, steps))
+        found.append(Chase(sample, answer, [read_stop(model, processor, sample, step) for step in steps], steps))
     return found
 
 
-def find_tile(model, processor, sample: Sample, step: LatentStep) -> str | None:
-    """The color of the tile that a latent step is about; None where it is about none.
+def read_stop(model, processor, sample: Sample, step: LatentStep) -> Stop:
+    """The tile that a latent step is about.
 
     Vedas' latent is the last hidden state itself, so that the model's own head reads it as a word. Of the others it is the tile with the
     largest share of the windows, or where there are none of the attention.
     """
-    if PARTICULAR[model.config.model_type] == "says":
-        return read_word(model, processor, step)
+    if model.config.model_type in SAY_WORDS:
+        word = read_word(model, processor, step)
+        is_tile = word in {thing["color"] for thing in sample.objects}
+        return Stop("says", word if is_tile else None, f'"{word}"')
+    return Stop("looks at", find_tile(sample, step))
+
+
+def find_tile(sample: Sample, step: LatentStep) -> str | None:
+    """The color of the tile on which most of what a step looks at lies; None where nothing does."""
     places = Unit(str(step.index + 1), ((step.index, None),), step.index + 1)
     looks = maps_of(step, places)
     if not looks:
@@ -122,12 +127,10 @@ def share_on(field: torch.Tensor, box: list[int], size: tuple[int, int]) -> torc
 
 
 @torch.no_grad()
-def read_word(model, processor, step: LatentStep) -> str | None:
-    """The color that the language model's head reads off the mean of a step's latents."""
-    decoder = model.get_decoder()
-    logits = model.lm_head(decoder.norm(step.latents.mean(dim=0, keepdim=True)))
-    word = processor.tokenizer.decode([int(logits[0].argmax())]).strip()
-    return word if word in TILE_COLORS["easy"] else None
+def read_word(model, processor, step: LatentStep) -> str:
+    """The word that the language model's head reads off the mean of a step's latents."""
+    logits = model.lm_head(model.model.language_model.norm(step.latents.mean(dim=0, keepdim=True)))
+    return processor.tokenizer.decode([int(logits[0].argmax())]).strip()
 
 
 def find_donor(own: Sample, seed: int) -> Sample:
@@ -165,7 +168,9 @@ def swap(model, processor, chase: Chase, donor: Chase, number: int | None) -> Ch
     """
     for one, whose in ((chase, "This picture"), (donor, "The other picture")):
         if len(one.steps) < (number or 1):
-            raise ValueError(f"{whose}'s answer took {len(one.steps)} latent steps: there is no step {number or 1} to replace.")
+            raise ValueError(
+                f"{whose}'s answer took {len(one.steps)} latent steps: there is no step {number or 1} to replace."
+            )
     change = Swap({0: donor.steps}, getattr(model.config, "latent_mode", None))
     if number is not None:
         change = ChangeAt(change, [(number - 1, None)])

@@ -21,6 +21,7 @@ class Stop:
 
     verb: str  # "says", "looks at"
     tile: str | None  # None: it is about no tile
+    word: str = ""  # what it says in place of a tile
 
 
 @dataclass
@@ -32,23 +33,31 @@ class Panel:
     path: list[str]  # tiles in order; the last two have the bright arrow
     color: str = MARK
     number: str = ""
+    framed: str | None = None
 
 
 def draw_chase(sample: Sample, stops: list[Stop], answer: str, is_right: bool) -> Image.Image:
-    """One panel with the question, one a latent step, and one with the answer."""
-    panels = [Panel("question", f"from {sample.serial.start}", [sample.serial.start])]
+    """One panel with the question, one a latent step, and one with the answer.
+
+    Steps behind as many as the question has hops have arrived: where they look is shown, and leads nowhere.
+    """
+    start = sample.serial.start
+    panels = [Panel("question", f"from {start}", [start], framed=start)]
     # Who looks at a tile to read its disc begins on the start; who says a tile has already left it.
-    path = [sample.serial.start] if stops and stops[0].verb == "says" else []
+    path = [start] if stops and stops[0].verb == "says" else []
     for number, stop in enumerate(stops, 1):
-        stays = bool(path) and stop.tile == path[-1]
+        note = f"{stop.verb} {stop.tile or stop.word or 'no tile'}"
+        if number > sample.serial.num_steps:
+            panels.append(Panel(f"latent step {number} (arrived)", note, path, PALE, "", stop.tile))
+            continue
         path = path if stop.tile is None else [*path, stop.tile]
-        note = f"{stop.verb} {stop.tile or 'no tile'}" + (" still" if stays else "")
-        panels.append(Panel(f"latent step {number}", note, path, MARK, str(number)))
+        panels.append(Panel(f"latent step {number}", note, path, MARK, str(number), stop.tile))
     told = answer.strip().lower()
     is_tile = any(thing["color"] == told for thing in sample.objects)
     verdict = "right" if is_right else f"wrong, it is {sample.answer}"
-    end = [told] if is_tile else []
-    panels.append(Panel("answer", f"{answer or 'none'} ({verdict})", [*path, *end], RIGHT if is_right else WRONG))
+    end = told if is_tile else None
+    path = [*path, end] if is_tile else path
+    panels.append(Panel("answer", f"{answer or 'none'} ({verdict})", path, RIGHT if is_right else WRONG, framed=end))
     return join([draw_panel(sample, panel) for panel in panels], panels, sample.question)
 
 
@@ -65,7 +74,9 @@ def join(boards: list[Image.Image], panels: list[Panel], question: str) -> Image
         left = MARGIN + place * (PANEL + GAP)
         canvas.paste(board, (left, HEAD))
         draw.text((left, HEAD + PANEL + 5), panel.title, fill=PALE, font=font(13))
-        draw.text((left, HEAD + PANEL + 20), panel.note, fill=panel.color if panel.title == "answer" else INK, font=font(16))
+        draw.text(
+            (left, HEAD + PANEL + 20), panel.note, fill=panel.color if panel.title == "answer" else INK, font=font(16)
+        )
     return canvas
 
 
@@ -76,20 +87,20 @@ def draw_panel(sample: Sample, panel: Panel) -> Image.Image:
     boxes = {thing["color"]: [round(scale * side) for side in thing["box"]] for thing in sample.objects}
     if panel.title == "question":
         pale = board
-    for tile in panel.path:
+    for tile in {*panel.path, panel.framed} - {None}:
         pale.paste(board.crop(boxes[tile]), boxes[tile][:2])
     large = pale.resize((2 * PANEL, 2 * PANEL), Image.Resampling.LANCZOS)  # drawn twice as large, for smooth lines
     draw = ImageDraw.Draw(large)
     boxes = {tile: [2 * side for side in box] for tile, box in boxes.items()}
+    if panel.framed is not None:
+        frame(draw, boxes[panel.framed], panel.color)
     moves = [(one, other) for one, other in zip(panel.path, panel.path[1:]) if one != other]
-    is_new = len(panel.path) > 1 and panel.path[-1] != panel.path[-2]
+    is_new = panel.color != PALE and len(panel.path) > 1 and panel.path[-1] != panel.path[-2]
     for place, (one, other) in enumerate(moves):
         is_last = is_new and place == len(moves) - 1
         draw_arrow(draw, boxes[one], boxes[other], panel.color if is_last else INK, 9 if is_last else 5)
-    if panel.path:
-        frame(draw, boxes[panel.path[-1]], panel.color)
-        if panel.number:
-            badge(draw, boxes[panel.path[-1]], panel.number, panel.color)
+    if panel.framed is not None and panel.number:
+        badge(draw, boxes[panel.framed], panel.number, panel.color)
     return large.resize((PANEL, PANEL), Image.Resampling.LANCZOS)
 
 
@@ -114,12 +125,12 @@ def draw_arrow(draw: ImageDraw.ImageDraw, start: list[int], end: list[int], colo
     dx, dy = (to_x - x) / length, (to_y - y) / length
     short = 0.30 * (end[2] - end[0])  # the disc of the tile stays to be seen
     tip = (to_x - short * dx, to_y - short * dy)
-    head = 3.4 * width
+    head = 3.0 * width + 4
     back = (tip[0] - head * dx, tip[1] - head * dy)
     wings = [(back[0] + side * 0.62 * head * dy, back[1] - side * 0.62 * head * dx) for side in (1, -1)]
     draw.ellipse((x - width - 3, y - width - 3, x + width + 3, y + width + 3), fill="white")
     draw.line((x, y, *back), fill="white", width=width + 7)
-    draw.polygon([(px + 0, py + 0) for px, py in (tip, *wings)], fill="white", outline="white", width=8)
+    draw.polygon([tip, *wings], fill="white", outline="white", width=8)
     draw.ellipse((x - width, y - width, x + width, y + width), fill=color)
     draw.line((x, y, *back), fill=color, width=width)
     draw.polygon([tip, *wings], fill=color)

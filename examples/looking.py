@@ -18,7 +18,7 @@ from modeling_latentvlm.trace import LatentTrace
 from processing_latentvlm import draw_trace
 from processing_latentvlm.pictures import open_picture
 from train.answers import encode_conversations, extract_answer
-from train.checkpoints import CHECKPOINTS, read_sums, shipped
+from train.checkpoints import CHECKPOINTS, SERIAL, read_sums, shipped
 from train.evaluation.answering import Answer, AnswerSettings, account, answer_batch
 from train.evaluation.loading import load_model, load_processor
 from train.evaluation.swapping import Swap
@@ -60,8 +60,9 @@ def check_checkpoints(folder: Path = CHECKPOINTS) -> None:
 
     Under another version of a library, code may run without an error and answer nonsense.
     """
-    for name in NAMES:
-        model, processor = load_checkpoint(name, folder)
+    serial = folder / SERIAL
+    for name, place in [*((name, folder) for name in NAMES), *((name, serial) for name in sorted(read_sums(serial)))]:
+        model, processor = load_checkpoint(name, place)
         report = model.check_known_answers(processor)
         if not report.passed:
             print(report)
