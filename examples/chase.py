@@ -40,13 +40,14 @@ class Chase:
     answer: Answer
     stops: list[Stop]
     steps: list[LatentStep]  # empty: no latents were taken
+    replaced: str = ""  # which latents are another picture's
 
     @property
     def is_right(self) -> bool:
         return is_right(self.answer.text, self.sample.answer)
 
     def draw(self) -> Image.Image:
-        return draw_chase(self.sample, self.stops, told(self.answer.text), self.is_right)
+        return draw_chase(self.sample, self.stops, told(self.answer.text), self.is_right, self.replaced)
 
 
 def serial_names(folder: Path = CHECKPOINTS) -> tuple[str, ...]:
@@ -174,7 +175,9 @@ def swap(model, processor, chase: Chase, donor: Chase, number: int | None) -> Ch
     change = Swap({0: donor.steps}, getattr(model.config, "latent_mode", None))
     if number is not None:
         change = ChangeAt(change, [(number - 1, None)])
-    return chase_all(model, processor, [chase.sample], latent_intervention=change)[0]
+    changed = chase_all(model, processor, [chase.sample], latent_intervention=change)[0]
+    changed.replaced = "every step" if number is None else f"step {number}"
+    return changed
 
 
 def say_whose(own: Sample, donor: Sample, number: int | None, said: str) -> str:

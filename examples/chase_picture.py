@@ -36,8 +36,11 @@ class Panel:
     framed: str | None = None
 
 
-def draw_chase(sample: Sample, stops: list[Stop], answer: str, is_right: bool) -> Image.Image:
+def draw_chase(sample: Sample, stops: list[Stop], answer: str, is_right: bool, replaced: str = "") -> Image.Image:
     """One panel with the question, one a latent step, and one with the answer.
+
+    Args:
+        replaced: which latents are another picture's; what is answered then is neither right nor wrong.
 
     Steps behind as many as the question has hops have arrived: where they look is shown, and leads nowhere.
     """
@@ -54,22 +57,25 @@ def draw_chase(sample: Sample, stops: list[Stop], answer: str, is_right: bool) -
         panels.append(Panel(f"latent step {number}", note, path, MARK, str(number), stop.tile))
     told = answer.strip().lower()
     is_tile = any(thing["color"] == told for thing in sample.objects)
-    verdict = "right" if is_right else f"wrong, it is {sample.answer}"
+    color, verdict = (RIGHT, " (right)") if is_right else (WRONG, f" (wrong, it is {sample.answer})")
+    if replaced:
+        color, verdict = MARK, ""
     end = told if is_tile else None
     path = [*path, end] if is_tile else path
-    panels.append(Panel("answer", f"{answer or 'none'} ({verdict})", path, RIGHT if is_right else WRONG, framed=end))
-    return join([draw_panel(sample, panel) for panel in panels], panels, sample.question)
+    panels.append(Panel("answer", f"{answer or 'none'}{verdict}", path, color, framed=end))
+    title = sample.question + (f"  With the latent of {replaced} of another picture." if replaced else "")
+    return join([draw_panel(sample, panel) for panel in panels], panels, title)
 
 
 def font(size: int):
     return ImageFont.load_default(size=size)
 
 
-def join(boards: list[Image.Image], panels: list[Panel], question: str) -> Image.Image:
+def join(boards: list[Image.Image], panels: list[Panel], title: str) -> Image.Image:
     width = 2 * MARGIN + len(boards) * PANEL + (len(boards) - 1) * GAP
     canvas = Image.new("RGB", (width, HEAD + PANEL + FOOT), PAPER)
     draw = ImageDraw.Draw(canvas)
-    draw.text((MARGIN, 12), question, fill=INK, font=font(22))
+    draw.text((MARGIN, 12), title, fill=INK, font=font(22))
     for place, (board, panel) in enumerate(zip(boards, panels)):
         left = MARGIN + place * (PANEL + GAP)
         canvas.paste(board, (left, HEAD))

@@ -9,11 +9,12 @@ import torch
 from conftest import encode, picture, user_turn
 from evaluation_material import save_checkpoint, ship_random
 from helpers import step_logits
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from examples import demo, looking, page
+from examples import chase, demo, looking, page
 from modeling_latentvlm.trace import LatentTrace
 from train.checkpoints import CHECKPOINTS, SUMS, WEIGHTS, write_sums
 from train.evaluation.answering import Answer
@@ -198,7 +199,18 @@ def test_demo_and_page_stop_with_a_table_where_answers_are_not_as_recorded(run, 
 
 @pytest.mark.skipif(not (CHECKPOINTS / SUMS).is_file(), reason="no trained checkpoint is there yet")
 def test_the_demo_is_right_most_of_the_time(tmp_path, capsys):
-    run_demo(CHECKPOINTS, tmp_path, "--n", "12")
-    counts = re.findall(r"^\w+: (\d+) of 12 right$", capsys.readouterr().out, re.MULTILINE)
+    run_demo(CHECKPOINTS, tmp_path, "--n", "12", "--chases", "8")
+    printed = capsys.readouterr().out
+    counts = re.findall(r"^\w+: (\d+) of 12 right$", printed, re.MULTILINE)
     assert len(counts) == len(looking.NAMES) and min(map(int, counts)) > 6
     assert len(list(tmp_path.iterdir())) > 12
+    chased = re.findall(r"^serial/\w+: (\d+) of 8 right$", printed, re.MULTILINE)
+    assert len(chased) == len(chase.serial_names()) > 0 and min(map(int, chased)) > 5
+    assert printed.count("4 hops after") == 2 * len(chased)
+    traces = re.findall(r"Trace:    (.*-chase-\d\.png)$", printed, re.MULTILINE)
+    assert len(traces) == 8 * len(chased) and all(Image.open(path).width > 1000 for path in traces)
+
+
+def test_a_part_of_the_demo_that_is_wrong_fails_it():
+    assert demo.judge({"lare": 8, "vedas": 0}, 6, 6) == demo.judge({}, 4, 8) == ""
+    assert demo.judge({"vedas": 2}, 4, 8) == "Only 2 of 4 are right: something is wrong here. Chance is about 1 in 8."

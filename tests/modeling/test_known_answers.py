@@ -51,6 +51,10 @@ from modeling_latentvlm.segments import LatentState
 pytestmark = pytest.mark.core
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 NAMES = ("deeplatent", "lare", "vedas")
+PLACES = (
+    *NAMES,
+    *(str(path.parent.relative_to(CHECKPOINTS)) for path in sorted(CHECKPOINTS.glob("serial/*/config.json"))),
+)
 
 
 def load(folder, **kwargs):
@@ -58,14 +62,20 @@ def load(folder, **kwargs):
     return AutoModelForImageTextToText.from_pretrained(folder, **arguments).eval()
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=PLACES)
 def shipped(request):
     return request.param, load(CHECKPOINTS / request.param)
 
 
+@pytest.fixture(scope="module", params=NAMES)
+def one_of_each(request):
+    return load(CHECKPOINTS / request.param)
+
+
 @pytest.fixture
-def model(shipped):
-    return copy.deepcopy(shipped[1])
+def model(one_of_each):
+    """What is carried follows from the architecture, not from what a model has learned."""
+    return copy.deepcopy(one_of_each)
 
 
 def known_answers(name: str) -> KnownAnswers:
@@ -80,7 +90,7 @@ def row(report, what: str) -> float:
 # --- what is no fault ---
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLACES)
 def test_shipped_checkpoints_answer_as_recorded(name):
     report = load(CHECKPOINTS / name).check_known_answers()
     print(report)
@@ -149,7 +159,7 @@ def inverted_mask(model):
 def swapped_rows(model):
     """Two rows of the embedding that the prompt uses."""
     weight = model.get_input_embeddings().weight.data
-    used = known_answers(model.config.model_type).inputs["input_ids"][0, -4:-2].tolist()
+    used = KnownAnswers.from_bytes(model.known_answers, "here").inputs["input_ids"][0, -4:-2].tolist()
     weight[used] = weight[used[::-1]].clone()
     yield
 
@@ -254,7 +264,9 @@ def test_a_fault_exceeds_the_tolerance_ten_times(shipped, fault):
     print(f"{name}, {fault}: {row(report, 'model, logits'):.4g}")
     assert not report.passed
     assert row(report, "model, logits") >= 10
-    if fault != "padding that is attended":  # three columns of padding lie within the noise of bfloat16
+    # Three columns of padding lie within the noise of bfloat16, and so does more where a model has never learned such a question:
+    # those of serial questions are small enough to be checked in float32.
+    if fault != "padding that is attended" and name in NAMES:
         assert deviation(coarse.logits, expected.logits, TOLERANCES["bfloat16"]) > 1
     assert row(report, "processor, pixel_values") < 0.5  # told apart from a changed processor
 
@@ -303,7 +315,7 @@ def test_another_way_of_resizing_shows_and_another_backend_may_round(lare_folder
     assert row(check_answers(model, processor, known, "here"), "processor, resized picture") < 0.5
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLACES)
 def test_a_changed_processor_is_told_from_a_changed_model(name, tmp_path):
     folder = tmp_path / name
     shutil.copytree(CHECKPOINTS / name, folder)
@@ -338,13 +350,13 @@ def told(monkeypatch):
 
 @pytest.mark.parametrize("as_state", [False, True])
 def test_answers_are_carried_through_save_and_load(model, as_state, tmp_path, told):
-    name = model.config.model_type
+    known = model.known_answers
     model.save_pretrained(tmp_path / "one", **({"state_dict": model.state_dict()} if as_state else {}))
-    assert (tmp_path / "one" / FOLDER / FILE).read_bytes() == recorded(name)
+    assert (tmp_path / "one" / FOLDER / FILE).read_bytes() == known
     again = load(tmp_path / "one")
     again.save_pretrained(tmp_path / "two")
     again.save_pretrained(tmp_path / "one")  # onto itself
-    assert (tmp_path / "two" / FOLDER / FILE).read_bytes() == recorded(name) == again.known_answers
+    assert (tmp_path / "two" / FOLDER / FILE).read_bytes() == known == again.known_answers
     assert not told
 
 
@@ -398,10 +410,10 @@ def test_answers_are_pushed(model, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "hf_api", lambda: hub)
     monkeypatch.setattr(transformers.utils.hub.ModelCard, "load", hub.load_card)
     model.push_to_hub("me/one")
-    assert hub.files.pop(f"{FOLDER}/{FILE}") == recorded(model.config.model_type)
+    assert hub.files.pop(f"{FOLDER}/{FILE}") == model.known_answers
     hub.files.clear()
     model.save_pretrained(tmp_path / "two", push_to_hub=True, repo_id="me/two")
-    assert hub.files[f"{FOLDER}/{FILE}"] == recorded(model.config.model_type)
+    assert hub.files[f"{FOLDER}/{FILE}"] == model.known_answers
     hub.files.clear()
     state = {name: value + 1 for name, value in model.state_dict().items()}
     model.save_pretrained(tmp_path / "two", state_dict=state, push_to_hub=True, repo_id="me/two")
@@ -467,7 +479,8 @@ def test_pixels_are_deflated_without_loss_and_older_files_are_read():
     again = load_tensors(content)
     assert again.keys() == tensors.keys() and digest_content(again) == digest_content(tensors)
     assert all(again[name].dtype == tensors[name].dtype for name in tensors)
-    older = save_bytes(tensors, metadata | {"format": "1", "content": digest_content(tensors)})
+    first = {name: value for name, value in metadata.items() if name != "deflated"}
+    older = save_bytes(tensors, first | {"format": "1", "content": digest_content(tensors)})
     read = [KnownAnswers.from_bytes(one, "here").to_bytes() for one in (older, content)]
     assert read_metadata(read[0]) == read_metadata(read[1]) and read_metadata(read[0])["format"] == FORMAT
     assert digest_content(load_tensors(read[0])) == digest_content(tensors)
@@ -611,7 +624,7 @@ def test_too_little_memory_is_told(lare_folder, monkeypatch, capsys):
     assert (lare_folder / FOLDER / FILE).read_bytes() == before
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLACES)
 def test_a_clone_answers_where_the_package_is_not_installed(name, tmp_path):
     """The checkpoint's own code, in a process that cannot import ours."""
     folder = tmp_path / name
