@@ -130,6 +130,9 @@ def test_the_tab_shows_a_chase_and_a_swap():
     assert said == draw_question(4, 11).answer and whose.startswith("Its own")
     picture, now, sentence = chase_tab.replace_step(name, "2", known)
     assert picture.size == way.size and picture != way and now != said and sentence.startswith(now)
+    own = draw_question(4, 11)
+    possible = answers_after(own, find_donor(own, 12), 2)
+    assert now == possible["continued"] and chase_tab.replace_step(name, "all", known)[1] == possible["donor's"]
     assert chase_tab.replace_step(name, "none", known) == (None, said, whose)
     fresh = chase_tab.show_chase(name, 4, known, is_new=True)[-1]
     assert fresh["hops"] == 4 and fresh != known

@@ -3,6 +3,7 @@
 import re
 import shutil
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -177,6 +178,19 @@ def test_the_demo_counts_what_is_right(tmp_path, monkeypatch, capsys):
     assert demo.show("lare", CHECKPOINTS, samples, tmp_path) == 2
     printed = capsys.readouterr().out
     assert f"{wrong} (wrong, it is {samples[1].answer}; 1 latent step, 4 latents)" in printed
+
+
+@pytest.mark.parametrize("right, fails", [(3, False), (2, True)])
+def test_wrong_chases_fail_the_demo_by_themselves(right, fails, tmp_path, monkeypatch, capsys):
+    for name, value in (("check_checkpoints", lambda folder: None), ("show", lambda *arguments: 2)):
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(demo, "serial_names", lambda folder: ("lare",))
+    monkeypatch.setattr(demo, "show_chase", lambda name, folder, samples, output: right)
+    with pytest.raises(SystemExit, match="1") if fails else nullcontext():
+        run_demo(tmp_path, tmp_path / "out", "--n", "2")
+    printed = capsys.readouterr().out
+    assert f"vedas: 2 of 2 right\nserial/lare: {right} of 4 right\n" in printed
+    assert printed.endswith("Chance is about 1 in 8.\n") == fails
 
 
 @pytest.mark.parametrize("run", [demo.main, page.main])
