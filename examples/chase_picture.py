@@ -30,10 +30,11 @@ class Panel:
 
     title: str
     note: str
-    path: list[str]  # tiles in order; the last two have the bright arrow
+    path: list[str]  # tiles in order, no two neighbours alike
     color: str = MARK
     number: str = ""
     framed: str | None = None
+    is_move: bool = False  # whether the last arrow is new
 
 
 def draw_chase(sample: Sample, stops: list[Stop], answer: str, is_right: bool, replaced: str = "") -> Image.Image:
@@ -46,23 +47,25 @@ def draw_chase(sample: Sample, stops: list[Stop], answer: str, is_right: bool, r
     """
     start = sample.serial.start
     panels = [Panel("question", f"from {start}", [start], framed=start)]
-    # Who looks at a tile to read its disc begins on the start; who says a tile has already left it.
-    path = [start] if stops and stops[0].verb == "says" else []
+    path = [start]
     for number, stop in enumerate(stops, 1):
         note = f"{stop.verb} {stop.tile or stop.word or 'no tile'}"
         if number > sample.serial.num_steps:
             panels.append(Panel(f"latent step {number} (arrived)", note, path, PALE, "", stop.tile))
             continue
-        path = path if stop.tile is None else [*path, stop.tile]
-        panels.append(Panel(f"latent step {number}", note, path, MARK, str(number), stop.tile))
+        # The first look comes before any latent: it is no step of the way, which begins on the start.
+        is_move = stop.tile not in (None, path[-1]) and (number > 1 or stop.verb == "says")
+        path = [*path, stop.tile] if is_move else path
+        panels.append(Panel(f"latent step {number}", note, path, MARK, str(number), stop.tile, is_move))
     told = answer.strip().lower()
     is_tile = any(thing["color"] == told for thing in sample.objects)
     color, verdict = (RIGHT, " (right)") if is_right else (WRONG, f" (wrong, it is {sample.answer})")
     if replaced:
         color, verdict = MARK, ""
+    is_move = is_tile and told != path[-1]
+    path = [*path, told] if is_move else path
     end = told if is_tile else None
-    path = [*path, end] if is_tile else path
-    panels.append(Panel("answer", f"{answer or 'none'}{verdict}", path, color, framed=end))
+    panels.append(Panel("answer", f"{answer or 'none'}{verdict}", path, color, "", end, is_move))
     title = sample.question + (f"  With the latent of {replaced} of another picture." if replaced else "")
     return join([draw_panel(sample, panel) for panel in panels], panels, title)
 
@@ -100,10 +103,9 @@ def draw_panel(sample: Sample, panel: Panel) -> Image.Image:
     boxes = {tile: [2 * side for side in box] for tile, box in boxes.items()}
     if panel.framed is not None:
         frame(draw, boxes[panel.framed], panel.color)
-    moves = [(one, other) for one, other in zip(panel.path, panel.path[1:]) if one != other]
-    is_new = panel.color != PALE and len(panel.path) > 1 and panel.path[-1] != panel.path[-2]
+    moves = list(zip(panel.path, panel.path[1:]))
     for place, (one, other) in enumerate(moves):
-        is_last = is_new and place == len(moves) - 1
+        is_last = panel.is_move and place == len(moves) - 1
         draw_arrow(draw, boxes[one], boxes[other], panel.color if is_last else INK, 9 if is_last else 5)
     if panel.framed is not None and panel.number:
         badge(draw, boxes[panel.framed], panel.number, panel.color)
