@@ -15,6 +15,7 @@ from configuration_latentvlm.hub_code import flat_code
 from modeling_latentvlm.known_answers import FILE, FOLDER, KnownAnswers, digest_content, load_tensors, read_metadata
 from train import checkpoints, comparison, recipes, serial_card
 from train.checkpoints import CHECKPOINTS, LARGEST, MOST, SERIAL, WEIGHTS, read_sums, ship, ship_serial, shipped
+from train.evaluation.loading import hash_model
 from train.tasks import write_dataset
 
 
@@ -169,6 +170,8 @@ def write_serial_run(output: Path) -> Path:
         records = [{"id": f"q{at}", "correct": at < right} for at in range(8)]
         (scores / "results.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         (scores / "summary.json").touch()
+        asked = hash_model(str(CHECKPOINTS / "lare")) if name.startswith("lare") else {}
+        (scores / "run.json").write_text(json.dumps({"model": asked}))
     (folder / "scores" / "lare-zero").mkdir()  # was not finished
     return folder
 
@@ -203,6 +206,13 @@ def test_a_serial_checkpoint_says_how_it_was_trained_and_its_whole_table(tmp_pat
     ]
     assert "| | k = 1 | k = 2 | all |" in card
     assert table[1].split(" | ")[1:3] == ["100.0 (51.0 to 100.0)", "75.0 (30.1 to 95.4)"]
+    weights = (folder / "lare" / WEIGHTS).read_bytes()
+    (folder / "lare" / WEIGHTS).write_bytes(weights[:-1] + b"7")  # trained again after it was asked
+    with pytest.raises(
+        ValueError, match="scores/lare holds answers of other weights than those in .*seed0/lare: delete it"
+    ):
+        ship_serial("lare", folder, tmp_path / "out" / SERIAL)
+    (folder / "lare" / WEIGHTS).write_bytes(weights)
     (folder / "scores" / "lare" / "summary.json").unlink()
     with pytest.raises(ValueError, match="must be asked the test questions before it ships"):
         ship_serial("lare", folder, tmp_path / "out" / SERIAL)

@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+from train.decontamination.journal import hash_file
 from train.evaluation.answering import AnswerSettings
 from train.evaluation.evaluation import evaluate_rows
 from train.evaluation.loading import load_model, load_processor
@@ -16,6 +17,7 @@ from train.recipes import SETTINGS
 
 
 MOST_TOKENS = 64  # as the recipe asks
+WEIGHTS = "model.safetensors"
 
 ARMS = {  # of a model's latents
     "": "as trained",
@@ -134,15 +136,18 @@ def draw_scores(source: Path, data: list[dict]) -> str:
     """The table of the model, its latents replaced, and its twins, as far as they were asked.
 
     Raises:
-        ValueError: the model itself was not.
+        ValueError: the model itself was not, or answers are of weights that were trained anew since.
     """
     scores, name = source.parent / "scores", source.name
     prefix = "lare_" if name.startswith("lare") else ""
-    asked = {f"{name}{ending}": what for ending, what in ARMS.items()}
-    asked |= {f"{prefix}{twin}": what for twin, what in TWINS.items() if f"{prefix}{twin}" != name}
+    asked = {f"{name}{ending}": (name, what) for ending, what in ARMS.items()}
+    asked |= {
+        f"{prefix}{twin}": (f"{prefix}{twin}", what) for twin, what in TWINS.items() if f"{prefix}{twin}" != name
+    }
     rows = {}
-    for folder, what in asked.items():
+    for folder, (model, what) in asked.items():
         if (scores / folder / "summary.json").is_file():  # written last
+            check_asked(scores / folder, source.parent / model)
             rows[what] = accuracy_by_moves(read_lines(scores / folder / "results.jsonl"), data)
             if folder == name:
                 rows["as it ships, in bfloat16"] = accuracy_by_moves(ask_in_bfloat16(source), data)
@@ -157,6 +162,15 @@ def draw_scores(source: Path, data: list[dict]) -> str:
     ]
     lines += [f"| {what} | {' | '.join(draw_share(found[one]) for one in groups)} |" for what, found in rows.items()]
     return "\n".join(lines)
+
+
+def check_asked(scores: Path, model: Path) -> None:
+    """Raise unless answers are those of the weights that are there now."""
+    asked = json.loads((scores / "run.json").read_text(encoding="utf-8"))["model"]
+    if (model / WEIGHTS).is_file() and asked.get(WEIGHTS) != hash_file(model / WEIGHTS):
+        raise ValueError(
+            f"{scores} holds answers of other weights than those in {model}: delete it, and the recipe asks again."
+        )
 
 
 def ask_in_bfloat16(source: Path) -> list[dict]:
