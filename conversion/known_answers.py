@@ -13,7 +13,16 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from configuration_latentvlm.hub_code import find_stale_code
 from conversion.refresh_code import read_hub_classes, read_json
 from conversion.writing import write_file
-from modeling_latentvlm.known_answers import FILE, FOLDER, KnownAnswers, compute_answer, digest_weights, record
+from modeling_latentvlm.known_answers import (
+    FILE,
+    FOLDER,
+    FORMAT,
+    KnownAnswers,
+    compute_answer,
+    digest_weights,
+    read_metadata,
+    record,
+)
 
 
 WRITE = "python -m conversion.check {} --write"
@@ -95,3 +104,17 @@ def load(folder: Path, dtype: torch.dtype):
 def write_answers(folder: Path, known: KnownAnswers) -> None:
     target = folder / FOLDER / FILE
     write_file(target, known.to_bytes())
+
+
+def rewrite_answers(folder: Path) -> list[str]:
+    """Write the same known answers in the form in which they are written today; return the file where it was another.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    path = folder / FOLDER / FILE
+    content = path.read_bytes() if path.is_file() else None
+    if content is None or read_metadata(content).get("format") == FORMAT:
+        return []
+    write_answers(folder, KnownAnswers.from_bytes(content, str(path)))
+    return [f"{FOLDER}/{FILE}"]

@@ -1,4 +1,4 @@
-"""Make the README's pictures from the checkpoints that ship: docs/trace.png and docs/page.png.
+"""Make the README's pictures from the checkpoints that ship: docs/trace.png and docs/page.png (`serial_pictures.py`: the others).
 
     python -m docs.pictures --architecture lare --trace 2
 
@@ -15,6 +15,7 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from conversion.commands import exit_on_error
+from docs.serial_pictures import save_small
 from examples import demo, page
 from examples.demo_common import NAMES
 from train.recipes.shipping import CHECKPOINTS
@@ -22,11 +23,6 @@ from train.recipes.shipping import CHECKPOINTS
 
 DOCS = Path(__file__).parent
 SIZE = {"width": 1080, "height": 640}
-
-
-def save_small(picture: Image.Image, path: Path) -> None:
-    """In 256 colors: a third of the bytes, and hardly another look."""
-    picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def shoot_page(folder: Path, architecture: str, path: Path) -> None:

@@ -23,7 +23,7 @@ from modeling_latentvlm.trace import LatentTrace
 from processing_latentvlm import draw_trace
 from processing_latentvlm.pictures import open_picture
 from train.data.tasks import Sample, generate_sample
-from train.recipes.shipping import CHECKPOINTS, read_sums, shipped
+from train.recipes.shipping import CHECKPOINTS, SERIAL, read_sums, shipped
 from train.recipes.small_models import IMAGE_SIZE
 
 
@@ -61,8 +61,9 @@ def check_checkpoints(folder: Path = CHECKPOINTS) -> None:
 
     Under another version of a library, code may run without an error and answer nonsense.
     """
-    for name in NAMES:
-        model, processor = load_checkpoint(name, folder)
+    serial = folder / SERIAL
+    for name, place in [*((name, folder) for name in NAMES), *((name, serial) for name in sorted(read_sums(serial)))]:
+        model, processor = load_checkpoint(name, place)
         report = model.check_known_answers(processor)
         if not report.passed:
             print(report)
@@ -114,8 +115,14 @@ def count_latents(name: str, answer: Answer) -> str:
 
 
 @torch.no_grad()
-def answer_with_trace(model, processor, conversations: Sequence[list[dict]]) -> tuple[list[Answer], LatentTrace]:
-    """Answer greedily, as `evaluation` does, and return what the latents were."""
+def answer_with_trace(
+    model, processor, conversations: Sequence[list[dict]], **generate
+) -> tuple[list[Answer], LatentTrace]:
+    """Answer greedily, as `evaluation` does, and return what the latents were.
+
+    Args:
+        generate: more arguments of the model's `generate`.
+    """
     inputs = encode_conversations(processor, conversations).to(model.device)
     output = model.generate(
         **inputs,
@@ -123,6 +130,7 @@ def answer_with_trace(model, processor, conversations: Sequence[list[dict]]) -> 
         max_new_tokens=MOST_TOKENS,
         return_dict_in_generate=True,
         output_latents=True,
+        **generate,
     )
     answers = account(model, processor, output, inputs["input_ids"].shape[1], is_direct=False)
     return answers, output.latent_trace

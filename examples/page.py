@@ -14,6 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from conversion.commands import exit_on_error
+from examples.chase_tab import build_tab
 from examples.demo_common import (
     LONGEST,
     NAMES,
@@ -81,49 +82,60 @@ def build_page(folder: Path = CHECKPOINTS):
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
 
-    def ask(*inputs):
-        try:
-            return answer(*inputs, folder)
-        except ValueError as error:
-            raise gr.Error(str(error)) from error
+    def guard(function):
+        def shown(*inputs):
+            try:
+                return function(*inputs)
+            except ValueError as error:
+                raise gr.Error(str(error)) from error
 
-    first_picture, first_question, first_known = new_picture("search", seed=0)
+        return shown
+
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
-        known = gr.State(first_known)
-        gr.Markdown(f"# {TITLE}\n{ABOUT}")
-        with gr.Row():
-            with gr.Column(scale=2):
-                name = gr.Radio(NAMES, value=NAMES[0], label="Architecture")
-                picture = gr.Image(
-                    first_picture,
-                    type="pil",
-                    sources=["upload"],
-                    label="Picture",
-                    height=300,
-                    buttons=[],
-                    elem_id="picture",
-                )
-                with gr.Row():
-                    buttons = {kind: gr.Button(label) for kind, label in BUTTONS.items()}
-                question = gr.Textbox(first_question, label="Question", max_length=LONGEST)
-                go = gr.Button("Ask", variant="primary")
-            with gr.Column(scale=3):
-                with gr.Row():
-                    told_as = gr.Textbox(label="Answer", max_lines=3)
-                    without = gr.Textbox(label="Without latents", max_lines=3)
-                    swapped = gr.Textbox(label="With another picture's latents", max_lines=3)
-                gr.Markdown("Where its latents looked")
-                drawing = gr.Image(
-                    show_label=False, format="png", buttons=["download", "fullscreen"], elem_id="drawing"
-                )
-                written = gr.Textbox(label="What it wrote")
-                counts = gr.Textbox(label="At a cost of")
-        shown = [told_as, without, swapped, drawing, written, counts]
-        for kind, button in buttons.items():
-            button.click(partial(new_picture, kind), None, [picture, question, known])
-        picture.upload(forget, known, known)
-        gr.on([go.click, question.submit], ask, [name, picture, question, known], shown)
+        gr.Markdown(f"# {TITLE}")
+        with gr.Tab("Look"):
+            build_looking(gr, guard, folder)
+        with gr.Tab("Chase"):
+            build_tab(gr, guard, folder)
     return page
+
+
+def build_looking(gr, guard, folder: Path) -> None:
+    """The tab in which any picture is asked about; arguments as in `build_tab`."""
+    first_picture, first_question, first_known = new_picture("search", seed=0)
+    known = gr.State(first_known)
+    gr.Markdown(ABOUT)
+    with gr.Row():
+        with gr.Column(scale=2):
+            name = gr.Radio(NAMES, value=NAMES[0], label="Architecture")
+            picture = gr.Image(
+                first_picture,
+                type="pil",
+                sources=["upload"],
+                label="Picture",
+                height=300,
+                buttons=[],
+                elem_id="picture",
+            )
+            with gr.Row():
+                buttons = {kind: gr.Button(label) for kind, label in BUTTONS.items()}
+            question = gr.Textbox(first_question, label="Question", max_length=LONGEST)
+            go = gr.Button("Ask", variant="primary")
+        with gr.Column(scale=3):
+            with gr.Row():
+                told_as = gr.Textbox(label="Answer", max_lines=3)
+                without = gr.Textbox(label="Without latents", max_lines=3)
+                swapped = gr.Textbox(label="With another picture's latents", max_lines=3)
+            gr.Markdown("Where its latents looked")
+            drawing = gr.Image(show_label=False, format="png", buttons=["download", "fullscreen"], elem_id="drawing")
+            written = gr.Textbox(label="What it wrote")
+            counts = gr.Textbox(label="At a cost of")
+    shown = [told_as, without, swapped, drawing, written, counts]
+    for kind, button in buttons.items():
+        button.click(partial(new_picture, kind), None, [picture, question, known])
+    picture.upload(forget, known, known)
+    ask = guard(partial(answer, folder=folder))
+    gr.on([go.click, question.submit], ask, [name, picture, question, known], shown)
 
 
 def host_of(address: str) -> str | None:

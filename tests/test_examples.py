@@ -3,18 +3,20 @@
 import re
 import shutil
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import encode, picture, user_turn
 from evaluation_material import save_checkpoint, ship_random
 from helpers import step_logits
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from evaluation.answering import Answer
-from examples import demo, page
+from examples import chase, demo, page
 from examples import demo_common as looking
 from modeling_latentvlm.trace import LatentTrace
 from train.data.tasks import write_dataset
@@ -178,6 +180,19 @@ def test_the_demo_counts_what_is_right(tmp_path, monkeypatch, capsys):
     assert f"{wrong} (wrong, it is {samples[1].answer}; 1 latent step, 4 latents)" in printed
 
 
+@pytest.mark.parametrize("right, fails", [(3, False), (2, True)])
+def test_wrong_chases_fail_the_demo_by_themselves(right, fails, tmp_path, monkeypatch, capsys):
+    for name, value in (("check_checkpoints", lambda folder: None), ("show", lambda *arguments: 2)):
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(demo, "serial_names", lambda folder: ("lare",))
+    monkeypatch.setattr(demo, "show_chase", lambda name, folder, samples, output: right)
+    with pytest.raises(SystemExit, match="1") if fails else nullcontext():
+        run_demo(tmp_path, tmp_path / "out", "--n", "2")
+    printed = capsys.readouterr().out
+    assert f"vedas: 2 of 2 right\nserial/lare: {right} of 4 right\n" in printed
+    assert printed.endswith("Chance is about 1 in 8.\n") == fails
+
+
 @pytest.mark.parametrize("run", [demo.main, page.main])
 def test_demo_and_page_stop_with_a_table_where_answers_are_not_as_recorded(run, tmp_path, monkeypatch, capsys):
     """One weight of a copy is changed, in the files and in their hashes."""
@@ -198,7 +213,18 @@ def test_demo_and_page_stop_with_a_table_where_answers_are_not_as_recorded(run, 
 
 @pytest.mark.skipif(not (CHECKPOINTS / SUMS).is_file(), reason="no trained checkpoint is there yet")
 def test_the_demo_is_right_most_of_the_time(tmp_path, capsys):
-    run_demo(CHECKPOINTS, tmp_path, "--n", "12")
-    counts = re.findall(r"^\w+: (\d+) of 12 right$", capsys.readouterr().out, re.MULTILINE)
+    run_demo(CHECKPOINTS, tmp_path, "--n", "12", "--chases", "8")
+    printed = capsys.readouterr().out
+    counts = re.findall(r"^\w+: (\d+) of 12 right$", printed, re.MULTILINE)
     assert len(counts) == len(looking.NAMES) and min(map(int, counts)) > 6
     assert len(list(tmp_path.iterdir())) > 12
+    chased = re.findall(r"^serial/\w+: (\d+) of 8 right$", printed, re.MULTILINE)
+    assert len(chased) == len(chase.serial_names()) > 0 and min(map(int, chased)) > 5
+    assert printed.count("4 hops after") == 2 * len(chased)
+    traces = re.findall(r"Trace:    (.*-chase-\d\.png)$", printed, re.MULTILINE)
+    assert len(traces) == 8 * len(chased) and all(Image.open(path).width > 1000 for path in traces)
+
+
+def test_a_part_of_the_demo_that_is_wrong_fails_it():
+    assert demo.judge({"lare": 8, "vedas": 0}, 6, 6) == demo.judge({}, 4, 8) == ""
+    assert demo.judge({"vedas": 2}, 4, 8) == "Only 2 of 4 are right: something is wrong here. Chance is about 1 in 8."

@@ -7,6 +7,7 @@ The last two are skipped where gradio, Playwright and Chromium are missing: `pip
 import http.client
 import re
 import shutil
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
@@ -14,8 +15,8 @@ from conftest import picture
 from evaluation_material import ship_random
 
 from evaluation.answering import Answer
+from examples import chase_tab, page
 from examples import demo_common as looking
-from examples import page
 from train.recipes.small_models import IMAGE_SIZE
 
 
@@ -89,7 +90,43 @@ def test_the_page_builds_and_asks_nobody(checkpoints):
     built = page.build_page(checkpoints)
     labels = {block.label for block in built.blocks.values() if getattr(block, "label", None)}
     assert {"Architecture", "Picture", "Question", "Answer", "Without latents"} <= labels
+    assert "Replace the latent of step" not in labels  # no serial checkpoint is among these
+    texts = [str(getattr(block, "value", "")) for block in built.blocks.values()]
+    assert chase_tab.NO_SERIAL in texts
     assert not built.analytics_enabled
+
+
+def test_the_page_has_a_tab_for_chases_where_a_serial_checkpoint_ships():
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    built = page.build_page()
+    labels = {block.label for block in built.blocks.values() if getattr(block, "label", None)}
+    assert {"Model", "Hops", "Replace the latent of step", "Answer now", "Whose answer is it?"} <= labels
+    assert {"New chase", "Ask"} <= {
+        getattr(block, "value", None) for block in built.blocks.values() if block.get_block_name() == "button"
+    }
+
+
+def test_a_latent_is_replaced_over_http(monkeypatch):
+    """As the page's own script asks, with what one visitor has drawn kept from request to request."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from gradio_client import Client
+
+    monkeypatch.setattr(looking, "MOST_TOKENS", 64)
+    monkeypatch.setattr(
+        chase_tab, "secrets", SimpleNamespace(randbelow=lambda most: 11)
+    )  # a chase that is answered right
+    built = page.build_page()
+    _, url, _ = page.launch(built, prevent_thread_lock=True)
+    try:
+        name, client = chase_tab.serial_names()[0], Client(url, verbose=False)
+        with pytest.raises(Exception, match="A chase is needed"):
+            client.predict(name, "all", api_name="/replace_latent")
+        way, lent, step, changed, answer, whose = client.predict(name, 3, api_name="/new_chase")
+        assert way != lent and (step, changed) == ("none", None) and whose.startswith("Its own")
+        changed, now, whose = client.predict(name, "all", api_name="/replace_latent")
+        assert changed and now != answer and whose.startswith(now)
+    finally:
+        built.close()
 
 
 def test_only_pages_of_this_machine_are_answered_and_uploads_are_limited(checkpoints):
@@ -143,7 +180,7 @@ def test_the_page_works_in_a_browser(checkpoints):
             tab = chromium.new_page()
             tab.on("request", lambda request: asked.append(request.url))
             tab.goto(url)
-            tab.get_by_label("vedas").check()
+            tab.get_by_label("vedas", exact=True).first.check()
             tab.get_by_role("button", name="New picture to search").click()
             question = tab.get_by_label("Question")
             browser.expect(question).to_have_value(re.compile("^What color is the "), timeout=60_000)

@@ -4,6 +4,7 @@ The mutations are applied to the shipped checkpoints, whose weights matter: on r
 """
 
 import copy
+import json
 import os
 import shutil
 import subprocess
@@ -33,13 +34,16 @@ from modeling_latentvlm.answer_check import check_answers
 from modeling_latentvlm.known_answers import (
     FILE,
     FOLDER,
+    FORMAT,
     TOLERANCES,
     KnownAnswers,
     compute_answer,
     deviation,
     digest_content,
+    load_tensors,
     read_metadata,
     record,
+    save_tensors,
 )
 from modeling_latentvlm.segments import LatentState
 
@@ -47,6 +51,10 @@ from modeling_latentvlm.segments import LatentState
 pytestmark = pytest.mark.core
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 NAMES = ("deeplatent", "lare", "vedas")
+PLACES = (
+    *NAMES,
+    *(str(path.parent.relative_to(CHECKPOINTS)) for path in sorted(CHECKPOINTS.glob("serial/*/config.json"))),
+)
 
 
 def load(folder, **kwargs):
@@ -54,14 +62,20 @@ def load(folder, **kwargs):
     return AutoModelForImageTextToText.from_pretrained(folder, **arguments).eval()
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=PLACES)
 def shipped(request):
     return request.param, load(CHECKPOINTS / request.param)
 
 
+@pytest.fixture(scope="module", params=NAMES)
+def one_of_each(request):
+    return load(CHECKPOINTS / request.param)
+
+
 @pytest.fixture
-def model(shipped):
-    return copy.deepcopy(shipped[1])
+def model(one_of_each):
+    """What is carried follows from the architecture, not from what a model has learned."""
+    return copy.deepcopy(one_of_each)
 
 
 def known_answers(name: str) -> KnownAnswers:
@@ -76,7 +90,7 @@ def row(report, what: str) -> float:
 # --- what is no fault ---
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLACES)
 def test_shipped_checkpoints_answer_as_recorded(name):
     report = load(CHECKPOINTS / name).check_known_answers()
     print(report)
@@ -145,7 +159,7 @@ def inverted_mask(model):
 def swapped_rows(model):
     """Two rows of the embedding that the prompt uses."""
     weight = model.get_input_embeddings().weight.data
-    used = known_answers(model.config.model_type).inputs["input_ids"][0, -4:-2].tolist()
+    used = KnownAnswers.from_bytes(model.known_answers, "here").inputs["input_ids"][0, -4:-2].tolist()
     weight[used] = weight[used[::-1]].clone()
     yield
 
@@ -250,7 +264,9 @@ def test_a_fault_exceeds_the_tolerance_ten_times(shipped, fault):
     print(f"{name}, {fault}: {row(report, 'model, logits'):.4g}")
     assert not report.passed
     assert row(report, "model, logits") >= 10
-    if fault != "padding that is attended":  # three columns of padding lie within the noise of bfloat16
+    # Three columns of padding lie within the noise of bfloat16, and so does more where a model has never learned such a question:
+    # those of serial questions are small enough to be checked in float32.
+    if fault != "padding that is attended" and name in NAMES:
         assert deviation(coarse.logits, expected.logits, TOLERANCES["bfloat16"]) > 1
     assert row(report, "processor, pixel_values") < 0.5  # told apart from a changed processor
 
@@ -299,7 +315,7 @@ def test_another_way_of_resizing_shows_and_another_backend_may_round(lare_folder
     assert row(check_answers(model, processor, known, "here"), "processor, resized picture") < 0.5
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLACES)
 def test_a_changed_processor_is_told_from_a_changed_model(name, tmp_path):
     folder = tmp_path / name
     shutil.copytree(CHECKPOINTS / name, folder)
@@ -334,13 +350,13 @@ def told(monkeypatch):
 
 @pytest.mark.parametrize("as_state", [False, True])
 def test_answers_are_carried_through_save_and_load(model, as_state, tmp_path, told):
-    name = model.config.model_type
+    known = model.known_answers
     model.save_pretrained(tmp_path / "one", **({"state_dict": model.state_dict()} if as_state else {}))
-    assert (tmp_path / "one" / FOLDER / FILE).read_bytes() == recorded(name)
+    assert (tmp_path / "one" / FOLDER / FILE).read_bytes() == known
     again = load(tmp_path / "one")
     again.save_pretrained(tmp_path / "two")
     again.save_pretrained(tmp_path / "one")  # onto itself
-    assert (tmp_path / "two" / FOLDER / FILE).read_bytes() == recorded(name) == again.known_answers
+    assert (tmp_path / "two" / FOLDER / FILE).read_bytes() == known == again.known_answers
     assert not told
 
 
@@ -394,10 +410,10 @@ def test_answers_are_pushed(model, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "hf_api", lambda: hub)
     monkeypatch.setattr(transformers.utils.hub.ModelCard, "load", hub.load_card)
     model.push_to_hub("me/one")
-    assert hub.files.pop(f"{FOLDER}/{FILE}") == recorded(model.config.model_type)
+    assert hub.files.pop(f"{FOLDER}/{FILE}") == model.known_answers
     hub.files.clear()
     model.save_pretrained(tmp_path / "two", push_to_hub=True, repo_id="me/two")
-    assert hub.files[f"{FOLDER}/{FILE}"] == recorded(model.config.model_type)
+    assert hub.files[f"{FOLDER}/{FILE}"] == model.known_answers
     hub.files.clear()
     state = {name: value + 1 for name, value in model.state_dict().items()}
     model.save_pretrained(tmp_path / "two", state_dict=state, push_to_hub=True, repo_id="me/two")
@@ -439,26 +455,56 @@ def test_a_damaged_file_is_named(lare_folder):
     for content in (good[:100], b"", b"\xff" * 64, good[:-5], bytes(flipped)):
         with pytest.raises(ValueError, match=r"lare/known_answers/answers\.safetensors are damaged"):
             replace_answers(lare_folder, content).check_known_answers()
-    tensors = load_bytes(good)
+    tensors, metadata = load_tensors(good), read_metadata(good)
     for name in ("picture", "inputs.input_ids", "bfloat16.tokens"):
         without = {other: value for other, value in tensors.items() if other != name}
-        metadata = read_metadata(good) | {"content": digest_content(without)}
         with pytest.raises(ValueError, match="are damaged"):
-            replace_answers(lare_folder, save_bytes(without, metadata)).check_known_answers()
+            replace_answers(lare_folder, save_tensors(without, metadata)).check_known_answers()
     broken = tensors | {"picture": tensors["picture"][:50].contiguous()}
-    metadata = read_metadata(good) | {"content": digest_content(broken)}
     with pytest.raises(ValueError, match="a picture cannot be read"):
-        replace_answers(lare_folder, save_bytes(broken, metadata)).check_known_answers()
-    with pytest.raises(ValueError, match="must have format 1, got '2'"):
-        replace_answers(lare_folder, save_bytes(tensors, read_metadata(good) | {"format": "2"})).check_known_answers()
+        replace_answers(lare_folder, save_tensors(broken, metadata)).check_known_answers()
+    with pytest.raises(ValueError, match="must have format 1 or 2, got '3'"):
+        replace_answers(lare_folder, save_tensors(tensors, metadata | {"format": "3"})).check_known_answers()
+
+
+def test_pixels_are_deflated_without_loss_and_older_files_are_read():
+    tensors = load_tensors(recorded("lare"))
+    tensors["inputs.pixel_values"][0, 0, 0, 0] = float("nan")  # bits are kept, whatever they mean
+    tensors["inputs.pixel_values"][0, 0, 0, 1] = -0.0
+    metadata = read_metadata(recorded("lare")) | {"format": FORMAT}
+    content = save_tensors(tensors, metadata)
+    assert set(json.loads(read_metadata(content)["deflated"])) >= {"inputs.pixel_values", "resized_pixels"}
+    large = sum(value.numel() * value.element_size() for name, value in tensors.items() if "pixel" in name)
+    assert len(content) < large / 3
+    again = load_tensors(content)
+    assert again.keys() == tensors.keys() and digest_content(again) == digest_content(tensors)
+    assert all(again[name].dtype == tensors[name].dtype for name in tensors)
+    first = {name: value for name, value in metadata.items() if name != "deflated"}
+    older = save_bytes(tensors, first | {"format": "1", "content": digest_content(tensors)})
+    read = [KnownAnswers.from_bytes(one, "here").to_bytes() for one in (older, content)]
+    assert read_metadata(read[0]) == read_metadata(read[1]) and read_metadata(read[0])["format"] == FORMAT
+    assert digest_content(load_tensors(read[0])) == digest_content(tensors)
+
+
+def test_deflated_tensors_of_another_size_are_damage():
+    tensors, metadata = load_tensors(recorded("lare")), read_metadata(recorded("lare")) | {"format": FORMAT}
+    content = save_tensors(tensors, metadata)
+    stored, metadata = load_bytes(content), read_metadata(content)
+    for shape, dtype in (([1, 3, 112, 111], "float32"), ([1, 3, 112, 113], "float32"), ([1], "complex64")):
+        deflated = json.loads(metadata["deflated"]) | {"resized_pixels": [dtype, shape]}
+        with pytest.raises(ValueError, match="are damaged"):
+            KnownAnswers.from_bytes(save_bytes(stored, metadata | {"deflated": json.dumps(deflated)}), "here")
+    stored["resized_pixels"][20] ^= 255
+    with pytest.raises(ValueError, match="are damaged"):
+        KnownAnswers.from_bytes(save_bytes(stored, metadata), "here")
 
 
 def test_answers_of_another_model_are_foreign(lare_folder):
     with pytest.raises(ValueError, match="are of a model of type 'vedas', but this one is of type 'lare'"):
         replace_answers(lare_folder, recorded("vedas")).check_known_answers()
-    tensors, metadata = load_bytes(recorded("lare")), read_metadata(recorded("lare"))
+    tensors, metadata = load_tensors(recorded("lare")), read_metadata(recorded("lare"))
     narrow = tensors | {name: value[:, :7].contiguous() for name, value in tensors.items() if name.endswith("logits")}
-    content = save_bytes(narrow, metadata | {"content": digest_content(narrow)})
+    content = save_tensors(narrow, metadata)
     with pytest.raises(ValueError, match="are of another model: their vocabulary is 7, this model's is"):
         replace_answers(lare_folder, content).check_known_answers()
 
@@ -578,7 +624,7 @@ def test_too_little_memory_is_told(lare_folder, monkeypatch, capsys):
     assert (lare_folder / FOLDER / FILE).read_bytes() == before
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLACES)
 def test_a_clone_answers_where_the_package_is_not_installed(name, tmp_path):
     """The checkpoint's own code, in a process that cannot import ours."""
     folder = tmp_path / name

@@ -15,7 +15,7 @@ from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
 from train.common.trained_sizes import record_image_sizes
 from train.data.tasks import generate_sample
-from train.recipes.shipping import CHECKPOINTS, read_sums, settle_image_size
+from train.recipes.shipping import CHECKPOINTS, SERIAL, read_sums, settle_image_size
 
 
 CLASSES = {DeepLatentProcessor: LATENT_TOKENS, VedasProcessor: (LATENT_TOKEN,)}
@@ -112,13 +112,18 @@ def test_recording_reads_every_sample(processor):
     record_image_sizes(object(), [1], lambda number: pytest.fail("LaRe's tower takes one size"))
 
 
-@pytest.mark.parametrize("name", sorted(read_sums(CHECKPOINTS)))
-def test_shipped_checkpoints_see_a_large_picture_as_a_small_one(name):
+@pytest.mark.parametrize(
+    "place",
+    [*sorted(read_sums(CHECKPOINTS)), *(f"{SERIAL}/{name}" for name in sorted(read_sums(CHECKPOINTS / SERIAL)))],
+)
+def test_shipped_checkpoints_see_a_large_picture_as_a_small_one(place):
     """Trained at 112 pixels, DeepLatent and Vedas answered garbage at 224."""
     from processing_latentvlm import LaReProcessor
 
     classes = {"deeplatent": DeepLatentProcessor, "lare": LaReProcessor, "vedas": VedasProcessor}
-    processor = classes[name].from_pretrained(CHECKPOINTS / name)
+    name = place.rpartition("/")[2]
+    processor = classes[name].from_pretrained(CHECKPOINTS / place)
+    assert name == "lare" or processor.trained_image_sizes == [[112, 112], [112, 112]]
     small = generate_sample("search_color", 0, 0, "test", 112).image
     large = small.resize((448, 448), Image.Resampling.NEAREST)
     inputs, expected = ask(processor, large), ask(processor, small)

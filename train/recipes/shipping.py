@@ -1,10 +1,14 @@
 """The trained checkpoints that ship: what a recipe left, in bfloat16, with a card that says how it came about.
 
     python -m train.recipes.shipping lare --run out/small     # writes checkpoints/lare and its lines of checkpoints/SHA256SUMS
+    python -m train.recipes.shipping lare --run out/serial/seed0 --serial     # checkpoints/serial/lare, of `train.recipes.serial_recipes`
     python -m train.recipes.shipping                          # `make export`: brings the code of all of them up to date
 
 The code of a checkpoint is build output, and in git all the same: after `git clone`
 `AutoModel.from_pretrained("checkpoints/lare", trust_remote_code=True)` works as it does for a folder of the Hub.
+
+There are two sets, each with hashes of its own: models of the recipes in `checkpoints/`, and in `checkpoints/serial/` models of serial
+questions, whose cards `train/recipes/serial_card.py` writes.
 """
 
 import argparse
@@ -19,17 +23,20 @@ from transformers import AutoModel, AutoProcessor
 from configuration_latentvlm import ARCHITECTURES
 from configuration_latentvlm.model_card import render_model_card
 from conversion.commands import exit_on_error
-from conversion.known_answers import record_answers
+from conversion.known_answers import record_answers, rewrite_answers
 from conversion.refresh_code import refresh_code
 from conversion.writing import replaced_folder, write_file
+from train.recipes.serial_card import describe_training
 from train.recipes.small_models import RECIPES, SETTINGS
 
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
+SERIAL = "serial"  # folder of the second set, in that of the first
 SUMS = "SHA256SUMS"
 WEIGHTS = "model.safetensors"
 ENDS = {name: trained for name, (_, trained) in RECIPES.items()}  # folders of a recipe's output
 LARGEST = 8_000_000  # bytes of weights that a shipped checkpoint may have
+MOST = 22_000_000  # bytes of everything that ships: all of it is in git
 
 TRAINING = """
 ## How it was trained
@@ -77,7 +84,10 @@ def shipped(name: str, folder: Path = CHECKPOINTS) -> Path:
         ValueError: it is missing, or a file of it is missing or not what was shipped.
     """
     path, known = folder / name, read_sums(folder).get(name, {})
-    repair = f"`git checkout {folder.name}` brings it back, `make train-{name}` trains it anew."
+    is_serial = folder.name == SERIAL
+    kept = f"{CHECKPOINTS.name}/{SERIAL}" if is_serial else folder.name
+    anew = f"python -m train.recipes.serial_recipes --arms {name}" if is_serial else f"make train-{name}"
+    repair = f"`git checkout {kept}` brings it back, `{anew}` trains it anew."
     if not path.is_dir() or WEIGHTS not in known:
         raise ValueError(f"There is no checkpoint {name!r} in {folder}: {repair}")
     for file, expected in known.items():
@@ -107,15 +117,8 @@ def ship(name: str, run: Path, folder: Path = CHECKPOINTS) -> Path:
     Raises:
         ValueError: the recipe has not come to its end, or its weights are too large to ship.
     """
-    source, target = run / ENDS[name], folder / name
-    if not (source / "config.json").is_file():
-        raise ValueError(
-            f"{source} holds no trained model: run `python -m train.recipes {name} --output {run}` first."
-        )
-    model = AutoModel.from_pretrained(source, trust_remote_code=True, dtype=torch.bfloat16)
-    size = sum(value.numel() * value.element_size() for value in load_file(source / WEIGHTS).values()) // 2
-    if size > LARGEST:
-        raise ValueError(f"The weights of {source} take {size} bytes in bfloat16; {LARGEST} may ship.")
+    source = run / ENDS[name]
+    check_trained(source, f"train.recipes {name} --output {run}")
     steps = [json.loads(line) for line in (run / "times.jsonl").read_text(encoding="utf-8").splitlines()]
     settings = json.loads((run / SETTINGS).read_text(encoding="utf-8"))
     task, language = settings["task"], settings["language"]
@@ -133,9 +136,51 @@ def ship(name: str, run: Path, folder: Path = CHECKPOINTS) -> Path:
         language="".join(f" --language {one}" for one in chosen.values()),
         hardware=f"on {'; '.join(machines)}, " if machines else "",
         minutes=sum(step["seconds"] for step in steps) / 60,
-        num_weights=model.num_parameters() / 1e6,
+        num_weights=count_weights(source) / 1e6,
         scores=table.read_text(encoding="utf-8") if table.is_file() else "Not measured.",
     )
+    return write_shipped(name, source, folder, training)
+
+
+def ship_serial(name: str, seed_folder: Path, folder: Path, arm: str | None = None) -> Path:
+    """Write what a serial recipe trained as a checkpoint of the second set.
+
+    Args:
+        seed_folder: where the recipe put one seed, such as `out/serial/seed0`.
+        arm: of the recipe, which names the folder of the model; by default as the architecture.
+
+    Raises:
+        ValueError: the recipe has not come to its end, the model is of another architecture, or its weights are too large to ship.
+    """
+    arm = arm or name
+    source = seed_folder / arm
+    check_trained(source, f"train.recipes.serial_recipes --arms {arm} --output {seed_folder.parent}")
+    found = json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type")
+    if found != name:
+        raise ValueError(f"{source} must hold a model of type {name!r} to ship it under that name, got {found!r}.")
+    return write_shipped(name, source, folder, describe_training(source, count_weights(source)))
+
+
+def check_trained(source: Path, command: str) -> None:
+    if not (source / "config.json").is_file():
+        raise ValueError(f"{source} holds no trained model: run `python -m {command}` first.")
+
+
+def count_weights(source: Path) -> int:
+    return sum(value.numel() for value in load_file(source / WEIGHTS).values())
+
+
+def write_shipped(name: str, source: Path, folder: Path, training: str) -> Path:
+    """Write a trained model in bfloat16, with its processor, a card that ends with `training`, and known answers; take down its hashes.
+
+    Raises:
+        ValueError: its weights are too large to ship.
+    """
+    target = folder / name
+    size = sum(value.numel() * value.element_size() for value in load_file(source / WEIGHTS).values()) // 2
+    if size > LARGEST:
+        raise ValueError(f"The weights of {source} take {size} bytes in bfloat16; {LARGEST} may ship.")
+    model = AutoModel.from_pretrained(source, trust_remote_code=True, dtype=torch.bfloat16)
     with replaced_folder(target, keeps_others=True) as partial:
         model.save_pretrained(partial)
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
@@ -147,23 +192,40 @@ def ship(name: str, run: Path, folder: Path = CHECKPOINTS) -> Path:
     return target
 
 
+def refresh(folder: Path) -> None:
+    """Bring the code of a set up to date, and the files of its known answers to the form in which they are written today."""
+    for name in sorted(read_sums(folder)):
+        changed = refresh_code(folder / name)
+        changed += rewrite_answers(folder / name)
+        write_sums(name, folder)
+        print(f"{folder / name}: {', '.join(changed) or 'up to date'}")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "name", nargs="?", choices=sorted(ARCHITECTURES), help="without: bring the code of all up to date"
     )
-    parser.add_argument("--run", type=Path, help="output of `train.recipes`")
-    parser.add_argument("--output", type=Path, default=CHECKPOINTS)
+    parser.add_argument(
+        "--run", type=Path, help="output of `train.recipes`; with `--serial` a seed's folder in that of the recipe"
+    )
+    parser.add_argument(
+        "--serial", action="store_true", help="ship what `train.recipes.serial_recipes` trained, into the second set"
+    )
+    parser.add_argument("--arm", help="of `train.recipes.serial_recipes`, where it is not called as the architecture")
+    parser.add_argument("--output", type=Path, default=CHECKPOINTS, help="folder of both sets (default: checkpoints)")
     args = parser.parse_args(arguments)
     if args.name is None:
-        for name in sorted(read_sums(args.output)):
-            changed = refresh_code(args.output / name)
-            write_sums(name, args.output)
-            print(f"{args.output / name}: {', '.join(changed) or 'up to date'}")
-        return
-    if args.run is None:
+        for folder in (args.output, args.output / SERIAL):
+            refresh(folder)
+    elif args.run is None:
         parser.error("`--run` is needed to ship a checkpoint")
-    print(ship(args.name, args.run, args.output))
+    elif args.serial:
+        print(ship_serial(args.name, args.run, args.output / SERIAL, args.arm))
+    elif args.arm is not None:
+        parser.error("`--arm` is of `--serial`")
+    else:
+        print(ship(args.name, args.run, args.output))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,418 @@
+"""LaRe: latent refocusing on a CLIP tower, a projector and a language model.
+
+Paper: Multimodal Reasoning via Latent Refocusing
+
+Between the prompt and the answer the model takes `config.num_refocus_steps` steps. Each looks at the image again where
+the state of its reasoning points, and appends latents to the sequence:
+
+    H_i, a_i = decoder([X ; <bot> ; Z_1 ; .. ; Z_i-1])[-1] at every layer, and where it looks      `saliency.py`
+    V_i      = the image tokens of the window with the most of a_i                                 `sliding_window.py`
+    Z_i      = Extractor(H_i, V_i)                                                                 `refocus_extractor.py`
+    answer   ~ decoder([X ; <bot> ; Z_1 ; .. ; Z_N ; <eot>])
+
+`refocus_decoding.py` runs it. Everything else is LLaVA's. With `num_refocus_steps=0` the model *is*
+`LlavaForConditionalGeneration`; a test holds it to that.
+
+`<bot>` enters before the first step, where the paper adds it after the last, so that the cache of the steps is that of the
+answer. In `input_ids` nothing stands for latents; `<bot><eot>` side by side may say where they go.
+
+A row without an image refocuses on nothing: the Extractor's cross-attention adds exactly zero to it.
+
+Shapes: B rows, S columns of `input_ids`, N steps, K latents of a step, W windows of a step, D hidden size.
+"""
+
+from .transformers_contract import check_contract
+
+
+check_contract("lare")  # before the imports below: what they miss is said here
+
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin, LogitsProcessorList
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
+from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrainedModel
+from transformers.utils import can_return_tuple
+
+from .configuration_lare import LaReConfig
+from .transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache, take_cache
+from .backbone_calls import FusedCall, check_answer_starts, find_answers, guard_backbone
+from .generation_rules import NeverWritten, check_settings, infer_attention_mask, stop_reasons
+from .interventions import Intervention, prepare_intervention
+from .latent_decoding import LatentDecodingMixin, check_mask, check_one_prompt, kept_columns
+from .prompt_checks import (
+    check_image_labels,
+    check_labels,
+    check_numbers,
+    check_turns,
+    end_tokens,
+)
+from .refocus_decoding import Places, RefocusContext, RefocusDecoder
+from .refocus_extractor import RefocusEmbedding, RefocusExtractor, RefocusNorm
+from .row_images import collect_row_images
+from .saliency import record_attention
+from .trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_prompt_rows
+
+
+@dataclass
+class LaReCausalLMOutputWithPast(BothCacheNames, CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` with the latents, where `output_latents=True`. N is the most steps that a row took;
+    in training with `adaptive_stop`, that a row may take.
+
+    Args:
+        latents (`torch.FloatTensor` of shape `(B, N, K, D)`): as they entered the language model, with gradients.
+        latent_mask (`torch.BoolTensor` of shape `(B, N)`): the steps that a row took; the latents of others are zero.
+        windows (`torch.LongTensor` of shape `(B, N, W, 3)`): (image of the row, top, left), -1 in a row without images; None
+            where no window is used or no row has an image. Its side is `config.window_size`.
+        image_hidden_states (`torch.FloatTensor` of shape `(images, tokens, D)`): projected image features, with gradients.
+        latent_trace (`LatentTrace`): the same and more, by row and step, without gradients.
+    """
+
+    latents: torch.FloatTensor | None = None
+    latent_mask: torch.BoolTensor | None = None
+    windows: torch.LongTensor | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+    latent_trace: LatentTrace | None = None
+
+
+class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin):
+    """LLaVA with an Extractor: a language model that looks at the image again before it answers."""
+
+    config: LaReConfig
+    config_class = LaReConfig
+    new_weights = ("refocus.",)
+    accepts_loss_kwargs = False
+    _supports_flex_attn = False  # steps need a row of attention, which its mask, a program, does not give
+    _only_of_forward = ("labels", "answer_starts")
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _no_split_modules = [
+        "LlamaDecoderLayer",
+        "Qwen2DecoderLayer",
+        "Qwen3DecoderLayer",
+        "CLIPEncoderLayer",
+        "SiglipEncoderLayer",
+        "RefocusExtractor",
+    ]
+
+    def __init__(self, config: LaReConfig):
+        super().__init__(config)
+        text_config = config.get_text_config()
+        check_contract(f"lare with {text_config.model_type}")
+        self.model = LlavaModel(config)
+        guard_backbone(self)
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
+        self.refocus = RefocusExtractor(config) if config.use_extractor else None
+        record_attention(self.model.language_model)
+        if getattr(config, "quantization_config", None) is not None:
+            self._keep_in_fp32_modules = ["refocus"]  # quantizers skip it; without one it has the dtype of all others
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, RefocusNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, RefocusEmbedding):
+            init.normal_(module.weight, std=self.config.get_text_config().initializer_range)
+        else:
+            super()._init_weights(module)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        latent_intervention: str | Intervention | None = None,
+        output_latents: bool = False,
+        latent_context: RefocusContext | None = None,
+        answer_starts: torch.LongTensor | None = None,
+        fused_call: FusedCall | None = None,
+        *,
+        cache: Cache | None = None,
+        **kwargs,
+    ) -> LaReCausalLMOutputWithPast | BaseModelOutput:
+        """Run the model over a prompt, its refocusing steps, and an answer.
+
+        The steps are taken where a row has `<bot><eot>`, otherwise before its answer, otherwise behind its last token. Without
+        labels, `answer_starts` says where the answer is: only then the logits are those that `generate` sampled from.
+        The logits that follow them are those of the last column before (or of the row's own `<eot>`).
+
+        Args:
+            labels: as in transformers; `<bot>` and `<eot>` are never targets.
+            pixel_values: (images, 3, height, width) of all rows, in the order of their placeholders.
+            latent_intervention: replaces latents before they enter the language model (`interventions.py`).
+            output_latents: also return the latents, with gradients, and a `latent_trace`.
+            latent_context: set by `generate` only.
+            answer_starts (`torch.LongTensor` of shape `(B,)`): the column of every row's first answer token, by default that
+                of its first label.
+            fused_call: set by the fused head of TRL only, which takes the hidden states of all columns and no logits.
+
+        Raises:
+            ValueError: images do not fit their placeholders, or `<bot>` and `<eot>` do not stand side by side, once a row.
+        """
+        cache = one_cache(past_key_values, cache)
+        check_one_prompt(input_ids, inputs_embeds)
+        input_ids = self._find_ids(input_ids, inputs_embeds, latent_context)
+        is_generating = latent_context is not None
+        if not is_generating:
+            latent_intervention = prepare_intervention(latent_intervention, one_at_a_time=False)
+            check_labels(labels, input_ids)
+            for name, value in (("position_ids", position_ids), (CACHE, cache)):
+                if value is not None:
+                    raise ValueError(
+                        f"`{name}` cannot be given: refocusing steps take positions and cache of their own."
+                    )
+            images, placeholders = self._encode_images(input_ids, pixel_values)
+            latent_context = RefocusContext(
+                images, placeholders, intervention=latent_intervention, output_latents=output_latents
+            )
+        features = [row.features for row in latent_context.images if row is not None]
+        self._drop_unknown_outputs(kwargs)
+        decoder = RefocusDecoder(self, latent_context, cache, use_cache, kwargs)
+        is_prompt = latent_context.decode_step < 0
+        if is_prompt:
+            ids = self._with_bot(input_ids)
+            embeds = self._embed_prompt(ids, latent_context, self._embeds_with_bot(inputs_embeds))
+        else:
+            embeds = self._embed_prompt(input_ids, latent_context)
+        if self.training and pixel_values is None:
+            embeds = embeds + self._blank_picture(embeds)
+        if not is_prompt:
+            hidden = decoder.go_on(input_ids, embeds)
+        else:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            check_mask(mask, input_ids)
+            if fused_call is not None:
+                answer_starts = self._find_answers(input_ids, fused_call.labels, mask, is_fused=True)
+            elif labels is not None and answer_starts is None:
+                answer_starts = self._find_answers(input_ids, labels, mask)
+            learned = labels if fused_call is None else fused_call.labels
+            if learned is not None and self.config.step_limit:
+                has_pair = self._delimiters(input_ids).any(dim=1, keepdim=True)
+                is_image = (input_ids == self.config.image_token_id) & ~has_pair
+                check_image_labels(learned, is_image, "refocusing steps")
+            places = self._place_steps(input_ids, answer_starts, mask.bool(), is_generating)
+            hidden = decoder.run(input_ids, embeds, mask.bool() & ~self._delimiters(input_ids), places)
+        if fused_call is not None:
+            return BaseModelOutput(last_hidden_state=hidden)
+        logits = self.lm_head(hidden[:, kept_columns(logits_to_keep)])
+        loss = self._take_loss(logits, labels, input_ids, kwargs)
+        output = LaReCausalLMOutputWithPast(loss=loss, logits=logits, **cache_keyword(decoder.returned_cache))
+        if not is_generating and output_latents:
+            self._add_latents(output, latent_context, features)
+        return output
+
+    def _take_loss(self, logits: Tensor, labels: Tensor | None, input_ids: Tensor, kwargs: dict) -> Tensor | None:
+        """The next-token loss of `labels`, to which `<bot>` and `<eot>` do not count; None without labels."""
+        if labels is None:
+            return None
+        return self.loss_function(
+            logits=logits,
+            labels=labels.masked_fill(self.never_labels(input_ids), -100),
+            vocab_size=self.config.get_text_config().vocab_size,
+            **kwargs,
+        )
+
+    def _add_latents(self, output: LaReCausalLMOutputWithPast, context: RefocusContext, features: list) -> None:
+        rows = len(output.logits)
+        output.latent_trace = LatentTrace(rows, sorted(context.steps, key=lambda step: (step.row, step.index)))
+        if features:
+            output.image_hidden_states = torch.cat(features).unflatten(0, (-1, self.config.image_seq_length))
+        if context.latents:
+            output.latents = torch.stack(context.latents, dim=1)
+            output.latent_mask = torch.stack(context.is_taken, dim=1)
+        if context.windows:
+            output.windows = torch.stack(context.windows, dim=1)
+
+    def _with_bot(self, input_ids: Tensor) -> Tensor:
+        """A `<bot>` behind every row, (B, S + 1), where steps are taken."""
+        if self.config.step_limit == 0:
+            return input_ids
+        return torch.cat([input_ids, torch.full_like(input_ids[:, :1], self.config.bot_token_id)], dim=1)
+
+    def _embeds_with_bot(self, inputs_embeds: Tensor | None) -> Tensor | None:  # (B, S + 1, D)
+        if inputs_embeds is None or self.config.step_limit == 0:
+            return inputs_embeds
+        bot = torch.full_like(inputs_embeds[:, :1, 0], self.config.bot_token_id, dtype=torch.long)
+        return torch.cat([inputs_embeds, self.get_input_embeddings()(bot).to(inputs_embeds)], dim=1)
+
+    _takes_virtual_tokens = True
+
+    @property
+    def _placeholder_tokens(self) -> tuple[int, ...]:
+        return self.config.image_token_id, self.config.bot_token_id, self.config.eot_token_id
+
+    def _delimiters(self, input_ids: Tensor) -> Tensor:
+        """(B, S) bool: the columns of `<bot>` and `<eot>`."""
+        return (input_ids == self.config.bot_token_id) | (input_ids == self.config.eot_token_id)
+
+    never_labels = _delimiters
+
+    def _find_answers(self, input_ids: Tensor, labels: Tensor, mask: Tensor, is_fused: bool = False) -> Tensor | None:
+        """(B,) where the labels say that answers start; None where it does not matter."""
+        if self.config.step_limit == 0 or self._delimiters(input_ids).any(dim=1).all():
+            return None
+        has_own = self._delimiters(input_ids).any(dim=1)
+        return find_answers(labels.masked_fill(has_own[:, None], -100), mask, is_fused)
+
+    def _place_steps(
+        self, input_ids: Tensor, answer_starts: Tensor | None, mask: Tensor, is_generating: bool
+    ) -> Places | None:
+        """Find where every row's steps go; None where there are none to take.
+
+        Raises:
+            ValueError: `<bot>` and `<eot>` do not stand side by side, once a row, or the steps would part an image.
+        """
+        length, config = input_ids.shape[1], self.config
+        columns = torch.arange(length, device=input_ids.device)
+        is_bot, is_eot = input_ids == config.bot_token_id, input_ids == config.eot_token_id
+        has_pair = is_bot.any(dim=1) | is_eot.any(dim=1)
+        at = is_bot.int().argmax(dim=1)
+        fits = (is_bot.sum(dim=1) == 1) & (is_eot.sum(dim=1) == 1) & (is_eot.int().argmax(dim=1) == at + 1)
+        wrong = (has_pair & ~fits).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(f"A row may hold <bot> and <eot> once, side by side; rows {wrong} of `input_ids` do not.")
+        # `generate` goes on from the last column, wherever the padding is.
+        ends = torch.full_like(at, length) if is_generating else ((columns + 1) * mask).amax(dim=1)
+        if answer_starts is not None:
+            ends = check_answer_starts(answer_starts, input_ids).to(ends)
+        ends = torch.where(has_pair, at, ends)
+        before = ((input_ids == config.image_token_id) & mask & (columns < ends[:, None])).sum(dim=1)
+        parted = (before % config.image_seq_length).nonzero().flatten().tolist()
+        if parted and config.step_limit:
+            raise ValueError(
+                f"The refocusing steps must not part an image, but in rows {parted} the prompt or its `attention_mask` ends "
+                "within one: image tokens cannot be labels."
+            )
+        return Places(ends, ends + 2 * has_pair)
+
+    def _encode_images(self, input_ids: Tensor, pixel_values: Tensor | None):
+        """Run the vision tower once and deal its features out to the rows.
+
+        Raises:
+            ValueError: the pictures are not of the tower's size, or not as many as the placeholders ask for.
+        """
+        config, features, grids = self.config, {}, {}
+        if pixel_values is not None:
+            size = config.vision_config.image_size
+            size = (size, size) if isinstance(size, int) else tuple(size)
+            if pixel_values.ndim != 4 or tuple(pixel_values.shape[-2:]) != size:
+                raise ValueError(
+                    f"`pixel_values` must have the shape (images, channels, {size[0]}, {size[1]}) that the vision tower "
+                    f"takes, got {tuple(pixel_values.shape)}."
+                )
+            dtype = self.model.multi_modal_projector.linear_1.weight.dtype
+            pixel_values = pixel_values.to(self._input_device(pixel_values), dtype)
+            encoded = self.model.get_image_features(pixel_values, return_dict=True).pooler_output
+            features[config.image_token_id] = encoded
+            grids[config.image_token_id] = [(1, config.image_grid_size, config.image_grid_size)] * len(encoded)
+        tokens = {config.image_token_id: "image"}
+        return collect_row_images(input_ids, tokens, features, grids, [None] * len(input_ids), 0)
+
+    def _blank_picture(self, embeds: Tensor) -> Tensor:
+        """Zero, by way of vision tower and projector: a process without an image must not leave the others waiting."""
+        size = self.config.vision_config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        blank = embeds.new_zeros(1, self.config.vision_config.num_channels, height, width)
+        features = self.model.get_image_features(
+            blank.to(self.model.multi_modal_projector.linear_1.weight.dtype), return_dict=True
+        ).pooler_output
+        return 0 * features[0].sum().to(embeds)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config=None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria=None,
+        *,
+        latent_intervention: str | Intervention | None = None,
+        output_latents: bool = False,
+        **kwargs,
+    ) -> LatentGenerateOutput | LatentGenerateBeamOutput | torch.LongTensor:
+        """Take the refocusing steps and generate an answer. Takes everything that `GenerationMixin.generate` takes, and:
+
+        Args:
+            latent_intervention: replaces latents before they enter the language model (`interventions.py`).
+            output_latents: return a `latent_trace`; needs `return_dict_in_generate=True`.
+
+        Raises:
+            ValueError: a decoding mode that cannot work with latents, or inputs that do not fit together.
+        """
+        cache = take_cache(kwargs)
+        settings, _ = self._prepare_generation_config(generation_config, **kwargs)
+        check_settings(settings, kwargs, output_latents, self.device)
+        latent_intervention = prepare_intervention(latent_intervention, one_at_a_time=False)
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        input_ids = self._check_prompt(input_ids, kwargs)
+        prompt_ids = self._find_ids(input_ids, kwargs.get("inputs_embeds"))
+        if cache is not None or settings.cache_implementation is not None:
+            raise ValueError(
+                "Refocusing steps start on a cache of their own: give neither `past_key_values` nor `cache_implementation`."
+            )
+        if kwargs.get("position_ids") is not None:
+            raise ValueError("`position_ids` cannot be given to `generate`: latents take positions of their own.")
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = infer_attention_mask(prompt_ids, settings)
+        self._check_length(prompt_ids, kwargs["attention_mask"], self.config.step_limit * self.config.num_step_latents)
+        ids = prompt_ids.to(self._input_device(prompt_ids))
+        config, pixel_values = self.config, kwargs.pop("pixel_values", None)
+        check_numbers(pixel_values=pixel_values)
+        if config.step_limit:
+            eos = end_tokens(settings.eos_token_id, config.get_text_config().eos_token_id)
+            check_turns(self._delimiters(ids), ids, kwargs["attention_mask"], eos, "`<bot>` and `<eot>`")
+        images, placeholders = self._encode_images(ids, pixel_values)
+        context = RefocusContext(
+            images,
+            placeholders,
+            intervention=latent_intervention,
+            output_latents=output_latents,
+            finite=[],
+            prompt_ids=ids,
+        )
+        reserved = [config.bot_token_id, config.eot_token_id, config.image_token_id] if config.step_limit else []
+        output = super().generate(
+            input_ids,
+            generation_config,
+            LogitsProcessorList([*(logits_processor or []), *([NeverWritten(reserved)] if reserved else [])]),
+            stopping_criteria,
+            latent_context=context,
+            **kwargs,
+        )
+        if isinstance(output, Tensor):
+            return output
+        return self._account(output, context, 0 if input_ids is None else input_ids.shape[1], settings, kwargs)
+
+    def _account(self, output, context: RefocusContext, prompt_length: int, settings, kwargs):
+        """Add latent counts, stop reasons and the trace to what the decoding loop returned."""
+        rows, beams = output.sequences.shape[0], getattr(output, "beam_indices", None)
+        steps = torch.zeros(rows, dtype=torch.long)
+        if context.is_taken:
+            taken = torch.stack(context.is_taken).sum(dim=0).cpu()  # by computed row: a beam has those of its prompt
+            source = torch.arange(rows) * len(taken) // rows if beams is None else beams[:, 0].cpu()
+            steps = taken[source]
+        kind = LatentGenerateOutput if beams is None else LatentGenerateBeamOutput
+        trace = LatentTrace(rows, follow_prompt_rows(context.steps, rows, beams)) if context.output_latents else None
+        return kind(
+            **output,
+            num_latent_blocks=steps,
+            num_latents=steps * self.config.num_step_latents,
+            latents_unused=False,
+            stop_reason=stop_reasons(
+                output.sequences[:, prompt_length:], settings, kwargs.get("tokenizer"), prompt_length
+            ),
+            latent_trace=trace,
+        )
+
+
+__all__ = ["LaReForCausalLM"]
