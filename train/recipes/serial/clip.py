@@ -1,6 +1,6 @@
 """LaRe on serial questions, and its twins on the same backbone: a CLIP tower, of which a tile is one token, and a language model."""
 
-from train.recipes.serial.plan import LAYERS, STEPS, TOWER_EPOCHS, TRAINED_ALIKE, Place, Stage, serial_data
+from train.recipes.serial.plan import LAYERS, STEPS, TOWER_TRAINING, TRAINED_ALIKE, Place, Stage, serial_data
 from train.recipes.small_models import IMAGE_SIZE
 
 
@@ -37,8 +37,8 @@ def clip_backbone(place: Place, layers: int = LAYERS) -> list[Stage]:
     small, model = (f"{place.folder}/{sized(name, layers)}" for name in ("clip", "lare_fresh"))
     seen = Stage(
         f"{tower}/vision_pretraining.json",
-        f"train.recipes.vision_pretraining --model {tower} --data {place.data('train')} --epochs {TOWER_EPOCHS[place.task][1]} --batch-size 64 "
-        f"--learning-rate 1e-3 --seed {place.seed}",
+        f"train.recipes.vision_pretraining --model {tower} --data {place.data('train')} "
+        f"{TOWER_TRAINING[place.task][1]} --seed {place.seed}",
         1.0,
     )
     converted = Stage(

@@ -1,6 +1,6 @@
 """Vedas on serial questions, and its twins on the same backbone, a Qwen2.5-VL of random weights."""
 
-from train.recipes.serial.plan import LAYERS, STEPS, TOWER_EPOCHS, TRAINED_ALIKE, Place, Stage, serial_data
+from train.recipes.serial.plan import LAYERS, STEPS, TOWER_TRAINING, TRAINED_ALIKE, Place, Stage, serial_data
 
 
 # Stages end by what greedy decoding would write word for word; an epoch is 50 steps of 16 questions.
@@ -33,7 +33,7 @@ def qwen_backbone(place: Place, layers: int = LAYERS) -> list[Stage]:
         ),
         Stage(
             f"{backbone}/vision_pretraining.json",
-            f"train.recipes.vision_pretraining --model {backbone} --data {place.data('train')} --epochs {TOWER_EPOCHS[place.task][0]} --seed {place.seed}",
+            f"train.recipes.vision_pretraining --model {backbone} --data {place.data('train')} {TOWER_TRAINING[place.task][0]} --seed {place.seed}",
             0.6 * layers / LAYERS,
         ),
         Stage(
