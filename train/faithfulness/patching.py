@@ -19,7 +19,7 @@ from train.faithfulness.edits import edit_sample, turn_hues
 from train.faithfulness.items import Item, NotApplicable
 from train.faithfulness.lending import Table
 from train.faithfulness.result import Curve, Result
-from train.faithfulness.statistics import mean_interval
+from train.faithfulness.statistics import share_interval
 from train.faithfulness.subject import CLEAN, Answer, Arm, Subject
 from train.reasoning_data import ReasoningSample
 
@@ -97,7 +97,7 @@ def describe(subject: Subject, title: str, step: int | None, found: dict, own: d
     for task, members in tasks_of(subject, list(found)).items():
         follows = [found[number].text == lent[number].text for number in members]
         stays = [found[number].text == own[number].text for number in members]
-        share, low, high = mean_interval(follows, subject.seed)
+        share, low, high = share_interval([[one] for one in follows])
         where = {
             "task": task,
             "run": title,
