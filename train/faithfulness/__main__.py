@@ -19,7 +19,7 @@ from conversion.reading import check_config_file
 from train.analyses.collection import prepare_output
 from train.faithfulness.arms import ARMS, DRAWS
 from train.faithfulness.controls import controls_result
-from train.faithfulness.items import Item, read_items
+from train.faithfulness.items import Item, in_order, read_items
 from train.faithfulness.report import write_report
 from train.faithfulness.run import digest, file_digest, take_all
 from train.faithfulness.subject import Subject
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown:
         raise ValueError(f"`arms` must be of {list(ARMS)}, got {unknown}.")
     output = prepare_output(options.output)
-    items = read_items(options.data, options.data_format, options.split, options.limit)
+    items = in_order(read_items(options.data, options.data_format, options.split, options.limit))
     set_seed(options.seed)
     check_config_file(options.model)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)

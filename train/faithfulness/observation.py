@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling_latentvlm.saliency import SaliencyRecorder, attention_row, record_attention
+from train.evaluation.donors import draw_seed
 from train.faithfulness.columns import ANSWER, IMAGE, KINDS, LATENT, TEXT, ColumnKinds
 from train.faithfulness.lending import table_of
 from train.faithfulness.subject import Arm, Subject
@@ -88,7 +89,8 @@ class Watcher(ColumnKinds):
         for row, seen in enumerate(self.rows):
             if seen.question is not None:
                 continue
-            generator = torch.Generator().manual_seed(self.numbers[row])
+            identity = self.subject.items[self.numbers[row]].identity
+            generator = torch.Generator().manual_seed(draw_seed(self.subject.seed, identity))
             for kind in (TEXT, IMAGE):
                 values = embeds[row][self.kinds[row] == kind].float().cpu()
                 if len(values):
