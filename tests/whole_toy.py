@@ -12,15 +12,16 @@ the column that emits the word:
 Where the picture is hidden the last three answer "well, well".
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 from PIL import Image
-from toy_subject import COUNT, EOS, GARBAGE, LATENT, PAD, STEPS, TASK, TASKS, WORD, WORDS, ToyConfig
 from torch import nn
+from toy_subject import COUNT, EOS, GARBAGE, PAD, STEPS, TASK, TASKS, WORD, WORDS, ToyConfig
 from transformers import BatchFeature
 
+from configuration_latentvlm.transformers_api import CACHE
 from modeling_latentvlm.trace import LatentStep, LatentTrace
 from train.evaluation.rows import EvaluationRow
 from train.faithfulness.items import Item
@@ -28,9 +29,11 @@ from train.faithfulness.subject import Subject
 
 
 IMAGE, LEAD, VOCABULARY = 4, 5, WORD + 2 * COUNT
-NUMBERS, TASK_PART, PLACE_PART = slice(0, COUNT), COUNT, COUNT + len(TASKS)
-PICTURE = PLACE_PART + STEPS  # where an image token says its number
-SIZE = PICTURE + COUNT + 1  # the last element tells embeddings of tokens apart
+# Parts of a vector: which token it is, if any; task, place and number of a latent; the number of an image token.
+TASK_PART, PLACE_PART = 1, 1 + len(TASKS)
+NUMBER_PART = PLACE_PART + STEPS
+PICTURE = NUMBER_PART + COUNT
+SIZE = PICTURE + COUNT
 SHADE = 256 // COUNT  # of red, for each number
 
 
@@ -40,7 +43,7 @@ class WholeConfig(ToyConfig):
 
 
 class ToyAttention(nn.Module):
-    """Remembers which columns the last one sees."""
+    """Remembers which columns the last one sees; None: all."""
 
     def __init__(self):
         super().__init__()
@@ -48,10 +51,7 @@ class ToyAttention(nn.Module):
         self.sees: torch.Tensor | None = None  # (B, S) bool
 
     def forward(self, hidden_states, attention_mask=None):
-        self.sees = torch.ones(hidden_states.shape[:2], dtype=torch.bool)
-        if attention_mask is not None:
-            last = attention_mask[:, 0, -1]
-            self.sees &= last if last.dtype == torch.bool else last > -1
+        self.sees = None if attention_mask is None else attention_mask[:, 0, -1]
         return hidden_states
 
 
@@ -65,13 +65,13 @@ class ToyLayer(nn.Module):
 
 
 class ToyLanguageModel(nn.Module):
-    """Hands through what goes in."""
+    """Hands through what goes in: the prompt with its latents, then the answer behind them, as Vedas does."""
 
     def __init__(self):
         super().__init__()
         self.layers, self.norm = nn.ModuleList([ToyLayer()]), nn.Identity()
 
-    def forward(self, inputs_embeds, attention_mask=None, saliency=None):
+    def forward(self, inputs_embeds, attention_mask=None, saliency=None, **cache):
         states = inputs_embeds
         for layer in self.layers:
             states = layer(states)
@@ -86,7 +86,7 @@ class WholeToy(nn.Module):
         self.generation_config = SimpleNamespace(eos_token_id=EOS, pad_token_id=PAD, num_beams=1)
         self.embed = nn.Embedding(VOCABULARY, SIZE)
         nn.init.zeros_(self.embed.weight)
-        self.embed.weight.data[:, -1] = torch.arange(VOCABULARY)
+        self.embed.weight.data[:, 0] = torch.arange(VOCABULARY)
         self.lm_head = nn.Linear(SIZE, VOCABULARY, bias=False)
         nn.init.zeros_(self.lm_head.weight)
         self.model = nn.Module()
@@ -112,7 +112,7 @@ class WholeToy(nn.Module):
     def latent(self, task: int, number: int, place: int) -> torch.Tensor:  # (1, SIZE)
         value = torch.zeros(1, SIZE)
         if self.kind in ("content", "useless"):
-            value[0, number] = 1
+            value[0, NUMBER_PART + number] = 1
         if self.kind in ("content", "task"):
             value[0, TASK_PART + task] = 1
         value[0, PLACE_PART + place % STEPS] = 1
@@ -139,7 +139,7 @@ class WholeToy(nn.Module):
         if number in self.silent:
             return logits + 8 * nn.functional.one_hot(torch.tensor(own), VOCABULARY)
         if self.kind == "content":
-            spread = nn.functional.pad(values[:, NUMBERS].sum(dim=0), (words, VOCABULARY - words - COUNT))
+            spread = nn.functional.pad(values[:, NUMBER_PART:PICTURE].sum(dim=0), (words, VOCABULARY - words - COUNT))
             return logits + 8 / STEPS * spread
         right = nn.functional.one_hot(torch.tensor(own), VOCABULARY).float()
         if self.kind == "task":
@@ -153,7 +153,7 @@ class WholeToy(nn.Module):
             logits = logits + 8 * right
         return logits if sees_image else 8 * nn.functional.one_hot(torch.tensor(GARBAGE), VOCABULARY).float()
 
-    def emit(self, ids: torch.Tensor, pixels: torch.Tensor, slots: int, answer: torch.Tensor, intervention, mask=None):
+    def emit(self, ids: torch.Tensor, pixels: torch.Tensor, answer: torch.Tensor, intervention):
         """(steps, logits (B, 1 + T, V)) of a prompt of two tokens or three, latents, and an answer."""
         tasks = [int(row[row != PAD][0]) - TASK for row in ids]
         numbers = pixels.long().tolist()
@@ -164,11 +164,16 @@ class WholeToy(nn.Module):
         width = max((len(row) for row in steps), default=0)
         rows = [torch.cat([one.latents for one in row]) if row else torch.zeros(0, SIZE) for row in steps]
         latents = torch.stack([nn.functional.pad(row, (0, 0, 0, width - len(row))) for row in rows])
-        states = self.model.language_model(
-            inputs_embeds=torch.cat([embeds, latents, self.embed(answer)], dim=1)
-        ).last_hidden_state
-        sees = self.model.language_model.layers[0].self_attn.sees
-        is_hidden = (~sees[:, : ids.shape[1]] & (ids == IMAGE)).any(dim=1).tolist()
+        parts = [torch.cat([embeds, latents], dim=1), self.embed(answer)]
+        states, seen = [], 0
+        for part in parts if answer.shape[1] else parts[:1]:
+            cache = {CACHE: SimpleNamespace(get_seq_length=lambda seen=seen: seen)}
+            states.append(self.model.language_model(inputs_embeds=part, **cache).last_hidden_state)
+            seen += part.shape[1]
+        states, sees = torch.cat(states, dim=1), self.model.language_model.layers[0].self_attn.sees
+        is_hidden = [False] * len(ids)
+        if sees is not None:
+            is_hidden = (~sees[:, : ids.shape[1]] & (ids == IMAGE)).any(dim=1).tolist()
         logits = self.lm_head(states[:, -answer.shape[1] - 1 :])
         found = torch.zeros_like(logits)
         has_lead = bool((ids == LEAD).any())
@@ -186,7 +191,7 @@ class WholeToy(nn.Module):
     ):
         answer = torch.zeros(len(input_ids), 0, dtype=torch.long)
         for _ in range(min(3, max_new_tokens)):
-            steps, logits = self.emit(input_ids, pixel_values, 0, answer, latent_intervention)
+            steps, logits = self.emit(input_ids, pixel_values, answer, latent_intervention)
             answer = torch.cat([answer, logits[:, -1:].argmax(dim=-1)], dim=1)
         counts = torch.tensor([len(row) for row in steps])
         return SimpleNamespace(
@@ -198,13 +203,22 @@ class WholeToy(nn.Module):
         )
 
     def forward(
-        self, input_ids, attention_mask, pixel_values, latent_intervention=None, logits_to_keep=0, labels=None, **settings
+        self,
+        input_ids,
+        attention_mask,
+        pixel_values,
+        latent_intervention=None,
+        logits_to_keep=0,
+        labels=None,
+        **settings,
     ):
         slots = self.config.num_latent_steps
         width = int((input_ids == IMAGE).int().argmax(dim=1)[0]) + 1
         answer = input_ids[:, width + slots :]
-        steps, logits = self.emit(input_ids[:, :width], pixel_values, slots, answer, latent_intervention)
-        return SimpleNamespace(logits=logits, latent_trace=LatentTrace(len(input_ids), [s for row in steps for s in row]))
+        steps, logits = self.emit(input_ids[:, :width], pixel_values, answer, latent_intervention)
+        return SimpleNamespace(
+            logits=logits, latent_trace=LatentTrace(len(input_ids), [s for row in steps for s in row])
+        )
 
 
 class WholeProcessor:

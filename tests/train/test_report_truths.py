@@ -194,7 +194,11 @@ LOSS = {"change of accuracy": -5.0, "low": -7.0, "high": -3.0, "score low": -7.5
             LOSS | {"b": 9, "c": 0, "b, both valid": 9},
             "not decided: no loss larger than 7.5 points (9 of 400 items changed",
         ),
+        (LOSS | {"b": 10, "c": 0, "b, both valid": 10}, "The content of the latents is used"),  # ten are enough
         (LOSS | {"b": 22, "c": 2, "b, both valid": 22, "p (Holm)": 0.06}, "not decided: no loss larger than 7.5"),
+        # Three of twenty lost answers are lost in form and content: more than a tenth.
+        (LOSS | {"b": 22, "c": 2, "b, both valid": 5, "c, both valid": 2}, "The content of the latents is used"),
+        (LOSS | {"b": 22, "c": 2, "b, both valid": 4, "c, both valid": 2}, "lose their form: -5.0 points"),
         (LOSS | {"b": 22, "c": 2, "b, both valid": 2, "c, both valid": 2}, "lose their form: -5.0 points"),
         ({"low": -4.0, "score low": -3.0}, "no loss larger than 4.0 points (0 of 400 items changed; a loss of 1.5"),
         ({"low": -1.0, "score low": -4.5}, "no loss larger than 4.5 points"),

@@ -20,7 +20,9 @@ TASKS = ("color", "count")
 @pytest.fixture(scope="module", params=KINDS)
 def found(request) -> tuple[str, dict]:
     """A kind of model, and the whole report on 32 questions."""
-    return request.param, {one.name: one for one in take_all(whole_subject(request.param, whole_items(32)), ARMS, draws=2)}
+    return request.param, {
+        one.name: one for one in take_all(whole_subject(request.param, whole_items(32)), ARMS, draws=2)
+    }
 
 
 def rows_of(result, table: str, *names: str) -> dict[tuple, dict]:
@@ -33,7 +35,9 @@ def test_the_verdict_of_every_kind(found):
     notes = results["D1"].notes[:3]
     for task, note in zip(("", "color: ", "count: "), notes, strict=True):
         if kind == "content":
-            assert note.startswith(f"{task}The content of the latents is used: with another picture's of the same task -100.0 points")
+            assert note.startswith(
+                f"{task}The content of the latents is used: with another picture's of the same task -100.0 points"
+            )
         else:
             bound = 10.7 if not task else 19.4  # Wilson's margin of 32 of 32, and of 16 of 16
             said = f"{task}With another picture's latents of the same task: not decided: no loss larger than {bound} points (0 of "
@@ -67,7 +71,12 @@ def test_single_latents(found):
 def test_slots_and_compute(found):
     """D3, D13: dummies and no latents break all but the useless ones; fewer latents break those that need their places."""
     kind, results = found
-    for table, name in (("D3", "slots only"), ("D3", "nothing"), ("D13", "dummy tokens, same budget"), ("D13", "latents disabled")):
+    for table, name in (
+        ("D3", "slots only"),
+        ("D3", "nothing"),
+        ("D13", "dummy tokens, same budget"),
+        ("D13", "latents disabled"),
+    ):
         for task in (None, *TASKS):
             rows = results[table].tables["arms" if task is None else "arms by task"]
             (row,) = [one for one in rows if one["arm"] == name and one.get("task") == task]
@@ -80,7 +89,9 @@ def test_slots_and_compute(found):
     one_is_enough = kind in ("content", "useless")
     assert sweep["1 steps"] == (100 if one_is_enough else 0) and sweep["3 steps"] == 100
     kept = {row["arm"]: row["share of gain kept"] for row in results["D3"].tables["arms"]}
-    assert math.isnan(kept["slots only"]) if kind == "useless" else kept["slots only"] == 0 and kept["with latents"] == 1
+    assert (
+        math.isnan(kept["slots only"]) if kind == "useless" else kept["slots only"] == 0 and kept["with latents"] == 1
+    )
 
 
 def test_collapse_and_probes(found):
@@ -94,7 +105,9 @@ def test_collapse_and_probes(found):
     for row in results["D4"].tables["sensitivity"]:
         if row["picture"] == "another picture, same question":
             assert row["answers changed"] == 1 and row["changed low"] < 0.85  # Wilson of 16 of 16
-            assert row["1 - cos"] == (pytest.approx({"content": 3 / 7, "useless": 3 / 4}[kind]) if holds else pytest.approx(0, abs=1e-6))
+            assert row["1 - cos"] == (
+                pytest.approx({"content": 3 / 7, "useless": 3 / 4}[kind]) if holds else pytest.approx(0, abs=1e-6)
+            )
     probes = rows_of(results["D5"], "probes", "task", "feature")
     for task in TASKS:
         for feature in ("(b) last latent", "(d) place 1", "(d) place 3", "(d) all places"):
@@ -122,7 +135,9 @@ def test_gradients_and_patches(found):
     """D11, D17: nothing depends on useless latents, and only content lets an answer follow what is patched in."""
     kind, results = found
     for row in results["D11"].tables["latents"]:
-        assert row["with a gradient"] == (0 if kind == "useless" else 1) and row["least free cosine"] == pytest.approx(1)
+        assert row["with a gradient"] == (0 if kind == "useless" else 1) and row["least free cosine"] == pytest.approx(
+            1
+        )
     for row in results["D17"].tables["patching"]:
         follows = kind == "content" and row["patched"] == "all"
         assert (row["follows"], row["stays"]) == (follows, not follows) and row["high"] - row["low"] > 0.1

@@ -21,8 +21,8 @@ from train.faithfulness.attention_cut import answer_cut
 from train.faithfulness.collapse import tasks_of
 from train.faithfulness.items import Item, NotApplicable
 from train.faithfulness.lending import table_of
-from train.faithfulness.result import Curve, Result
 from train.faithfulness.outcomes import describe_form
+from train.faithfulness.result import Curve, Result
 from train.faithfulness.statistics import share_interval
 from train.faithfulness.subject import Answer, Arm, Subject
 from train.reasoning_data import ReasoningSample
