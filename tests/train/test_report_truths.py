@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ from train.faithfulness.arms import build_arms, calibrate
 from train.faithfulness.audit import measure_invocation
 from train.faithfulness.interventions_report import measure_interventions
 from train.faithfulness.items import Item, read_items
-from train.faithfulness.outcomes import describe_group, observe_arms
+from train.faithfulness.outcomes import describe_group, follow, observe_arms
 from train.faithfulness.report import write_report
-from train.faithfulness.subject import Answer
+from train.faithfulness.subject import Answer, Arm
 from train.faithfulness.verdicts import verdict
 
 
@@ -87,6 +88,20 @@ def test_answers_follow_the_donor_beyond_chance_where_latents_hold_them(found):
             assert row["answers whose donor says otherwise"] == (192 if task == "all" else 96)
             assert row["by chance"] == pytest.approx(1 / 7 if kind == "content" else 0)
             assert row["low"] <= followed <= row["high"] and row["high"] - row["low"] > 0.01
+
+
+def test_donors_that_said_the_same_are_no_chance_to_follow():
+    """Three might have been drawn, and one of them said what the item says: of the other two both say what is now said."""
+    said = ["red", "red", "blue", "blue"]
+    arm = Arm("swap", "", donors={0: 2})
+    outcome = SimpleNamespace(arm=arm, numbers=[0], right=np.zeros((1, 1)), answers=[{0: "blue"}])
+    subject = SimpleNamespace(
+        clean=said,
+        readings=lambda answers: [SimpleNamespace(answer=answer) for answer in answers],
+        donors=SimpleNamespace(eligible=lambda number, kind: [1, 2, 3]),
+    )
+    row = follow(subject, outcome)
+    assert row["by chance"] == row["answer becomes the donor's"] == 1
 
 
 def test_every_donor_is_recorded(found):
