@@ -85,10 +85,15 @@ def test_slots_and_compute(found):
             rows = results[table].tables["arms" if task is None else "arms by task"]
             (row,) = [one for one in rows if one["arm"] == name and one.get("task") == task]
             assert row["accuracy"] == (100 if kind == "useless" else 0)
+            # Against the clean run, which is right, in D13; against nothing, which is wrong where latents are needed, in D3.
+            asked = len(whole_items(32)) // (1 if task is None else 2)
+            assert (row["b"], row["c"]) == (asked if table == "D13" and kind != "useless" else 0, 0)
             # The task kind still answers in form, with another word.
-            lost = len(whole_items(32)) // (1 if task is None else 2) if kind in ("content", "place") else 0
+            lost = asked if kind in ("content", "place") else 0
             assert (row["no box"], row["outside choices"]) == (lost, lost)
             assert math.isnan(row["accuracy of valid"]) if lost else row["accuracy of valid"] == row["accuracy"]
+    gained = results["D3"].tables["arms"][0]
+    assert (gained["arm"], gained["b"], gained["c"]) == ("with latents", 0, 0 if kind == "useless" else 32)
     sweep = {row["arm"]: row["accuracy"] for row in results["D13"].tables["sweep"]}
     one_is_enough = kind in ("content", "useless")
     assert sweep["1 steps"] == (100 if one_is_enough else 0) and sweep["3 steps"] == 100
