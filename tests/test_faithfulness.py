@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -298,6 +299,8 @@ def test_arms_are_what_they_are_called(makers, data):
     assert float((change("matched").std(dim=0) / calibration.std).mean()) == pytest.approx(1, rel=0.05)
     assert torch.equal(change("gaussian"), change("gaussian"))  # drawn by place, not by call
     assert not torch.equal(change("gaussian"), arms["gaussian"].change(latents, step, 2))
+    for place in ({"index": 0}, {"offset": 1}):
+        assert not torch.equal(change("gaussian"), arms["gaussian"].change(latents, replace(step, **place), 1))
     first = arms["first_repeat"].change
     assert torch.equal(first(steps[0].latents, steps[0], 1), steps[0].latents[:1].expand(3, -1))
     assert torch.equal(first(steps[1].latents, steps[1], 1), steps[0].latents[:1].expand(3, -1))

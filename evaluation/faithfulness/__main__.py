@@ -20,7 +20,7 @@ from conversion.reading import check_config_file
 from evaluation.analyses.collection import prepare_output
 from evaluation.faithfulness.arms import ARMS, DRAWS
 from evaluation.faithfulness.controls import controls_result
-from evaluation.faithfulness.items import Item, read_items
+from evaluation.faithfulness.items import Item, in_order, read_items
 from evaluation.faithfulness.report import write_report
 from evaluation.faithfulness.run import DIAGNOSTICS, digest, file_digest, take_all
 from evaluation.faithfulness.subject import Subject
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> None:
         if unknown:
             raise ValueError(f"`{name}` must be of {list(known)}, got {unknown}.")
     output = prepare_output(options.output)
-    items = read_items(options.data, options.data_format, options.split, options.limit)
+    items = in_order(read_items(options.data, options.data_format, options.split, options.limit))
     set_seed(options.seed)
     check_config_file(options.model)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)

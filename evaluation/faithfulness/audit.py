@@ -8,6 +8,7 @@ from collections import Counter
 
 import numpy as np
 
+from evaluation.faithfulness.outcomes import describe_form
 from evaluation.faithfulness.result import Curve, Result
 from evaluation.faithfulness.statistics import share_interval
 from evaluation.faithfulness.subject import Answer, Subject
@@ -41,8 +42,7 @@ def audit_items(subject: Subject, numbers: list[int]) -> dict:
     return audit(answers) | {
         "in latent mode, low": low,
         "in latent mode, high": high,
-        "no box": sum(not reading.is_marked for reading in readings),
-        "outside choices": sum(not reading.is_valid for reading in readings),
+        **describe_form(readings),
     }
 
 

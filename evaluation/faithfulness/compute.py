@@ -7,7 +7,7 @@ import numpy as np
 
 from evaluation.faithfulness.arms import dummy_arm
 from evaluation.faithfulness.items import NotApplicable
-from evaluation.faithfulness.outcomes import count_pairs
+from evaluation.faithfulness.outcomes import count_pairs, describe_form
 from evaluation.faithfulness.result import Curve, Result
 from evaluation.faithfulness.statistics import mcnemar, share_interval
 from evaluation.faithfulness.subject import Answer, Arm, Subject, without_latents
@@ -78,8 +78,7 @@ def describe(subject: Subject, name: str, answers: list[Answer], numbers: list[i
         "b": lost,
         "c": gained,
         "p": mcnemar(lost, gained),
-        "no box": sum(not reading.is_marked for reading in readings),
-        "outside choices": sum(not reading.is_valid for reading in readings),
+        **describe_form(readings),
         "mean latents": sum(answer.num_latents for answer in answers) / len(answers),
         "mean answer tokens": sum(len(answer.tokens) for answer in answers) / len(answers),
     }

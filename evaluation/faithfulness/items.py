@@ -1,6 +1,7 @@
 """The questions of a report: what `train/data/reasoning_data.py` reads, with the regions and pictures that the data bring."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from dataclasses import fields as fields_of_class
 from functools import cached_property
@@ -71,6 +72,12 @@ class Item:
     def image_digests(self) -> list[str]:
         """Of every image by itself, in order."""
         return digest_images(self.sample)
+
+
+def in_order(items: Iterable[Item]) -> list[Item]:
+    """Items in an order that follows from what they are: folds of probes, sums, and what is taken first then do not depend on the
+    order of a file."""
+    return sorted(items, key=lambda item: item.identity)
 
 
 def scored_row(row: dict, sample: ReasoningSample, data_format: str, path: Path) -> EvaluationRow:

@@ -20,8 +20,9 @@ from evaluation.faithfulness.attention_cut import answer_cut
 from evaluation.faithfulness.collapse import tasks_of
 from evaluation.faithfulness.items import Item, NotApplicable
 from evaluation.faithfulness.lending import table_of
+from evaluation.faithfulness.outcomes import describe_form
 from evaluation.faithfulness.result import Curve, Result
-from evaluation.faithfulness.statistics import mean_interval
+from evaluation.faithfulness.statistics import share_interval
 from evaluation.faithfulness.subject import Answer, Arm, Subject
 from evaluation.final_answer import normalize
 from train.data.reasoning_data import ReasoningSample
@@ -107,8 +108,8 @@ def describe(
     numbers = [number for number in members if number in answers]
     if not numbers:
         return None
-    right = subject.is_right([answers[number] for number in numbers], numbers)
-    accuracy, low, high = (100 * value for value in mean_interval(right, subject.seed))
+    readings = subject.readings([answers[number] for number in numbers], numbers)
+    accuracy, low, high = (100 * value for value in share_interval([[reading.is_right] for reading in readings]))
     counts = Counter(normalize(subject.items[number].answer) for number in numbers)
     same = [answers[number].text == subject.clean[number].text for number in numbers]
     return {
@@ -121,4 +122,5 @@ def describe(
         "high": high,
         "best constant answer": 100 * counts.most_common(1)[0][1] / len(numbers),
         "answer as in the clean run": sum(same) / len(same),
+        **describe_form(readings),
     }

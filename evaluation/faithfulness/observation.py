@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from evaluation.donors import draw_seed
 from evaluation.faithfulness.columns import ANSWER, IMAGE, KINDS, LATENT, TEXT, ColumnKinds
 from evaluation.faithfulness.lending import table_of
 from evaluation.faithfulness.subject import Arm, Subject
@@ -88,7 +89,8 @@ class Watcher(ColumnKinds):
         for row, seen in enumerate(self.rows):
             if seen.question is not None:
                 continue
-            generator = torch.Generator().manual_seed(self.numbers[row])
+            identity = self.subject.items[self.numbers[row]].identity
+            generator = torch.Generator().manual_seed(draw_seed(self.subject.seed, identity))
             for kind in (TEXT, IMAGE):
                 values = embeds[row][self.kinds[row] == kind].float().cpu()
                 if len(values):

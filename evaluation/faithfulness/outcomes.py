@@ -13,6 +13,7 @@ Over N items in K draws (one for most arms), for a group of items such as a task
 Wilson's intervals of several draws are those of N items: draws of one item are alike.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,6 +29,7 @@ from evaluation.faithfulness.statistics import (
     smallest_detectable,
 )
 from evaluation.faithfulness.subject import CLEAN, Arm, Subject
+from evaluation.scoring import Reading
 
 
 @dataclass
@@ -145,6 +147,17 @@ def describe(outcome: Outcome, excluded: int, seed: int) -> dict:
         "no box": int((outcome.is_marked[answers] == 0).sum()),
         "outside choices": int((outcome.is_valid[answers] == 0).sum()),
         "accuracy of valid": 100 * float(valid.mean()) if len(valid) else float("nan"),
+    }
+
+
+def describe_form(readings: Iterable[Reading]) -> dict:
+    """Answers without a box or another mark, those that the questions do not allow, and the accuracy of the others, in percent."""
+    readings = list(readings)
+    valid = [reading.is_right for reading in readings if reading.is_valid]
+    return {
+        "no box": sum(not reading.is_marked for reading in readings),
+        "outside choices": len(readings) - len(valid),
+        "accuracy of valid": 100 * sum(valid) / len(valid) if valid else float("nan"),
     }
 
 

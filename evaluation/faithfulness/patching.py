@@ -19,7 +19,7 @@ from evaluation.faithfulness.edits import edit_sample, turn_hues
 from evaluation.faithfulness.items import Item, NotApplicable
 from evaluation.faithfulness.lending import Table
 from evaluation.faithfulness.result import Curve, Result
-from evaluation.faithfulness.statistics import mean_interval
+from evaluation.faithfulness.statistics import share_interval
 from evaluation.faithfulness.subject import CLEAN, Answer, Arm, Subject
 from train.data.reasoning_data import ReasoningSample
 
@@ -97,7 +97,7 @@ def describe(subject: Subject, title: str, step: int | None, found: dict, own: d
     for task, members in tasks_of(subject, list(found)).items():
         follows = [found[number].text == lent[number].text for number in members]
         stays = [found[number].text == own[number].text for number in members]
-        share, low, high = mean_interval(follows, subject.seed)
+        share, low, high = share_interval([[one] for one in follows])
         where = {
             "task": task,
             "run": title,

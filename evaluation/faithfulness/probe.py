@@ -10,7 +10,7 @@ Features, one vector an item:
 task by task, against the reference answer: StandardScaler, then LogisticRegression (l2, C = 1, lbfgs, 1000 iterations), stratified
 k-fold with k = min(5, smallest class). Questions that share a picture, by themselves or by way of other questions, lie in
 one fold and count as about one picture: then k is at most min(5, fewest pictures of an answer), and the greatest for which
-every answer can be learned for every fold. Of the held-out predictions: accuracy, cross-entropy CE, and
+every answer can be learned for every fold. Of the held-out predictions: accuracy (by Wilson), cross-entropy CE, and
 
     MI_LB = max(0, H(Y) - CE)      H(Y) the entropy of the answers, both in nats
 
@@ -43,7 +43,7 @@ from evaluation.faithfulness.collapse import stack, tasks_of
 from evaluation.faithfulness.items import NotApplicable
 from evaluation.faithfulness.observation import Observed
 from evaluation.faithfulness.result import Curve, Result
-from evaluation.faithfulness.statistics import mean_interval
+from evaluation.faithfulness.statistics import share_interval
 from evaluation.faithfulness.subject import Subject
 from evaluation.final_answer import normalize
 
@@ -117,7 +117,7 @@ def probe(features: np.ndarray, labels: np.ndarray, seed: int = 0, pictures: np.
         probabilities = cross_val_predict(new_probe(), features, labels, cv=folds, method="predict_proba")
     names = np.unique(labels)
     right = names[probabilities.argmax(axis=1)] == labels
-    accuracy, low, high = mean_interval(right, seed)
+    accuracy, low, high = share_interval(right[:, None])
     cross_entropy = float(log_loss(labels, probabilities, labels=names))
     entropy = float(stats.entropy(list(counts.values())))
     chance = max(counts.values()) / len(labels)

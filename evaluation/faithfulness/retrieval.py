@@ -21,7 +21,7 @@ from evaluation.faithfulness.arms import oracle_table
 from evaluation.faithfulness.collapse import tasks_of
 from evaluation.faithfulness.items import NotApplicable
 from evaluation.faithfulness.result import Result
-from evaluation.faithfulness.statistics import mean_interval
+from evaluation.faithfulness.statistics import share_interval
 from evaluation.faithfulness.subject import Subject
 
 
@@ -48,7 +48,7 @@ def describe_block(predicted: Tensor, oracles: Tensor, seed: int) -> dict:
     row = {"items": len(predicted), "chance": 1 / len(predicted)}
     for form, values in forms.items():
         retrieved, nearer, cosine = compare_predictions(*values)
-        share, low, high = mean_interval(retrieved, seed)
+        share, low, high = share_interval([[one] for one in retrieved])
         row |= {f"{form}retrieval": share, f"{form}low": low, f"{form}high": high}
         row |= {f"{form}USP": sum(nearer) / len(nearer), f"{form}cosine": sum(cosine) / len(cosine)}
     return row

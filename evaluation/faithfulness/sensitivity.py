@@ -16,7 +16,7 @@ from torch import Tensor
 from evaluation.faithfulness.edits import AUGMENTATIONS, EDITS, check_edit, edit_sample
 from evaluation.faithfulness.items import Item, NotApplicable
 from evaluation.faithfulness.result import Curve, Result
-from evaluation.faithfulness.statistics import mean_interval
+from evaluation.faithfulness.statistics import mean_interval, share_interval
 from evaluation.faithfulness.subject import CLEAN, Answer, Subject
 from train.data.reasoning_data import ReasoningSample
 
@@ -115,7 +115,7 @@ def sensitivity_rows(
         mean, low, high = mean_interval(raw, subject.seed)
         centred_mean, centred_low, centred_high = mean_interval(centred, subject.seed)
         flips = [subject.clean[number].text != found[number].text for number in asked]
-        changed, changed_low, changed_high = mean_interval(flips, subject.seed)
+        changed, changed_low, changed_high = share_interval([[flip] for flip in flips])
         rows.append(
             {
                 "task": task,

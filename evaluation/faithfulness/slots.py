@@ -16,7 +16,7 @@ import numpy as np
 from evaluation.faithfulness.architectures import put_before
 from evaluation.faithfulness.arms import dummy_arm
 from evaluation.faithfulness.items import NotApplicable
-from evaluation.faithfulness.outcomes import count_pairs
+from evaluation.faithfulness.outcomes import count_pairs, describe_form
 from evaluation.faithfulness.result import Curve, Result
 from evaluation.faithfulness.statistics import gain_kept, holm, mcnemar, paired, share_interval
 from evaluation.faithfulness.subject import Answer, Arm, Subject, without_latents
@@ -78,8 +78,7 @@ def compare(subject: Subject, answers: dict[str, list[Answer]], numbers: list[in
                 "share of gain kept": kept,
                 "low, gain kept": low_kept,
                 "high, gain kept": high_kept,
-                "no box": sum(not reading.is_marked for reading in found[name]),
-                "outside choices": sum(not reading.is_valid for reading in found[name]),
+                **describe_form(found[name]),
             }
         )
     compared = [row for row in rows if row["arm"] != "nothing"]

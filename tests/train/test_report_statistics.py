@@ -27,6 +27,11 @@ def test_newcombe_against_the_published_table():
     assert difference == pytest.approx(-0.2) and (low, high) == pytest.approx((-0.3404, -0.0569), abs=5e-5)
 
 
+def test_newcombe_corrects_a_positive_correlation_for_continuity():
+    """(20, 9, 3, 18) by the formula with statsmodels' Wilson limits: the covariance 333 counts as 333 - 50 / 2."""
+    assert newcombe_interval(20, 9, 3, 18) == pytest.approx((-0.120000, -0.248217, 0.016731), abs=1e-6)
+
+
 def test_an_interval_has_a_width_where_no_item_changed():
     """Where all are right both times it is Wilson's margin."""
     margin = 1 - wilson_interval(100, 100)[0]

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from evaluation.faithfulness.arms import build_arms, calibrate
 from evaluation.faithfulness.audit import measure_invocation
 from evaluation.faithfulness.interventions_report import measure_interventions
 from evaluation.faithfulness.items import Item, read_items
-from evaluation.faithfulness.outcomes import describe_group, observe_arms
+from evaluation.faithfulness.outcomes import describe_group, follow, observe_arms
 from evaluation.faithfulness.report import write_report
-from evaluation.faithfulness.subject import Answer
+from evaluation.faithfulness.subject import Answer, Arm
 from evaluation.faithfulness.verdicts import verdict
 from evaluation.report import summarize
 
@@ -87,6 +88,20 @@ def test_answers_follow_the_donor_beyond_chance_where_latents_hold_them(found):
             assert row["answers whose donor says otherwise"] == (192 if task == "all" else 96)
             assert row["by chance"] == pytest.approx(1 / 7 if kind == "content" else 0)
             assert row["low"] <= followed <= row["high"] and row["high"] - row["low"] > 0.01
+
+
+def test_donors_that_said_the_same_are_no_chance_to_follow():
+    """Three might have been drawn, and one of them said what the item says: of the other two both say what is now said."""
+    said = ["red", "red", "blue", "blue"]
+    arm = Arm("swap", "", donors={0: 2})
+    outcome = SimpleNamespace(arm=arm, numbers=[0], right=np.zeros((1, 1)), answers=[{0: "blue"}])
+    subject = SimpleNamespace(
+        clean=said,
+        readings=lambda answers: [SimpleNamespace(answer=answer) for answer in answers],
+        donors=SimpleNamespace(eligible=lambda number, kind: [1, 2, 3]),
+    )
+    row = follow(subject, outcome)
+    assert row["by chance"] == row["answer becomes the donor's"] == 1
 
 
 def test_every_donor_is_recorded(found):
@@ -194,7 +209,11 @@ LOSS = {"change of accuracy": -5.0, "low": -7.0, "high": -3.0, "score low": -7.5
             LOSS | {"b": 9, "c": 0, "b, both valid": 9},
             "not decided: no loss larger than 7.5 points (9 of 400 items changed",
         ),
+        (LOSS | {"b": 10, "c": 0, "b, both valid": 10}, "The content of the latents is used"),  # ten are enough
         (LOSS | {"b": 22, "c": 2, "b, both valid": 22, "p (Holm)": 0.06}, "not decided: no loss larger than 7.5"),
+        # Three of twenty lost answers are lost in form and content: more than a tenth.
+        (LOSS | {"b": 22, "c": 2, "b, both valid": 5, "c, both valid": 2}, "The content of the latents is used"),
+        (LOSS | {"b": 22, "c": 2, "b, both valid": 4, "c, both valid": 2}, "lose their form: -5.0 points"),
         (LOSS | {"b": 22, "c": 2, "b, both valid": 2, "c, both valid": 2}, "lose their form: -5.0 points"),
         ({"low": -4.0, "score low": -3.0}, "no loss larger than 4.0 points (0 of 400 items changed; a loss of 1.5"),
         ({"low": -1.0, "score low": -4.5}, "no loss larger than 4.5 points"),
