@@ -1,7 +1,7 @@
 """Run a batch with latent blocks through the language model, one forward per segment.
 
 Segment k of a row is the latents of its block k - 1 (with `</latent>`, where `input_ids` leaves it to the model), then
-text up to and including the `<latent>` of block k, then the control embeddings. `segments.py` says why.
+text up to and including the `<latent>` of block k, then the control embeddings. `latent_state.py` says why.
 
 Shapes: B rows, S new tokens, T tokens of a segment (padded to the longest row), N latents, D hidden size.
 """
@@ -16,24 +16,18 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
+from modeling_latentvlm.block_segments import Block, RowText, Segment, SegmentRow, join_row, split_runs
 from modeling_latentvlm.block_sites import BlockSite
-from modeling_latentvlm.generation_rules import LastTokens
-from modeling_latentvlm.latent_former import RowImages, grid_places
-from modeling_latentvlm.lockstep import Lockstep, touch
-from modeling_latentvlm.segment_decoding import DecodingContext, SegmentDecoder
-from modeling_latentvlm.segments import (
-    Block,
-    Piece,
-    Runs,
-    Segment,
-    join_row,
-    split_runs,
-)
+from modeling_latentvlm.decoding_common import DecodingContext, SegmentDecoder
+from modeling_latentvlm.generation_checks import LastTokens
+from modeling_latentvlm.latent_former_deeplatent import grid_places
+from modeling_latentvlm.lockstep import Lockstep, keep_in_graph
+from modeling_latentvlm.row_images import RowImages
 from modeling_latentvlm.trace import LatentStep, LatentTrace
 
 
 @dataclass
-class LatentContext(DecodingContext):
+class BlockContext(DecodingContext):
     """`DecodingContext` for blocks."""
 
     noise: bool = False  # the stochastic term of eq. 3
@@ -84,7 +78,7 @@ class Decoded:
 class BlockDecoder(SegmentDecoder):
     """One run over new tokens, with the blocks that open in them."""
 
-    def __init__(self, model, context: LatentContext, cache: Cache | None, use_cache: bool | None, kwargs: dict):
+    def __init__(self, model, context: BlockContext, cache: Cache | None, use_cache: bool | None, kwargs: dict):
         super().__init__(model, cache, use_cache, kwargs)
         self.context = context
         self.scale_logits: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
@@ -117,7 +111,7 @@ class BlockDecoder(SegmentDecoder):
             layers = [torch.stack([join_row(segments, row, layer) for row in range(rows)]) for layer in range(count)]
         else:
             layers = self.decode(embeds, positions, mask, None)
-        layers[0] = touch(layers[0], self.context.idle)
+        layers[0] = keep_in_graph(layers[0], self.context.idle)
         self.state.remember(input_ids, length)
         self.context.decode_step += 1
         return self.decoded(layers, sites, rows)
@@ -125,7 +119,7 @@ class BlockDecoder(SegmentDecoder):
     def run_segments(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, sites) -> list[Segment]:
         rows = embeds.shape[0]
         runs = [
-            Runs(
+            RowText(
                 split_runs(embeds[row], sites[row]),
                 split_runs(positions[:, row].T, sites[row]),
                 split_runs(
@@ -140,7 +134,7 @@ class BlockDecoder(SegmentDecoder):
             pieces = [self.piece(runs[row], sites[row], number, blocks.get(row), row) for row in range(rows)]
             lengths = [len(piece.embeds) for piece in pieces]
             if not any(lengths):
-                segments.append(Segment(pieces, self.decode_nothing(segments[-1].layers)))
+                segments.append(Segment(pieces, self.run_dummy_forward(segments[-1].layers)))
                 self.open_blocks({}, segments[-1], number)
                 continue
             attended = pad_sequence([piece.attended for piece in pieces], batch_first=True)
@@ -157,7 +151,7 @@ class BlockDecoder(SegmentDecoder):
             blocks = self.open_blocks(opened, segments[-1], number)
         return segments
 
-    def keep_latent_states(self, pieces: list[Piece], layers: list[Tensor], number: int) -> list[Tensor]:
+    def keep_latent_states(self, pieces: list[SegmentRow], layers: list[Tensor], number: int) -> list[Tensor]:
         """Copy the states of block `number`'s latents; the other states of all layers are kept only where asked for."""
         if not self.context.state_layers:
             return layers
@@ -175,7 +169,7 @@ class BlockDecoder(SegmentDecoder):
         is_asked = self.kwargs.get("output_hidden_states", self.text_model.config.output_hidden_states)
         return layers if is_asked else layers[:1]
 
-    def decode_nothing(self, layers: list[Tensor]) -> list[Tensor]:
+    def run_dummy_forward(self, layers: list[Tensor]) -> list[Tensor]:
         """One forward over a masked token, for the sake of other processes."""
         # From real states, so that the backward pass runs through it as it does elsewhere.
         embeds = 0 * layers[0][:, -1:]
@@ -185,7 +179,7 @@ class BlockDecoder(SegmentDecoder):
         self.context.idle.append(decoded[0])
         return decoded
 
-    def build_nothing(self, states: Tensor) -> None:
+    def run_dummy_block(self, states: Tensor) -> None:
         """One block of a single latent from an empty image, for the sake of other processes."""
         image = RowImages(states.new_zeros(1, states.shape[-1]), [(1, 1)], [0])
         built = self.model.latent_blocks(states[:1, -1:].expand(-1, 3, -1), [image], [(1, 1)])
@@ -193,7 +187,7 @@ class BlockDecoder(SegmentDecoder):
         if self.config.latent_scale == "predicted":
             self.context.idle += [built.height_logits, built.width_logits]
 
-    def piece(self, runs: Runs, sites: list[BlockSite], number: int, block: Block | None, row: int) -> Piece:
+    def piece(self, runs: RowText, sites: list[BlockSite], number: int, block: Block | None, row: int) -> SegmentRow:
         """One row's part of a segment; empty once the row has no more segments."""
         opening = sites[number] if number < len(sites) else None
         device = runs.embeds[0].device
@@ -205,7 +199,7 @@ class BlockDecoder(SegmentDecoder):
             attended.append(torch.ones(len(values), dtype=torch.bool, device=device) if seen is None else seen)
             is_token.append(torch.full((len(values),), are_tokens, device=device))
 
-        piece = Piece(block=block, opening=opening)
+        piece = SegmentRow(block=block, opening=opening)
         if block is not None:
             add(block.latents, block.positions, block.site.num_pads > 0)
             piece.num_latents = len(block.latents)
@@ -237,18 +231,20 @@ class BlockDecoder(SegmentDecoder):
                 for _ in range(
                     self.block_steps[number] - max((site.grid[1] - 1 for site in opened.values()), default=0)
                 ):
-                    self.decode_nothing(segment.layers)
+                    self.run_dummy_forward(segment.layers)
             return blocks
         if not opened:
             if number < len(self.block_steps):
-                self.build_nothing(segment.layers[0])
+                self.run_dummy_block(segment.layers[0])
             return {}
         ends = torch.stack([segment.layers[0][row, len(segment.pieces[row].embeds) - 3 :][:3] for row in opened])
         images = {row: self.images_of(row, site) for row, site in opened.items()}
-        blind = [row for row in opened if images[row] is None]
-        if blind:
-            column = opened[blind[0]].column
-            raise ValueError(f"Row {blind[0]} opens a latent block at column {column}, but has no image before it.")
+        rows_without_image = [row for row in opened if images[row] is None]
+        if rows_without_image:
+            column = opened[rows_without_image[0]].column
+            raise ValueError(
+                f"Row {rows_without_image[0]} opens a latent block at column {column}, but has no image before it."
+            )
         built = self.model.latent_blocks(
             ends,
             list(images.values()),
@@ -336,7 +332,7 @@ class BlockDecoder(SegmentDecoder):
         positions = torch.stack(places)[:, None].permute(2, 0, 1)
         return self.decode(torch.stack(values), positions, attended, is_token, **self.wanted)
 
-    def block(self, piece: Piece, latents: Tensor, positions: Tensor, span: int) -> Block:
+    def block(self, piece: SegmentRow, latents: Tensor, positions: Tensor, span: int) -> Block:
         """Bind latents to their row, whose later tokens move behind them by `span` positions and the controls."""
         site, controls = piece.opening, self.config.num_control_tokens
         taken = controls + span + (0 if site.num_pads else 1)

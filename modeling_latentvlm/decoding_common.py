@@ -1,7 +1,7 @@
 """Run a language model segment by segment: its cache, the cache's state, masks and positions.
 
 Shared by the architectures. In training the cache is one object per segment, so that gradient checkpointing can run every
-segment's layers again (`segments.py`).
+segment's layers again (`latent_state.py`).
 
 Shapes: B rows, S new tokens, D hidden size.
 """
@@ -17,9 +17,10 @@ from transformers.utils import logging
 
 from configuration_latentvlm.transformers_api import CACHE, cache_keyword
 from modeling_latentvlm.interventions import Intervention, check_reached, intervene
-from modeling_latentvlm.latent_former import RowImages
-from modeling_latentvlm.segments import LatentState, first_segment_cache, next_segment_cache
+from modeling_latentvlm.latent_state import LatentState
+from modeling_latentvlm.row_images import RowImages
 from modeling_latentvlm.trace import LatentStep
+from modeling_latentvlm.training_cache import first_segment_cache, next_segment_cache
 
 
 logger = logging.get_logger(__name__)

@@ -8,9 +8,9 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
 from configuration_latentvlm.transformers_api import CACHE, cache_keyword, take_cache
-from modeling_latentvlm.block_decoding import LatentContext
 from modeling_latentvlm.block_sites import check_grid, find_block_sites
-from modeling_latentvlm.generation_rules import (
+from modeling_latentvlm.decoding_blocks import BlockContext
+from modeling_latentvlm.generation_checks import (
     LastTokens,
     LatentBlockLimits,
     check_settings,
@@ -18,11 +18,11 @@ from modeling_latentvlm.generation_rules import (
     infer_attention_mask,
     stop_reasons,
 )
+from modeling_latentvlm.generation_common import LatentGenerationMixin
 from modeling_latentvlm.interventions import Intervention, prepare_intervention
-from modeling_latentvlm.latent_decoding import LatentDecodingMixin
+from modeling_latentvlm.latent_state import check_continuation, find_state
 from modeling_latentvlm.prompt_checks import check_numbers
 from modeling_latentvlm.row_images import drop_cached_items
-from modeling_latentvlm.segments import check_continuation, find_state
 from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_rows
 
 
@@ -30,8 +30,8 @@ logger = logging.get_logger(__name__)
 VISION_GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
 
-class LatentGenerationMixin(LatentDecodingMixin):
-    """`generate` over `LatentContext`; the class beside it brings `forward`, `_encode_images` and `_rope_positions`."""
+class BlockGenerationMixin(LatentGenerationMixin):
+    """`generate` over `BlockContext`; the class beside it brings `forward`, `_encode_images` and `_rope_positions`."""
 
     @torch.no_grad()
     def generate(
@@ -64,7 +64,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
             latent_intervention: replaces latents before they enter the language model (`interventions.py`).
             latent_noise: draw the stochastic term of the modulation.
             latent_modulator: takes the place of the modulation, and may record it (rollouts of reinforcement learning):
-                `f(row, number of the block in the row, kind, base, gamma, beta, log_sigma)`, see `latent_former.py`.
+                `f(row, number of the block in the row, kind, base, gamma, beta, log_sigma)`, see `latent_former_deeplatent.py`.
             output_latents: return a `latent_trace`; needs `return_dict_in_generate=True`.
 
         Raises:
@@ -151,7 +151,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
                 raise ValueError(f"`latent_grid` must be (height, width) in whole numbers, got {grid!r}.")
             grid = tuple(grid)
             check_grid(grid, self.config, "`latent_grid`")
-        return LatentContext(
+        return BlockContext(
             images=[],
             finite=[],
             intervention=intervention,
@@ -205,10 +205,10 @@ class LatentGenerationMixin(LatentDecodingMixin):
         new_ids = input_ids[:, seen:].to(self._input_device(input_ids))
         context.prompt_ids = new_ids
         sites = find_block_sites(new_ids, self.config, latent_grid_hw, open_ended=True)
-        lone = [site for row in sites for site in row if site.grid is None]
-        if lone and state is None and latent_grid_hw is None:
+        sites_without_grid = [site for row in sites for site in row if site.grid is None]
+        if sites_without_grid and state is None and latent_grid_hw is None:
             raise ValueError(
-                f"Row {lone[0].row} of the prompt opens a latent block at column {lone[0].column}, but `latent_grid_hw` is not "
+                f"Row {sites_without_grid[0].row} of the prompt opens a latent block at column {sites_without_grid[0].column}, but `latent_grid_hw` is not "
                 f"given. Pass the grids, or the `{CACHE}`, that `generate` returned with the sequences."
             )
         self._check_length(input_ids, attention_mask, self._count_block_tokens(sites, state))
@@ -258,7 +258,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
         height, width = grid or (self.config.latent_grid_size, self.config.latent_grid_size)
         return self.config.num_control_tokens + height * width + 1
 
-    def _account(self, output, context: LatentContext, prompt_length: int, settings, kwargs):
+    def _account(self, output, context: BlockContext, prompt_length: int, settings, kwargs):
         """Add block counts, grids, stop reasons and the trace to what the decoding loop returned."""
         rows = output.sequences.shape[0]
         steps = follow_rows(context.steps, rows, getattr(output, "beam_indices", None))

@@ -55,7 +55,7 @@ def check_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
         )
 
 
-class LatentDecodingMixin(BackboneCallsMixin, KnownAnswersMixin, PicklingMixin):
+class LatentGenerationMixin(BackboneCallsMixin, KnownAnswersMixin, PicklingMixin):
     """For a class that brings `forward(..., latent_context=...)` and lies before `GenerationMixin`."""
 
     _skip_keys_device_placement = list(CACHE_NAMES)  # with a `device_map`, each layer's part stays where the layer is

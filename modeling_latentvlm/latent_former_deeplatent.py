@@ -23,22 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-
-@dataclass
-class RowImages:
-    """The images a row may look at. Videos are one image per temporal slice: relative places collide, the index differs."""
-
-    features: Tensor  # (M, D) merged features, concatenated in order
-    grids: list[tuple[int, int]]  # (height, width) of each image, in merged patches
-    columns: list[int]  # of each image's first placeholder in the row's tokens, ascending
-
-    def before(self, column: int) -> "RowImages | None":
-        """The images that stand before a column: a block never sees what comes after it."""
-        count = sum(first < column for first in self.columns)
-        if count == len(self.columns):
-            return self
-        length = sum(height * width for height, width in self.grids[:count])
-        return RowImages(self.features[:length], self.grids[:count], self.columns[:count]) if count else None
+from modeling_latentvlm.row_images import RowImages
 
 
 class LatentBlocks(NamedTuple):
@@ -234,7 +219,7 @@ class LatentFormerLayer(GradientCheckpointingLayer):
         self,
         latents: Tensor,  # (R, N, D)
         images: Tensor,  # (R, M, D)
-        places: "Places",
+        places: "AttentionGrid",
         output_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         normed = self.self_norm(latents)
@@ -258,7 +243,7 @@ class LatentFormerLayer(GradientCheckpointingLayer):
 
 
 @dataclass
-class Places:
+class AttentionGrid:
     """Where latents and image features lie, as (y, x), and which of them are padding."""
 
     own: Tensor  # (R, N, 2) a latent in its own grid
@@ -279,13 +264,13 @@ def grid_places(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def move_places(places: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Places (N, 2) of one grid, at the same relative place in another."""
+    """AttentionGrid (N, 2) of one grid, at the same relative place in another."""
     # Axis by axis with plain numbers: a tensor of sizes would be copied to the device, which waits for it.
     axes = zip(places.unbind(-1), grid, target)
     return torch.stack([(place + 0.5) * wanted / size - 0.5 for place, size, wanted in axes], dim=-1)
 
 
-def locate(grids: list[tuple[int, int]], images: list[RowImages], device: torch.device) -> Places:
+def locate(grids: list[tuple[int, int]], images: list[RowImages], device: torch.device) -> AttentionGrid:
     """Place every latent and every image feature; the centre of a latent meets the same relative place of an image."""
     own, in_images, image, image_grid = [], [], [], []
     for (height, width), row in zip(grids, images):
@@ -300,7 +285,7 @@ def locate(grids: list[tuple[int, int]], images: list[RowImages], device: torch.
     num_grids = max(places.shape[1] for places in in_images)
     in_images = [F.pad(places, (0, 0, 0, num_grids - places.shape[1])) for places in in_images]
     own = pad_sequence(own, batch_first=True)
-    return Places(
+    return AttentionGrid(
         own=own,
         in_images=pad_sequence(in_images, batch_first=True),
         image=pad_sequence(image, batch_first=True),

@@ -43,6 +43,6 @@ def agree_on_work(block_steps: list[int], num_vision_passes: int, device: torch.
     return Lockstep(block_steps, num_vision_passes)
 
 
-def touch(values: Tensor, idle: list[Tensor]) -> Tensor:
+def keep_in_graph(values: Tensor, idle: list[Tensor]) -> Tensor:
     """Tie what was run for the others alone to a result, whose value stays as it is."""
     return values + sum(0 * unused.float().mean() for unused in idle).to(values) if idle else values

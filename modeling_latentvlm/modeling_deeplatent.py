@@ -6,7 +6,7 @@ The model writes text. When it emits `<latent>`, decoding pauses and one block o
 parallel; the whole block enters the language model in one forward pass and text goes on:
 
     h_s, h_q, h_v = decoder(.. <latent> e_s e_q e_v)[-3:]
-    z_1 .. z_N    = latent_blocks(h_s, h_q, h_v, image features)        `latent_former.py`, eq. 2-4
+    z_1 .. z_N    = latent_blocks(h_s, h_q, h_v, image features)        `latent_former_deeplatent.py`, eq. 2-4
     logits        = decoder(z_1 .. z_N </latent>)[-1]
 
 From outside that is one decoding step: `<latent>` goes in, the logits after `</latent>` come out, so the decoding loops of
@@ -40,15 +40,15 @@ from transformers.utils import can_return_tuple
 from configuration_latentvlm.configuration_deeplatent import DeepLatentConfig
 from configuration_latentvlm.transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache
 from modeling_latentvlm.backbone_calls import FROM_FORWARD, FusedCall, guard_backbone
-from modeling_latentvlm.block_decoding import BlockDecoder, LatentContext
 from modeling_latentvlm.block_sites import find_block_sites
+from modeling_latentvlm.decoding_blocks import BlockContext, BlockDecoder
+from modeling_latentvlm.generation_blocks import BlockGenerationMixin
+from modeling_latentvlm.generation_common import NO_VIRTUAL_TOKENS, check_one_prompt, kept_columns
 from modeling_latentvlm.interventions import Intervention, check_reached, prepare_intervention
-from modeling_latentvlm.latent_decoding import NO_VIRTUAL_TOKENS, check_one_prompt, kept_columns
-from modeling_latentvlm.latent_former import LatentBlockBuilder, initialize_latent_module
-from modeling_latentvlm.latent_generation import LatentGenerationMixin
-from modeling_latentvlm.lockstep import Lockstep, agree_on_work, is_scattered, is_sharded, touch
+from modeling_latentvlm.latent_former_deeplatent import LatentBlockBuilder, initialize_latent_module
+from modeling_latentvlm.latent_state import find_state
+from modeling_latentvlm.lockstep import Lockstep, agree_on_work, is_scattered, is_sharded, keep_in_graph
 from modeling_latentvlm.qwen_inputs import QwenInputsMixin, rename_hub_weights
-from modeling_latentvlm.segments import find_state
 from modeling_latentvlm.trace import LatentTrace
 
 
@@ -83,7 +83,7 @@ class DeepLatentCausalLMOutputWithPast(BothCacheNames, CausalLMOutputWithPast):
 
 
 class DeepLatentForConditionalGeneration(
-    LatentGenerationMixin, QwenInputsMixin, Qwen2_5_VLForConditionalGeneration, GenerationMixin
+    BlockGenerationMixin, QwenInputsMixin, Qwen2_5_VLForConditionalGeneration, GenerationMixin
 ):
     """Qwen2.5-VL that can open blocks of parallel, image-grounded latents in the middle of its text."""
 
@@ -132,7 +132,7 @@ class DeepLatentForConditionalGeneration(
         latent_intervention: str | Intervention | None = None,
         output_latents: bool = False,
         latent_state_layers: Sequence[int] = (),
-        latent_context: LatentContext | None = None,
+        latent_context: BlockContext | None = None,
         fused_call: FusedCall | None = None,
         *,
         cache: Cache | None = None,
@@ -146,7 +146,7 @@ class DeepLatentForConditionalGeneration(
         Args:
             latent_grid_hw (`torch.LongTensor` of shape `(num_blocks, 2)`): height and width of each block, by row. A block
                 stands in `input_ids` whole, with placeholders (as the processor writes it), or as `<latent>` alone (as
-                `generate` returns it); the logits at a lone `<latent>` are those after its `</latent>`.
+                `generate` returns it); the logits at a sites_without_grid `<latent>` are those after its `</latent>`.
             latent_intervention: replaces latents before they enter the language model (`interventions.py`).
             output_latents: return a `latent_trace`.
             latent_state_layers: numbers into `hidden_states`, of which those at latents alone are returned and kept in
@@ -178,7 +178,7 @@ class DeepLatentForConditionalGeneration(
         lockstep, idle = None, []
         if latent_context is None and is_sharded(self):
             lockstep = self._agree_on_work(sites, vision)
-            idle = self._look_at_nothing(lockstep, vision)
+            idle = self._run_dummy_vision(lockstep, vision)
         if cache is not None and latent_context is None and state is None and image_grid_thw is not None:
             seen, new = int(cache.get_seq_length()), 0 if input_ids is None else input_ids.shape[1]
             if seen and position_ids is None and attention_mask is not None and attention_mask.shape[1] != new:
@@ -205,9 +205,9 @@ class DeepLatentForConditionalGeneration(
                 **kwargs,
                 **{FROM_FORWARD: True},
             )
-            hidden = touch(output.last_hidden_state, idle)
+            hidden = keep_in_graph(output.last_hidden_state, idle)
             if fused_call is not None:
-                return BaseModelOutput(last_hidden_state=self._touch_latents(hidden))
+                return BaseModelOutput(last_hidden_state=self._keep_latents_in_graph(hidden))
             loss, logits = self._next_token_loss(hidden, labels, logits_to_keep, kwargs)
             return DeepLatentCausalLMOutputWithPast(
                 loss=loss,
@@ -230,7 +230,7 @@ class DeepLatentForConditionalGeneration(
         if fused_call is not None:
             scale_loss = decoded.scale_loss()
             fused_call.latent_loss = None if scale_loss is None else self.config.scale_loss_weight * scale_loss
-            return BaseModelOutput(last_hidden_state=self._touch_latents(decoded.last_hidden_state))
+            return BaseModelOutput(last_hidden_state=self._keep_latents_in_graph(decoded.last_hidden_state))
         return self._predict(decoded, input_ids, labels, logits_to_keep, kwargs)
 
     def _check_inputs(self, input_ids, attention_mask, position_ids, state, kwargs: dict) -> None:
@@ -245,11 +245,11 @@ class DeepLatentForConditionalGeneration(
                 f"`attention_mask` must cover the {new} new columns of `input_ids`, or all {seen + new}, got {attention_mask.shape[1]}."
             )
 
-    def _new_context(self, input_ids, vision: dict, state, intervention, output_latents: bool) -> LatentContext:
+    def _new_context(self, input_ids, vision: dict, state, intervention, output_latents: bool) -> BlockContext:
         """What `forward` wants of its blocks when `generate` has not said it."""
         earlier, seen = (None, 0) if state is None else (state.images, state.num_tokens)
         images, placeholders = self._encode_images(input_ids, vision, earlier, seen)
-        return LatentContext(images, placeholders, intervention, noise=self.training, output_latents=output_latents)
+        return BlockContext(images, placeholders, intervention, noise=self.training, output_latents=output_latents)
 
     def _find_sites(self, input_ids, latent_grid_hw, latent_context):
         """The blocks of every row; those without a grid are predicted, which only `generate` does."""
@@ -267,10 +267,10 @@ class DeepLatentForConditionalGeneration(
             if sites is not None:
                 return sites
         sites = find_block_sites(input_ids, self.config, latent_grid_hw)
-        lone = [site for row in sites for site in row if site.grid is None]
-        if lone and latent_context is None:
+        sites_without_grid = [site for row in sites for site in row if site.grid is None]
+        if sites_without_grid and latent_context is None:
             raise ValueError(
-                f"Row {lone[0].row} of `input_ids` opens a block at column {lone[0].column}, but `latent_grid_hw` is not given. "
+                f"Row {sites_without_grid[0].row} of `input_ids` opens a block at column {sites_without_grid[0].column}, but `latent_grid_hw` is not given. "
                 "Pass the grids that `generate` returned with the sequences. TRL's GRPOTrainer and RLOOTrainer drop them: use "
                 "`python -m train.train_deeplatent_rl`."
             )
@@ -309,7 +309,7 @@ class DeepLatentForConditionalGeneration(
             return None, logits
         vocab_size = self.config.get_text_config().vocab_size
         loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        return self._touch_latents(loss), logits
+        return self._keep_latents_in_graph(loss), logits
 
     def _agree_on_work(self, sites, vision: dict) -> Lockstep:
         """What every process of a sharded model has to run in this forward."""
@@ -320,7 +320,7 @@ class DeepLatentForConditionalGeneration(
         num_passes = sum(vision[name] is not None for name in ("pixel_values", "pixel_values_videos"))
         return agree_on_work(steps, num_passes, self.lm_head.weight.device)
 
-    def _look_at_nothing(self, lockstep: Lockstep, vision: dict) -> list[Tensor]:
+    def _run_dummy_vision(self, lockstep: Lockstep, vision: dict) -> list[Tensor]:
         """Run the vision tower on an empty picture as often as another process runs it more than this one."""
         num_passes = sum(vision[name] is not None for name in ("pixel_values", "pixel_values_videos"))
         tower = self.config.vision_config
@@ -333,7 +333,7 @@ class DeepLatentForConditionalGeneration(
             seen += self.model.get_image_features(pixels, grid, return_dict=True).pooler_output
         return seen
 
-    def _touch_latents(self, loss: Tensor) -> Tensor:
+    def _keep_latents_in_graph(self, loss: Tensor) -> Tensor:
         """Give every latent weight a gradient of zero: a replica whose batch uses fewer of them must not stall the others."""
         if not (self.training and torch.distributed.is_available() and torch.distributed.is_initialized()):
             return loss

@@ -6,11 +6,11 @@ Between the prompt and the answer the model takes `config.num_refocus_steps` ste
 the state of its reasoning points, and appends latents to the sequence:
 
     H_i, a_i = decoder([X ; <bot> ; Z_1 ; .. ; Z_i-1])[-1] at every layer, and where it looks      `saliency.py`
-    V_i      = the image tokens of the window with the most of a_i                                 `sliding_window.py`
-    Z_i      = Extractor(H_i, V_i)                                                                 `refocus_extractor.py`
+    V_i      = the image tokens of the window with the most of a_i                                 `sliding_window_lare.py`
+    Z_i      = Extractor(H_i, V_i)                                                                 `refocus_extractor_lare.py`
     answer   ~ decoder([X ; <bot> ; Z_1 ; .. ; Z_N ; <eot>])
 
-`refocus_decoding.py` runs it. Everything else is LLaVA's. With `num_refocus_steps=0` the model *is*
+`decoding_lare.py` runs it. Everything else is LLaVA's. With `num_refocus_steps=0` the model *is*
 `LlavaForConditionalGeneration`; a test holds it to that.
 
 `<bot>` enters before the first step, where the paper adds it after the last, so that the cache of the steps is that of the
@@ -41,9 +41,10 @@ from transformers.utils import can_return_tuple
 from configuration_latentvlm.configuration_lare import LaReConfig
 from configuration_latentvlm.transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache, take_cache
 from modeling_latentvlm.backbone_calls import FusedCall, check_answer_starts, find_answers, guard_backbone
-from modeling_latentvlm.generation_rules import NeverWritten, check_settings, infer_attention_mask, stop_reasons
+from modeling_latentvlm.decoding_lare import PromptEnds, RefocusContext, RefocusDecoder
+from modeling_latentvlm.generation_checks import NeverWritten, check_settings, infer_attention_mask, stop_reasons
+from modeling_latentvlm.generation_common import LatentGenerationMixin, check_mask, check_one_prompt, kept_columns
 from modeling_latentvlm.interventions import Intervention, prepare_intervention
-from modeling_latentvlm.latent_decoding import LatentDecodingMixin, check_mask, check_one_prompt, kept_columns
 from modeling_latentvlm.prompt_checks import (
     check_image_labels,
     check_labels,
@@ -51,8 +52,7 @@ from modeling_latentvlm.prompt_checks import (
     check_turns,
     end_tokens,
 )
-from modeling_latentvlm.refocus_decoding import Places, RefocusContext, RefocusDecoder
-from modeling_latentvlm.refocus_extractor import RefocusEmbedding, RefocusExtractor, RefocusNorm
+from modeling_latentvlm.refocus_extractor_lare import RefocusEmbedding, RefocusExtractor, RefocusNorm
 from modeling_latentvlm.row_images import collect_row_images
 from modeling_latentvlm.saliency import record_attention
 from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_prompt_rows
@@ -79,7 +79,7 @@ class LaReCausalLMOutputWithPast(BothCacheNames, CausalLMOutputWithPast):
     latent_trace: LatentTrace | None = None
 
 
-class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin):
+class LaReForCausalLM(LatentGenerationMixin, LlavaPreTrainedModel, GenerationMixin):
     """LLaVA with an Extractor: a language model that looks at the image again before it answers."""
 
     config: LaReConfig
@@ -185,9 +185,9 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         else:
             embeds = self._embed_prompt(input_ids, latent_context)
         if self.training and pixel_values is None:
-            embeds = embeds + self._blank_picture(embeds)
+            embeds = embeds + self._run_dummy_vision(embeds)
         if not is_prompt:
-            hidden = decoder.go_on(input_ids, embeds)
+            hidden = decoder.decode_next_token(input_ids, embeds)
         else:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             check_mask(mask, input_ids)
@@ -266,7 +266,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
 
     def _place_steps(
         self, input_ids: Tensor, answer_starts: Tensor | None, mask: Tensor, is_generating: bool
-    ) -> Places | None:
+    ) -> PromptEnds | None:
         """Find where every row's steps go; None where there are none to take.
 
         Raises:
@@ -293,7 +293,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
                 f"The refocusing steps must not part an image, but in rows {parted} the prompt or its `attention_mask` ends "
                 "within one: image tokens cannot be labels."
             )
-        return Places(ends, ends + 2 * has_pair)
+        return PromptEnds(ends, ends + 2 * has_pair)
 
     def _encode_images(self, input_ids: Tensor, pixel_values: Tensor | None):
         """Run the vision tower once and deal its features out to the rows.
@@ -318,7 +318,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         tokens = {config.image_token_id: "image"}
         return collect_row_images(input_ids, tokens, features, grids, [None] * len(input_ids), 0)
 
-    def _blank_picture(self, embeds: Tensor) -> Tensor:
+    def _run_dummy_vision(self, embeds: Tensor) -> Tensor:
         """Zero, by way of vision tower and projector: a process without an image must not leave the others waiting."""
         size = self.config.vision_config.image_size
         height, width = (size, size) if isinstance(size, int) else size

@@ -5,11 +5,11 @@ Paper: Visual Enhanced Depth Scaling for Multimodal Latent Reasoning
 Between the prompt and the answer the model takes `config.num_latent_steps` latent steps:
 
     h_t, a_t = decoder([X ; B_1 ; z_1 ; .. ; B_t ; z_t])[-1], and where that position looks       `saliency.py`
-    B_t+1    = softmax(a_t) * the K image tokens it looks at most, each only once                 `visual_replay.py`
+    B_t+1    = softmax(a_t) * the K image tokens it looks at most, each only once                 `visual_replay_vedas.py`
     z_t+1    = h_t
 
-and the answer is predicted from the last z. Some layers run again over the tokens that a router selects (`routing.py`);
-which tokens compete is the routing scope (`step_decoding.py`). With no steps and no routed layers the model *is* the
+and the answer is predicted from the last z. Some layers run again over the tokens that a router selects (`routing_vedas.py`);
+which tokens compete is the routing scope (`decoding_vedas.py`). With no steps and no routed layers the model *is* the
 backbone; a test holds it to that. `VedasConfig.preset("reference")` is the authors' published code, exactly.
 
 In `input_ids` a step is one `latent_token_id` between prompt and answer; `generate` takes the steps by itself where the
@@ -40,9 +40,10 @@ from transformers.utils import can_return_tuple
 from configuration_latentvlm.configuration_vedas import VedasConfig
 from configuration_latentvlm.transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache, take_cache
 from modeling_latentvlm.backbone_calls import FusedCall, check_answer_starts, find_answers, guard_backbone
-from modeling_latentvlm.generation_rules import NeverWritten, check_settings, infer_attention_mask, stop_reasons
+from modeling_latentvlm.decoding_vedas import StepContext, StepDecoder
+from modeling_latentvlm.generation_checks import NeverWritten, check_settings, infer_attention_mask, stop_reasons
+from modeling_latentvlm.generation_common import LatentGenerationMixin, check_mask, check_one_prompt, kept_columns
 from modeling_latentvlm.interventions import Intervention, prepare_intervention
-from modeling_latentvlm.latent_decoding import LatentDecodingMixin, check_mask, check_one_prompt, kept_columns
 from modeling_latentvlm.prompt_checks import (
     check_image_labels,
     check_labels,
@@ -52,7 +53,7 @@ from modeling_latentvlm.prompt_checks import (
     end_tokens,
 )
 from modeling_latentvlm.qwen_inputs import QwenInputsMixin, rename_hub_weights
-from modeling_latentvlm.routing import (
+from modeling_latentvlm.routing_vedas import (
     GATE_BIAS,
     DepthRouter,
     RoutedQwen2_5_VLDecoderLayer,
@@ -60,9 +61,8 @@ from modeling_latentvlm.routing import (
     TokenScore,
 )
 from modeling_latentvlm.saliency import record_attention
-from modeling_latentvlm.step_decoding import StepContext, StepDecoder
 from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_prompt_rows
-from modeling_latentvlm.visual_replay import Replay
+from modeling_latentvlm.visual_replay_vedas import Replay
 
 
 register_checkpoint_conversion_mapping(
@@ -88,7 +88,9 @@ class VedasCausalLMOutputWithPast(BothCacheNames, CausalLMOutputWithPast):
     replays: tuple[Replay, ...] | None = None
 
 
-class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_5_VLPreTrainedModel, GenerationMixin):
+class VedasForConditionalGeneration(
+    LatentGenerationMixin, QwenInputsMixin, Qwen2_5_VLPreTrainedModel, GenerationMixin
+):
     """A Qwen-VL backbone that reasons in latent steps before it answers."""
 
     config: VedasConfig
@@ -210,7 +212,7 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         decoder = StepDecoder(self, latent_context, cache, use_cache, kwargs)
         embeds = self._embed_prompt(input_ids, latent_context, inputs_embeds)
         if latent_context.decode_step >= 0:
-            hidden = decoder.go_on(input_ids, embeds)
+            hidden = decoder.decode_next_token(input_ids, embeds)
         else:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             check_mask(mask, input_ids)

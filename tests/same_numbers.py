@@ -90,9 +90,10 @@ def flatten(value: object, prefix: str, tensors: dict[str, torch.Tensor]) -> Non
 
 def write_numbers(output: Path, pattern: str) -> int:
     """Run every mode whose name matches and write what came out; the number of modes that failed."""
-    import configuration_latentvlm
     import transformers
     from same_numbers_modes import collect_modes
+
+    import configuration_latentvlm
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)

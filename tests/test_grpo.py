@@ -16,7 +16,7 @@ from helpers import assert_near, enable_checkpointing
 from torch.distributions import Categorical, Normal, kl_divergence
 from transformers import AutoModel, HfArgumentParser
 
-from modeling_latentvlm.generation_rules import LatentBlockLimits
+from modeling_latentvlm.generation_checks import LatentBlockLimits
 from train.deeplatent_rl import grpo_trainer, rollouts
 from train.deeplatent_rl.actions import (
     act,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
 from conversion.convert_deeplatent import convert_deeplatent
-from modeling_latentvlm.latent_former import RowImages
+from modeling_latentvlm.row_images import RowImages
 from train import cache_teacher_states, train_deeplatent, training_model
 from train.config_overrides import load_config
 from train.deeplatent import sft

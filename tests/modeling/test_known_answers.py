@@ -41,7 +41,7 @@ from modeling_latentvlm.known_answers import (
     read_metadata,
     record,
 )
-from modeling_latentvlm.segments import LatentState
+from modeling_latentvlm.latent_state import LatentState
 
 
 pytestmark = pytest.mark.core

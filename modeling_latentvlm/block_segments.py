@@ -1,0 +1,93 @@
+"""How a batch with latent blocks is cut into segments.
+
+A block's latents depend on the hidden states before it, so a sequence with K blocks enters the language model as K + 1
+segments, each one forward over what is new:
+
+    segment 0:  text ... <latent> controls          segment 1:  z_1 .. z_N </latent> text ...
+
+Rows of a batch open blocks at different places and of different sizes. Segment k of every row is padded to the longest;
+padding is masked out of the cache and consumes no position. Training and `generate` go through the same code.
+
+Shapes: B rows, T tokens of a segment (padded to the longest row), D hidden size.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from modeling_latentvlm.block_sites import BlockSite
+
+
+@dataclass
+class Block:
+    """A block that was opened and is to be decoded: what the next segment of its row begins with."""
+
+    site: BlockSite
+    latents: Tensor  # (P, D) those not decoded yet: all, or the last in autoregressive mode
+    positions: Tensor  # (P, 3)
+    end_position: Tensor  # (3,)
+    decoded: list[list[Tensor]] = field(default_factory=list)  # per layer, hidden states of latents decoded already
+
+
+@dataclass
+class RowText:
+    """A row cut at its blocks: the text of each of its segments."""
+
+    embeds: tuple[Tensor, ...]  # (run, D)
+    positions: tuple[Tensor, ...]  # (run, 3), as if blocks took no position
+    attended: tuple[Tensor, ...]  # (run,) bool
+    shift: int = 0  # positions that the blocks so far took
+
+
+@dataclass
+class SegmentRow:
+    """One row's part of one segment: [latents][</latent>][run][controls]."""
+
+    block: Block | None
+    opening: BlockSite | None
+    num_latents: int = 0
+    num_ends: int = 0
+    num_run: int = 0
+    open_position: Tensor | None = None  # (3,) of the `<latent>` that ends the run
+    embeds: Tensor | None = None
+    positions: Tensor | None = None
+    attended: Tensor | None = None
+    is_token: Tensor | None = None
+    runs: RowText | None = None
+    row: int = 0
+
+
+@dataclass
+class Segment:
+    pieces: list[SegmentRow]
+    layers: list[Tensor]  # (B, T, D): the last hidden state, then one per layer if asked for
+
+
+def split_runs(values: Tensor, sites: list[BlockSite]) -> tuple[Tensor, ...]:
+    """Cut one row at its blocks; placeholders and what stands between `<latent>` and `</latent>` fall away."""
+    sizes, at = [], 0
+    for site in sites:
+        sizes += [site.column + 1 - at, site.num_pads]
+        at = site.column + 1 + site.num_pads
+    return values.split([*sizes, values.shape[0] - at])[::2]
+
+
+def join_row(segments: list[Segment], row: int, layer: int) -> Tensor:
+    """Put the hidden states of one row back in the order of its `input_ids`: (S, D)."""
+    parts = []
+    for segment in segments:
+        piece, values = segment.pieces[row], segment.layers[layer][row]
+        sizes = [piece.num_latents, piece.num_ends, piece.num_run]
+        latents, end, run, rest = values.split([*sizes, values.shape[0] - sum(sizes)])
+        if piece.block is not None and piece.block.site.num_pads:
+            parts += [decoded[layer] for decoded in piece.block.decoded] + [latents]
+        parts.append(end)
+        if piece.opening is None:
+            parts.append(run)
+        elif piece.opening.num_pads:
+            parts += [run, rest[: len(piece.embeds) - sum(sizes)]]
+        else:
+            # A lone `<latent>` answers with what follows its `</latent>`, in the next segment.
+            parts.append(run[:-1])
+    return torch.cat(parts)
