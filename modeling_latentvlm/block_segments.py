@@ -28,43 +28,44 @@ class Block:
     positions: Tensor  # (P, 3)
     end_position: Tensor  # (3,)
     decoded: list[list[Tensor]] = field(default_factory=list)  # per layer, hidden states of latents decoded already
+    scale_logits: tuple[Tensor, Tensor] | None = None  # 2 x (G,), where the model predicts height and width
 
 
 @dataclass
 class RowText:
     """A row cut at its blocks: the text of each of its segments."""
 
-    embeds: tuple[Tensor, ...]  # (run, D)
-    positions: tuple[Tensor, ...]  # (run, 3), as if blocks took no position
-    attended: tuple[Tensor, ...]  # (run,) bool
+    embeds: tuple[Tensor, ...]  # (text, D)
+    positions: tuple[Tensor, ...]  # (text, 3), as if blocks took no position
+    attended: tuple[Tensor, ...]  # (text,) bool
     shift: int = 0  # positions that the blocks so far took
 
 
 @dataclass
 class SegmentRow:
-    """One row's part of one segment: [latents][</latent>][run][controls]."""
+    """One row's part of one segment: [latents][</latent>][text][controls]."""
 
     block: Block | None
     opening: BlockSite | None
     num_latents: int = 0
     num_ends: int = 0
-    num_run: int = 0
-    open_position: Tensor | None = None  # (3,) of the `<latent>` that ends the run
+    num_text: int = 0
+    open_position: Tensor | None = None  # (3,) of the `<latent>` that ends the text
     embeds: Tensor | None = None
     positions: Tensor | None = None
     attended: Tensor | None = None
     is_token: Tensor | None = None
-    runs: RowText | None = None
+    text: RowText | None = None
     row: int = 0
 
 
 @dataclass
 class Segment:
-    pieces: list[SegmentRow]
+    rows: list[SegmentRow]
     layers: list[Tensor]  # (B, T, D): the last hidden state, then one per layer if asked for
 
 
-def split_runs(values: Tensor, sites: list[BlockSite]) -> tuple[Tensor, ...]:
+def split_text(values: Tensor, sites: list[BlockSite]) -> tuple[Tensor, ...]:
     """Cut one row at its blocks; placeholders and what stands between `<latent>` and `</latent>` fall away."""
     sizes, at = [], 0
     for site in sites:
@@ -77,17 +78,17 @@ def join_row(segments: list[Segment], row: int, layer: int) -> Tensor:
     """Put the hidden states of one row back in the order of its `input_ids`: (S, D)."""
     parts = []
     for segment in segments:
-        piece, values = segment.pieces[row], segment.layers[layer][row]
-        sizes = [piece.num_latents, piece.num_ends, piece.num_run]
-        latents, end, run, rest = values.split([*sizes, values.shape[0] - sum(sizes)])
-        if piece.block is not None and piece.block.site.num_pads:
-            parts += [decoded[layer] for decoded in piece.block.decoded] + [latents]
+        part, values = segment.rows[row], segment.layers[layer][row]
+        sizes = [part.num_latents, part.num_ends, part.num_text]
+        latents, end, text, rest = values.split([*sizes, values.shape[0] - sum(sizes)])
+        if part.block is not None and part.block.site.num_pads:
+            parts += [decoded[layer] for decoded in part.block.decoded] + [latents]
         parts.append(end)
-        if piece.opening is None:
-            parts.append(run)
-        elif piece.opening.num_pads:
-            parts += [run, rest[: len(piece.embeds) - sum(sizes)]]
+        if part.opening is None:
+            parts.append(text)
+        elif part.opening.num_pads:
+            parts += [text, rest[: len(part.embeds) - sum(sizes)]]
         else:
             # A lone `<latent>` answers with what follows its `</latent>`, in the next segment.
-            parts.append(run[:-1])
+            parts.append(text[:-1])
     return torch.cat(parts)

@@ -74,8 +74,7 @@ class RefocusDecoder(SegmentDecoder):
     """One run over prompt, refocusing steps and answer, or over one more token of an answer."""
 
     def __init__(self, model, context: RefocusContext, cache: Cache | None, use_cache: bool | None, kwargs: dict):
-        super().__init__(model, cache, use_cache, kwargs)
-        self.context = context
+        super().__init__(model, context, cache, use_cache, kwargs)
 
     def run(self, input_ids: Tensor, embeds: Tensor, mask: Tensor, places: PromptEnds) -> Tensor:
         """Decode everything; return the hidden states of every column, (B, S, D).

@@ -38,8 +38,7 @@ class StepDecoder(SegmentDecoder):
     """One run over prompt, latent steps and answer, or over one more token of an answer."""
 
     def __init__(self, model, context: StepContext, cache: Cache | None, use_cache: bool | None, kwargs: dict):
-        super().__init__(model, cache, use_cache, kwargs)
-        self.context = context
+        super().__init__(model, context, cache, use_cache, kwargs)
         self.memory = RoutedMemory()
         self.replays: list[Replay] = []  # by step
         self.routed: Routing | None = None  # of the last forward

@@ -181,9 +181,9 @@ class LaReForCausalLM(LatentGenerationMixin, LlavaPreTrainedModel, GenerationMix
         is_prompt = latent_context.decode_step < 0
         if is_prompt:
             ids = self._with_bot(input_ids)
-            embeds = self._embed_prompt(ids, latent_context, self._embeds_with_bot(inputs_embeds))
+            embeds = decoder.embed_prompt(ids, self._embeds_with_bot(inputs_embeds))
         else:
-            embeds = self._embed_prompt(input_ids, latent_context)
+            embeds = decoder.embed_prompt(input_ids)
         if self.training and pixel_values is None:
             embeds = embeds + self._run_dummy_vision(embeds)
         if not is_prompt:
@@ -224,7 +224,7 @@ class LaReForCausalLM(LatentGenerationMixin, LlavaPreTrainedModel, GenerationMix
 
     def _add_latents(self, output: LaReCausalLMOutputWithPast, context: RefocusContext, features: list) -> None:
         rows = len(output.logits)
-        output.latent_trace = LatentTrace(rows, sorted(context.steps, key=lambda step: (step.row, step.index)))
+        output.latent_trace = LatentTrace(rows, context.sorted_steps())
         if features:
             output.image_hidden_states = torch.cat(features).unflatten(0, (-1, self.config.image_seq_length))
         if context.latents:

@@ -210,7 +210,7 @@ class VedasForConditionalGeneration(
             )
         self._drop_unknown_outputs(kwargs)
         decoder = StepDecoder(self, latent_context, cache, use_cache, kwargs)
-        embeds = self._embed_prompt(input_ids, latent_context, inputs_embeds)
+        embeds = decoder.embed_prompt(input_ids, inputs_embeds)
         if latent_context.decode_step >= 0:
             hidden = decoder.decode_next_token(input_ids, embeds)
         else:
@@ -231,7 +231,7 @@ class VedasForConditionalGeneration(
             )
         output = VedasCausalLMOutputWithPast(loss=loss, logits=logits, **cache_keyword(decoder.returned_cache))
         if latent_context.output_latents:
-            output.latent_trace = LatentTrace(len(input_ids), sorted_steps(latent_context))
+            output.latent_trace = LatentTrace(len(input_ids), latent_context.sorted_steps())
             output.replays = tuple(decoder.replays)
         return output
 
@@ -383,10 +383,6 @@ class VedasForConditionalGeneration(
             ),
             latent_trace=LatentTrace(rows, followed) if context.output_latents else None,
         )
-
-
-def sorted_steps(context: StepContext) -> list:
-    return sorted(context.steps, key=lambda step: (step.row, step.index))
 
 
 __all__ = ["VedasForConditionalGeneration"]

@@ -191,7 +191,7 @@ def test_known_tokens_are_limited_as_written_ones(policy, trajectories, least, m
         found = limit_logits(logits, policy.config, words.is_full, words.is_forced)
         can_open = torch.tensor([trajectory.prompt.images is not None])
         for at in range(len(logits)):
-            limits = LatentBlockLimits(0, policy.config, can_open, least, most)
+            limits = LatentBlockLimits(0, policy.block_tokens, can_open, least, most)
             assert torch.equal(found[at : at + 1], limits(trajectory.tokens[None, :at], logits[at : at + 1].clone()))
 
 
