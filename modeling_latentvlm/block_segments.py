@@ -13,7 +13,6 @@ Shapes: B rows, T tokens of a segment (padded to the longest row), D hidden size
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from modeling_latentvlm.block_sites import BlockSite
@@ -63,32 +62,3 @@ class SegmentRow:
 class Segment:
     rows: list[SegmentRow]
     layers: list[Tensor]  # (B, T, D): the last hidden state, then one per layer if asked for
-
-
-def split_text(values: Tensor, sites: list[BlockSite]) -> tuple[Tensor, ...]:
-    """Cut one row at its blocks; placeholders and what stands between `<latent>` and `</latent>` fall away."""
-    sizes, at = [], 0
-    for site in sites:
-        sizes += [site.column + 1 - at, site.num_pads]
-        at = site.column + 1 + site.num_pads
-    return values.split([*sizes, values.shape[0] - at])[::2]
-
-
-def join_row(segments: list[Segment], row: int, layer: int) -> Tensor:
-    """Put the hidden states of one row back in the order of its `input_ids`: (S, D)."""
-    parts = []
-    for segment in segments:
-        part, values = segment.rows[row], segment.layers[layer][row]
-        sizes = [part.num_latents, part.num_ends, part.num_text]
-        latents, end, text, rest = values.split([*sizes, values.shape[0] - sum(sizes)])
-        if part.block is not None and part.block.site.num_pads:
-            parts += [decoded[layer] for decoded in part.block.decoded] + [latents]
-        parts.append(end)
-        if part.opening is None:
-            parts.append(text)
-        elif part.opening.num_pads:
-            parts += [text, rest[: len(part.embeds) - sum(sizes)]]
-        else:
-            # A lone `<latent>` answers with what follows its `</latent>`, in the next segment.
-            parts.append(text[:-1])
-    return torch.cat(parts)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
-from modeling_latentvlm.block_segments import Block, RowText, Segment, SegmentRow, join_row, split_text
+from modeling_latentvlm.block_segments import Block, RowText, Segment, SegmentRow
 from modeling_latentvlm.block_sites import BlockSite
 from modeling_latentvlm.decoding_common import DecodingContext, SegmentDecoder
 from modeling_latentvlm.generation_checks import LastTokens
@@ -57,6 +57,8 @@ class DecodedBlocks:
 class BlockDecoder(SegmentDecoder):
     """One run over new tokens, with the blocks that open in them."""
 
+    always_in_segments = False  # whether segments are run where no block opens, too
+
     def __init__(self, model, context: BlockContext, cache: Cache | None, use_cache: bool | None, kwargs: dict):
         super().__init__(model, context, cache, use_cache, kwargs)
         self.latents = model.block_latents
@@ -75,7 +77,7 @@ class BlockDecoder(SegmentDecoder):
         embeds = inputs_embeds if input_ids is None else self.embed_prompt(input_ids, inputs_embeds)
         rows, length = embeds.shape[:2]
         mask = None if attention_mask is None else attention_mask[:, -length:].bool().to(embeds.device)
-        has_blocks = self.has_blocks(sites)
+        has_blocks = any(sites) or self.always_in_segments
         self.prepare_cache(rows, embeds, has_blocks)
         if self.context.decode_step < 0:
             self.state.images = [self.context.of_row(self.context.images, row, rows) for row in range(rows)]
@@ -98,9 +100,6 @@ class BlockDecoder(SegmentDecoder):
             LatentTrace(rows, self.context.sorted_steps()) if self.context.output_latents else None,
             torch.cat([self.latent_states[place] for place in places], dim=1) if self.latent_states else None,
         )
-
-    def has_blocks(self, sites: list[list[BlockSite]]) -> bool:
-        return any(sites)
 
     def run_segments(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, sites) -> list[Segment]:
         attended = torch.ones_like(positions[0], dtype=torch.bool) if mask is None else mask
@@ -127,12 +126,9 @@ class BlockDecoder(SegmentDecoder):
             # Build: the blocks that open where it ended, which the next segment begins with.
             opened = {row: found[number] for row, found in enumerate(sites) if number < len(found)}
             if opened:
-                blocks = self.build_blocks(opened, segments[-1], number)
+                blocks = self.latents.build(self, opened, segments[-1], number)
                 self.blocks |= {(row, number): block for row, block in blocks.items()}
         return segments
-
-    def build_blocks(self, opened: dict[int, BlockSite], segment: Segment, number: int) -> dict[int, Block]:
-        return self.latents.build(self, opened, segment, number)
 
     def keep_latent_states(self, parts: list[SegmentRow], layers: list[Tensor], number: int) -> list[Tensor]:
         """Copy the states of block `number`'s latents; the other states of all layers are kept only where asked for."""
@@ -214,3 +210,32 @@ class BlockDecoder(SegmentDecoder):
         kept = latents.detach() if self.context.output_latents else None
         self.context.steps.append(replace(step, latents=kept))
         self.state.grids[step.row].append(step.grid)
+
+
+def split_text(values: Tensor, sites: list[BlockSite]) -> tuple[Tensor, ...]:
+    """Cut one row at its blocks; placeholders and what stands between `<latent>` and `</latent>` fall away."""
+    sizes, at = [], 0
+    for site in sites:
+        sizes += [site.column + 1 - at, site.num_pads]
+        at = site.column + 1 + site.num_pads
+    return values.split([*sizes, values.shape[0] - at])[::2]
+
+
+def join_row(segments: list[Segment], row: int, layer: int) -> Tensor:
+    """Put the hidden states of one row back in the order of its `input_ids`: (S, D)."""
+    parts = []
+    for segment in segments:
+        part, values = segment.rows[row], segment.layers[layer][row]
+        sizes = [part.num_latents, part.num_ends, part.num_text]
+        latents, end, text, rest = values.split([*sizes, values.shape[0] - sum(sizes)])
+        if part.block is not None and part.block.site.num_pads:
+            parts += [decoded[layer] for decoded in part.block.decoded] + [latents]
+        parts.append(end)
+        if part.opening is None:
+            parts.append(text)
+        elif part.opening.num_pads:
+            parts += [text, rest[: len(part.embeds) - sum(sizes)]]
+        else:
+            # A lone `<latent>` answers with what follows its `</latent>`, in the next segment.
+            parts.append(text[:-1])
+    return torch.cat(parts)

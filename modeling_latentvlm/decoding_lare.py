@@ -76,6 +76,12 @@ class RefocusDecoder(SegmentDecoder):
     def __init__(self, model, context: RefocusContext, cache: Cache | None, use_cache: bool | None, kwargs: dict):
         super().__init__(model, context, cache, use_cache, kwargs)
 
+    def embed_prompt(self, input_ids: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
+        embeds = super().embed_prompt(input_ids, inputs_embeds)
+        if self.model.training and not any(self.context.images):
+            embeds = embeds + run_dummy_vision(self.model, embeds)
+        return embeds
+
     def run(self, input_ids: Tensor, embeds: Tensor, mask: Tensor, places: PromptEnds) -> Tensor:
         """Decode everything; return the hidden states of every column, (B, S, D).
 
@@ -309,3 +315,13 @@ class RefocusDecoder(SegmentDecoder):
         attention[:, focus.tokens[one.row][kept]] = weights[:, kept]
         is_pooled = len(one.latents) != len(attention)
         one.image_attention = attention.mean(dim=0, keepdim=True) if is_pooled else attention
+
+
+def run_dummy_vision(model, embeds: Tensor) -> Tensor:
+    """Zero, by way of vision tower and projector: a process without an image must not leave the others waiting."""
+    config = model.config.vision_config
+    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    dtype = model.model.multi_modal_projector.linear_1.weight.dtype
+    empty = embeds.new_zeros(1, config.num_channels, height, width).to(dtype)
+    features = model.model.get_image_features(empty, return_dict=True).pooler_output
+    return 0 * features[0].sum().to(embeds)

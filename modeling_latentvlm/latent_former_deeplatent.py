@@ -155,11 +155,9 @@ class LatentFormerAttention(nn.Module):
         key_mask: Tensor | None,  # (R, M) bool
         output_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        def split_heads(projected: Tensor) -> Tensor:  # (R, *, D) -> (R, *, A, H)
-            return projected.unflatten(-1, (self.num_heads, -1))
-
-        query, key = split_heads(self.q_proj(states)), split_heads(self.k_proj(context))
-        value = split_heads(self.v_proj(context)).transpose(1, 2)
+        heads = (self.num_heads, -1)  # (R, *, D) -> (R, *, A, H)
+        query, key = self.q_proj(states).unflatten(-1, heads), self.k_proj(context).unflatten(-1, heads)
+        value = self.v_proj(context).unflatten(-1, heads).transpose(1, 2)
         scale = query.shape[-1] ** -0.5
         num_grids = query_places.shape[2]
         query = torch.cat([rotate_2d(query, query_places[:, :, s], self.theta) for s in range(num_grids)], dim=-1)
@@ -355,13 +353,14 @@ class LatentBlockBuilder(nn.Module):
         # The backbone may be in another dtype: quantized, or float16 with these weights kept in float32.
         states = states.to(self.queries.weight.dtype)
         height_logits, width_logits = self.scale_head(states[:, 0])
-        grids = self.choose_grids(grids, height_logits, width_logits)
+        if None in grids:
+            grids = self.choose_grids(grids, height_logits, width_logits)
         queries = self.modulate_rows(
             self.query_modulation if self.config.modulate_queries else None,
             states[:, 1],
             [self.queries(*grid) for grid in grids],
             noise,
-            bind(modulators, "query"),
+            None if modulators is None else [partial(modulator, "query") for modulator in modulators],
         )
         if not len(self.layers):
             return LatentBlocks(queries, grids, height_logits, width_logits, None)
@@ -370,7 +369,7 @@ class LatentBlockBuilder(nn.Module):
             states[:, 2],
             [row.features.to(states) for row in images],
             noise,
-            bind(modulators, "image"),
+            None if modulators is None else [partial(modulator, "image") for modulator in modulators],
         )
         features = [values + self.embed_image_index(row, states.device) for values, row in zip(features, images)]
         places = locate(grids, images, states.device)
@@ -385,8 +384,6 @@ class LatentBlockBuilder(nn.Module):
 
     def choose_grids(self, grids, height_logits: Tensor, width_logits: Tensor) -> list[tuple[int, int]]:
         """Fill in the predicted grid where none is given, which waits for the device."""
-        if None not in grids:
-            return list(grids)
         if self.config.latent_scale == "fixed":
             return [grid or tuple(self.config.fixed_latent_grid) for grid in grids]
         predicted = torch.stack([height_logits.argmax(-1), width_logits.argmax(-1)], dim=-1).add(1).tolist()
@@ -410,10 +407,6 @@ class LatentBlockBuilder(nn.Module):
             modulate(base, gamma, beta, log_sigma, torch.randn_like(base) if noise else None)
             for base, gamma, beta, log_sigma in zip(bases, *modulation(states))
         ]
-
-
-def bind(modulators: list[Modulator] | None, kind: str) -> list[Callable] | None:
-    return None if modulators is None else [partial(modulator, kind) for modulator in modulators]
 
 
 def initialize_latent_module(module: nn.Module, query_rms: float) -> bool:

@@ -10,7 +10,8 @@ from functools import wraps
 import torch
 from torch import Tensor, nn
 
-from modeling_latentvlm.block_segments import Block, Segment
+from modeling_latentvlm.block_latents import BlockLatents
+from modeling_latentvlm.block_segments import Segment
 from modeling_latentvlm.block_sites import BlockSite
 from modeling_latentvlm.decoding_blocks import BlockDecoder
 from modeling_latentvlm.lockstep import Lockstep, agree_on_work, is_sharded, keep_in_graph
@@ -63,17 +64,8 @@ class LockstepDecoder(BlockDecoder):
 
     def __init__(self, lockstep: Lockstep, *args):
         super().__init__(*args)
-        self.lockstep = lockstep
-
-    def has_blocks(self, sites: list[list[BlockSite]]) -> bool:
-        return any(sites) or bool(self.lockstep.block_steps)
-
-    def build_blocks(self, opened: dict[int, BlockSite], segment: Segment, number: int) -> dict[int, Block]:
-        blocks = super().build_blocks(opened, segment, number)
-        own = max(self.latents.count_inner_forwards(site.grid) for site in opened.values())
-        for _ in range(self.lockstep.block_steps[number] - own):
-            self.run_dummy_forward(segment.layers)
-        return blocks
+        self.lockstep, self.always_in_segments = lockstep, bool(lockstep.block_steps)
+        self.latents = LockstepLatents(self.latents, lockstep)
 
     def run_segments(self, embeds: Tensor, positions: Tensor, mask: Tensor | None, sites) -> list[Segment]:
         segments = super().run_segments(embeds, positions, mask, sites)
@@ -94,3 +86,20 @@ class LockstepDecoder(BlockDecoder):
         decoded = self.decode(embeds, positions, masked, masked)
         self.lockstep.idle.append(decoded[0])
         return decoded
+
+
+class LockstepLatents:
+    """`BlockLatents` that runs as many forwards inside a block as the process with the largest one."""
+
+    def __init__(self, latents: BlockLatents, lockstep: Lockstep):
+        self.latents, self.lockstep = latents, lockstep
+
+    def __getattr__(self, name: str):
+        return getattr(self.latents, name)
+
+    def build(self, decoder: LockstepDecoder, opened: dict[int, BlockSite], segment: Segment, number: int):
+        blocks = self.latents.build(decoder, opened, segment, number)
+        own = max(self.latents.count_inner_forwards(site.grid) for site in opened.values())
+        for _ in range(self.lockstep.block_steps[number] - own):
+            decoder.run_dummy_forward(segment.layers)
+        return blocks

@@ -130,7 +130,7 @@ class LatentBlocksMixin(BlockGenerationMixin, QwenInputsMixin):
         Raises:
             ValueError: blocks, grids, placeholders or images do not fit together; the message names the row.
         """
-        cache = past_key_values if cache is None else one_cache(past_key_values, cache)
+        cache = cache if past_key_values is None else one_cache(past_key_values, cache)
         vision = {
             "pixel_values": pixel_values,
             "image_grid_thw": image_grid_thw,
