@@ -82,28 +82,19 @@ class BlockGenerationMixin(LatentGenerationMixin):
         Args:
             wishes: `low` and `high` numbers of blocks, `latent_grid`, `latent_grid_hw`, `intervention` and `output_latents` as given.
         """
+        # What this call wants of its blocks.
         kwargs |= cache_keyword(take_cache(kwargs))
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         check_settings(settings, kwargs, wishes["output_latents"], self.device)
         low, high = self._block_limits(settings, wishes["low"], wishes["high"])
         latent_grid, latent_grid_hw = wishes["latent_grid"], wishes["latent_grid_hw"]
         self._fill_context(context, latent_grid, wishes["intervention"], wishes["output_latents"], high)
+        # The prompt: its images are encoded and its blocks found before the first forward.
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         input_ids = self._check_prompt(input_ids, kwargs)
-        prompt_ids, inputs_embeds = input_ids, kwargs.get("inputs_embeds")
         prompt_length = 0 if input_ids is None else input_ids.shape[1]
-        if inputs_embeds is not None:
-            prompt_ids = self._find_ids(input_ids, inputs_embeds)
-            has_images = bool((prompt_ids[..., None] == prompt_ids.new_tensor(self._placeholder_tokens)).any())
-            prompt_ids = prompt_ids if has_images else input_ids
-        if prompt_ids is not None:
-            kwargs |= self._prepare_prompt(prompt_ids, latent_grid_hw, context, settings, kwargs)
-        else:
-            context.images = [None] * len(self._check_blind_prompt(kwargs, low, latent_grid, latent_grid_hw))
-            if inputs_embeds is not None and kwargs.get("position_ids") is None:
-                # transformers up to 5.17 cannot expand a None to beams.
-                mask, no_images = kwargs.get("attention_mask"), dict.fromkeys(VISION_GRIDS)
-                kwargs["position_ids"] = self._rope_positions(self._find_ids(None, inputs_embeds), mask, no_images)
+        self._read_prompt(input_ids, latent_grid, latent_grid_hw, low, context, settings, kwargs)
+        # The decoding loop of transformers, with limits on what may be written.
         can_open = torch.tensor([images is not None for images in context.images])
         limits = LatentBlockLimits(prompt_length, self.block_tokens, can_open, low, high)
         watch = []
@@ -118,6 +109,7 @@ class BlockGenerationMixin(LatentGenerationMixin):
             latent_context=context,
             **kwargs,
         )
+        # The account of what happened.
         context.check_reached(len(context.images) * expansion(settings))
         cache = kwargs.get(CACHE) if isinstance(output, Tensor) else output.get(CACHE)
         if hasattr(cache, "latent_state"):
@@ -128,6 +120,22 @@ class BlockGenerationMixin(LatentGenerationMixin):
         if isinstance(output, Tensor):
             return output
         return self._account(output, context, prompt_length, settings, kwargs)
+
+    def _read_prompt(self, input_ids, latent_grid, latent_grid_hw, low: int, context, settings, kwargs: dict) -> None:
+        """Encode and place the prompt, which may be given as embeddings; changes `kwargs` and `context`."""
+        prompt_ids, inputs_embeds = input_ids, kwargs.get("inputs_embeds")
+        if inputs_embeds is not None:
+            prompt_ids = self._find_ids(input_ids, inputs_embeds)
+            has_images = bool((prompt_ids[..., None] == prompt_ids.new_tensor(self._placeholder_tokens)).any())
+            prompt_ids = prompt_ids if has_images else input_ids
+        if prompt_ids is not None:
+            kwargs |= self._prepare_prompt(prompt_ids, latent_grid_hw, context, settings, kwargs)
+        else:
+            context.images = [None] * len(self._check_blind_prompt(kwargs, low, latent_grid, latent_grid_hw))
+            if inputs_embeds is not None and kwargs.get("position_ids") is None:
+                # transformers up to 5.17 cannot expand a None to beams.
+                mask, no_images = kwargs.get("attention_mask"), dict.fromkeys(VISION_GRIDS)
+                kwargs["position_ids"] = self._rope_positions(self._find_ids(None, inputs_embeds), mask, no_images)
 
     def known_answer_settings(self, grids: Tensor | None) -> dict:
         blocks = min(1, self.config.max_latent_blocks)

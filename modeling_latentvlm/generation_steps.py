@@ -1,7 +1,7 @@
 """`generate` for models that take latent steps between the prompt and the answer: one frame for all of them.
 
 The steps themselves are taken in `forward`, when the decoding loop of transformers hands it the prompt. A subclass brings three
-hooks: `_prepare_steps`, `_reserved_tokens` and `_count_steps`.
+hooks: `_prepare_steps`, `_reserved_tokens` and `_count_steps_taken`.
 
 Shapes: B rows, S columns of the prompt.
 """
@@ -42,9 +42,22 @@ class StepGenerationMixin(LatentGenerationMixin):
         """Tokens that an answer never holds."""
         raise NotImplementedError
 
-    def _count_steps(self, context: DecodingContext, num_rows: int, beam_indices: Tensor | None) -> tuple[Tensor, int]:
+    def _count_steps_taken(
+        self, context: DecodingContext, num_rows: int, beam_indices: Tensor | None
+    ) -> tuple[Tensor, int]:
         """(num_rows,) the steps before every answer, and the latents of one step."""
         raise NotImplementedError
+
+    def _take_loss(self, logits: Tensor, labels: Tensor | None, input_ids: Tensor, kwargs: dict) -> Tensor | None:
+        """The next-token loss of `labels`, of which tokens that stand for latents are no part; None without labels."""
+        if labels is None:
+            return None
+        return self.loss_function(
+            logits=logits,
+            labels=labels.masked_fill(self.never_labels(input_ids), -100),
+            vocab_size=self.config.get_text_config().vocab_size,
+            **kwargs,
+        )
 
     @torch.no_grad()
     def generate(
@@ -105,7 +118,7 @@ class StepGenerationMixin(LatentGenerationMixin):
     def _account_for_steps(self, output, context: DecodingContext, prompt_length: int, settings, tokenizer):
         """Add latent counts, stop reasons and the trace to what the decoding loop returned."""
         rows, beams = output.sequences.shape[0], getattr(output, "beam_indices", None)
-        steps, num_step_latents = self._count_steps(context, rows, beams)
+        steps, num_step_latents = self._count_steps_taken(context, rows, beams)
         kind = LatentStepsGenerateOutput if beams is None else LatentStepsGenerateBeamOutput
         trace = LatentTrace(rows, follow_prompt_rows(context.steps, rows, beams)) if context.output_latents else None
         return kind(

@@ -164,6 +164,7 @@ class LaReForCausalLM(StepGenerationMixin, LlavaPreTrainedModel, GenerationMixin
         check_one_prompt(input_ids, inputs_embeds)
         input_ids = self._find_ids(input_ids, inputs_embeds, latent_context)
         is_generating = latent_context is not None
+        # Outside `generate`: what is asked of the latents.
         if not is_generating:
             latent_intervention = prepare_intervention(latent_intervention, one_at_a_time=False)
             check_labels(labels, input_ids)
@@ -176,6 +177,7 @@ class LaReForCausalLM(StepGenerationMixin, LlavaPreTrainedModel, GenerationMixin
             latent_context = RefocusContext(
                 images, placeholders, intervention=latent_intervention, output_latents=output_latents
             )
+        # Prompt, steps and answer through the language model; or one more token of an answer.
         features = [row.features for row in latent_context.images if row is not None]
         self._drop_unknown_outputs(kwargs)
         decoder = RefocusDecoder(self, latent_context, cache, use_cache, kwargs)
@@ -200,17 +202,6 @@ class LaReForCausalLM(StepGenerationMixin, LlavaPreTrainedModel, GenerationMixin
         if not is_generating and output_latents:
             self._add_latents(output, latent_context, features)
         return output
-
-    def _take_loss(self, logits: Tensor, labels: Tensor | None, input_ids: Tensor, kwargs: dict) -> Tensor | None:
-        """The next-token loss of `labels`, to which `<bot>` and `<eot>` do not count; None without labels."""
-        if labels is None:
-            return None
-        return self.loss_function(
-            logits=logits,
-            labels=labels.masked_fill(self.never_labels(input_ids), -100),
-            vocab_size=self.config.get_text_config().vocab_size,
-            **kwargs,
-        )
 
     def _add_latents(self, output: LaReCausalLMOutputWithPast, context: RefocusContext, features: list) -> None:
         rows = len(output.logits)
@@ -330,7 +321,9 @@ class LaReForCausalLM(StepGenerationMixin, LlavaPreTrainedModel, GenerationMixin
         config = self.config
         return [config.bot_token_id, config.eot_token_id, config.image_token_id] if config.step_limit else []
 
-    def _count_steps(self, context: RefocusContext, num_rows: int, beam_indices: Tensor | None) -> tuple[Tensor, int]:
+    def _count_steps_taken(
+        self, context: RefocusContext, num_rows: int, beam_indices: Tensor | None
+    ) -> tuple[Tensor, int]:
         steps = torch.zeros(num_rows, dtype=torch.long)
         if context.is_taken:
             taken = torch.stack(context.is_taken).sum(dim=0).cpu()  # by computed row: a beam has those of its prompt

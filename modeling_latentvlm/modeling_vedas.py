@@ -190,6 +190,7 @@ class VedasForConditionalGeneration(StepGenerationMixin, QwenInputsMixin, Qwen2_
             "video_grid_thw": video_grid_thw,
             "second_per_grid_ts": second_per_grid_ts,
         }
+        # Outside `generate`: what is asked of the latents, and where every row's answer starts.
         if latent_context is None:
             latent_intervention = prepare_intervention(latent_intervention, one_at_a_time=True)
             if position_ids is not None:
@@ -207,6 +208,7 @@ class VedasForConditionalGeneration(StepGenerationMixin, QwenInputsMixin, Qwen2_
             answer_starts = self._find_answers(
                 input_ids, mask, latent_context.num_steps, answer_starts, labels, fused_call
             )
+        # Prompt, steps and answer through the language model; or one more token of an answer.
         self._drop_unknown_outputs(kwargs)
         decoder = StepDecoder(self, latent_context, cache, use_cache, kwargs)
         embeds = decoder.embed_prompt(input_ids, inputs_embeds)
@@ -222,12 +224,7 @@ class VedasForConditionalGeneration(StepGenerationMixin, QwenInputsMixin, Qwen2_
         if fused_call is not None:
             return BaseModelOutput(last_hidden_state=hidden)
         logits = self.lm_head(hidden[:, kept_columns(logits_to_keep)])
-        loss = None
-        if labels is not None:
-            labels = labels.masked_fill(self.never_labels(input_ids), -100)
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size, **kwargs
-            )
+        loss = self._take_loss(logits, labels, input_ids, kwargs)
         output = VedasCausalLMOutputWithPast(loss=loss, logits=logits, **cache_keyword(decoder.returned_cache))
         if latent_context.output_latents:
             output.latent_trace = LatentTrace(len(input_ids), latent_context.sorted_steps())
@@ -309,7 +306,9 @@ class VedasForConditionalGeneration(StepGenerationMixin, QwenInputsMixin, Qwen2_
     def _reserved_tokens(self) -> list[int]:
         return [self.config.latent_token_id]
 
-    def _count_steps(self, context: StepContext, num_rows: int, beam_indices: Tensor | None) -> tuple[Tensor, int]:
+    def _count_steps_taken(
+        self, context: StepContext, num_rows: int, beam_indices: Tensor | None
+    ) -> tuple[Tensor, int]:
         return torch.full((num_rows,), self.config.num_latent_steps), 1
 
     def _count_step_tokens(self, ids: Tensor, slots: Tensor) -> list[int]:
