@@ -173,7 +173,7 @@ class LatentBlocksMixin(BlockGenerationMixin, QwenInputsMixin):
             latent_context.check_reached(len(input_ids))
         if fused_call is not None:
             fused_call.latent_loss, _ = self._score_blocks(decoded, True)
-            return BaseModelOutput(last_hidden_state=self._keep_blocks_in_graph(decoded.last_hidden_state))
+            return BaseModelOutput(last_hidden_state=self._keep_latents_in_graph(decoded.last_hidden_state))
         if labels is not None:
             labels = labels.masked_fill(self.never_labels(input_ids), -100)
         loss, logits = self._next_token_loss(decoded.last_hidden_state, labels, logits_to_keep, kwargs)
@@ -199,7 +199,7 @@ class LatentBlocksMixin(BlockGenerationMixin, QwenInputsMixin):
         output = self.model(**inputs, **cache_keyword(cache), **vision, **kwargs, **{FROM_FORWARD: True})
         hidden = output.last_hidden_state
         if fused_call is not None:
-            return BaseModelOutput(last_hidden_state=self._keep_blocks_in_graph(hidden))
+            return BaseModelOutput(last_hidden_state=self._keep_latents_in_graph(hidden))
         loss, logits = self._next_token_loss(hidden, labels, logits_to_keep, kwargs)
         return self.output_class(
             loss=loss,
@@ -287,9 +287,9 @@ class LatentBlocksMixin(BlockGenerationMixin, QwenInputsMixin):
             return None, logits
         vocab_size = self.config.get_text_config().vocab_size
         loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        return self._keep_blocks_in_graph(loss), logits
+        return self._keep_latents_in_graph(loss), logits
 
-    def _keep_blocks_in_graph(self, loss: Tensor) -> Tensor:
+    def _keep_latents_in_graph(self, loss: Tensor) -> Tensor:
         """In training on several processes: with a gradient of zero for the weights that this one's rows do not use."""
         if not (self.training and torch.distributed.is_available() and torch.distributed.is_initialized()):
             return loss
