@@ -17,7 +17,7 @@ from benchmarks.measuring import Setting
 from benchmarks.models import deeplatent, lare, lare_inputs, qwen_inputs, vedas
 from benchmarks.report import Row
 from benchmarks.sizes import Sizes
-from modeling_latentvlm.generation_rules import LastTokens
+from modeling_latentvlm.generation_checks import LastTokens
 
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"}

@@ -16,7 +16,8 @@ from benchmarks.models import Pair, deeplatent, qwen_inputs
 from benchmarks.report import Row
 from benchmarks.sizes import Sizes
 from configuration_latentvlm.transformers_api import cache_keyword
-from modeling_latentvlm.latent_former import LatentFormerAttention, RowImages
+from modeling_latentvlm.latent_former_deeplatent import LatentFormerAttention
+from modeling_latentvlm.row_images import RowImages
 
 
 def block_arm(model, inputs: dict, setting: Setting, grid: tuple[int, int]) -> Arm:

@@ -13,7 +13,7 @@ from benchmarks.models import Pair, lare, lare_inputs, qwen_inputs, vedas
 from benchmarks.report import Row
 from benchmarks.sizes import Sizes
 from configuration_latentvlm.transformers_api import cache_keyword
-from modeling_latentvlm.refocus_decoding import Places, RefocusContext, RefocusDecoder
+from modeling_latentvlm.decoding_lare import PromptEnds, RefocusContext, RefocusDecoder
 
 
 SCOPES = ("incremental", "context", "reference")
@@ -35,7 +35,7 @@ def refocusing_steps(pair: Pair, input_ids: torch.Tensor, embeds: torch.Tensor) 
     """Prefill, then the refocusing steps; `embeds` have a `<bot>` more than `input_ids`."""
     end = torch.full((len(embeds),), input_ids.shape[1], device=embeds.device)
     decoder = RefocusDecoder(pair.ours, RefocusContext([None]), None, True, {})
-    decoder.run(input_ids, embeds, torch.ones_like(input_ids, dtype=torch.bool), Places(end, end))
+    decoder.run(input_ids, embeds, torch.ones_like(input_ids, dtype=torch.bool), PromptEnds(end, end))
 
 
 def lare_calls(sizes: Sizes, setting: Setting, **fields) -> tuple[Pair, dict]:

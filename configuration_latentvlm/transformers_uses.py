@@ -28,7 +28,7 @@ _CONFIGURATION = (
             "get_text_config": (),
             "get_config_dict": ("pretrained_model_name_or_path",),
         },
-        attributes=("model_type", "__post_init__"),
+        attributes=("model_type", "attribute_map", "__post_init__"),
         callers={"save_pretrained": ("to_json_file",)},
     ),
     Use("huggingface_hub.dataclasses:strict"),

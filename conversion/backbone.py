@@ -268,6 +268,7 @@ def check_overrides(
     Raises:
         ValueError: a field is unknown, the backbone's, or decided by the conversion.
     """
+    overrides = {config_class.attribute_map.get(name, name): value for name, value in overrides.items()}  # old names
     inherited = {field.name for field in dataclasses.fields(backbone_class)}
     types = {field.name: field.type for field in dataclasses.fields(config_class)}
     settable = sorted(types.keys() - inherited - set(decided))

@@ -21,6 +21,7 @@ def fields_of(config: PreTrainedConfig, assignments: Sequence[str], option: str)
         ValueError: there is no such field. Properties and methods of the config are none.
     """
     known, fields = config.to_dict(), parse_overrides(list(assignments))
+    fields = {config.attribute_map.get(name, name): value for name, value in fields.items()}  # old names of fields
     unknown = sorted(name for name in fields if name not in known)
     if unknown:
         raise ValueError(f"`{option}` names {unknown}, which are no fields of the config of {config.model_type!r}.")

@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLFo
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from configuration_latentvlm import DeepLatentConfig
-from modeling_latentvlm import DeepLatentForConditionalGeneration, step_decoding
-from modeling_latentvlm.visual_replay import Replay, pick_tokens
+from modeling_latentvlm import DeepLatentForConditionalGeneration, decoding_vedas
+from modeling_latentvlm.visual_replay_vedas import Replay, pick_tokens
 from processing_latentvlm import DeepLatentProcessor
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS
 from train.data.small_tokenizer import CHAT_TEMPLATE as CHAT_TEMPLATE
@@ -264,5 +264,5 @@ def imposed_order(monkeypatch):
         embeds = replay.embeds.gather(1, place[..., None].expand_as(replay.embeds))
         return Replay(embeds, replay.attended, wanted, replay.positions, replay.picked_embeds)
 
-    monkeypatch.setattr(step_decoding, "pick_tokens", pick)
+    monkeypatch.setattr(decoding_vedas, "pick_tokens", pick)
     return orders

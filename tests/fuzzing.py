@@ -286,7 +286,7 @@ OWN_FIELDS = {
         "replay_scale": [1.0],
         "routed_layers": [[0], []],
         "routing_scope": ["incremental", "context"],
-        "alpha": [1, 32],
+        "num_routed_tokens": [1, 32],
         "alpha_schedule": ["cosine"],
     },
 }

@@ -11,8 +11,8 @@ from benchmarks import device_reads, latent_memory, paper_numbers, run, scaling,
 from benchmarks.measuring import Setting, Times, interleave, peak_memory
 from benchmarks.report import Row
 from benchmarks.sizes import SMOKE
-from modeling_latentvlm.block_decoding import LatentContext
-from modeling_latentvlm.visual_replay import ImageTokens, pick_tokens
+from modeling_latentvlm.decoding_blocks import BlockContext
+from modeling_latentvlm.visual_replay_vedas import ImageTokens, pick_tokens
 
 
 ONCE = Setting(repeats=1)
@@ -122,7 +122,7 @@ def test_blocks_are_found_on_the_host_as_on_the_device(model, batch, monkeypatch
         monkeypatch.undo()
         expected = answer(**kwargs)
         found = []
-        monkeypatch.setattr(LatentContext, "written_sites", lambda self, *args: found.append(1))
+        monkeypatch.setattr(BlockContext, "written_sites", lambda self, *args: found.append(1))
         actual = answer(**kwargs)
         assert found and torch.equal(actual.sequences, expected.sequences)
         assert torch.equal(step_logits(actual), step_logits(expected))

@@ -46,7 +46,7 @@ def backbone(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def converted(backbone, tmp_path_factory):
-    settings = {"num_latent_steps": 2, "num_replay_tokens": 3, "alpha": 4}
+    settings = {"num_latent_steps": 2, "num_replay_tokens": 3, "num_routed_tokens": 4}
     return convert_vedas(backbone[1], tmp_path_factory.mktemp("converted") / "vedas", overrides=settings)
 
 

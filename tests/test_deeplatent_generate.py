@@ -324,10 +324,10 @@ def test_nothing_stays_on_the_model(shared_model, batch, rows):
 
 
 def test_says_so_when_no_block_was_opened(shared_model, rows, caplog, monkeypatch):
-    from modeling_latentvlm import latent_generation
+    from modeling_latentvlm import generation_blocks
 
     said = []
-    monkeypatch.setattr(latent_generation.logger, "warning_once", said.append)
+    monkeypatch.setattr(generation_blocks.logger, "warning_once", said.append)
     shared_model.generate(**rows[2], **GREEDY)  # no image: nothing to say
     assert not said
     forbidden = {"suppress_tokens": [shared_model.config.latent_start_token_id]}

@@ -16,7 +16,7 @@ from helpers import assert_near, enable_checkpointing
 from torch.distributions import Categorical, Normal, kl_divergence
 from transformers import AutoModel, HfArgumentParser
 
-from modeling_latentvlm.generation_rules import LatentBlockLimits
+from modeling_latentvlm.generation_checks import LatentBlockLimits
 from train.common.training_model import TrainingModel
 from train.data.reasoning_data import ReasoningSample
 from train.deeplatent.rl import grpo_trainer, rollouts
@@ -191,7 +191,7 @@ def test_known_tokens_are_limited_as_written_ones(policy, trajectories, least, m
         found = limit_logits(logits, policy.config, words.is_full, words.is_forced)
         can_open = torch.tensor([trajectory.prompt.images is not None])
         for at in range(len(logits)):
-            limits = LatentBlockLimits(0, policy.config, can_open, least, most)
+            limits = LatentBlockLimits(0, policy.block_tokens, can_open, least, most)
             assert torch.equal(found[at : at + 1], limits(trajectory.tokens[None, :at], logits[at : at + 1].clone()))
 
 

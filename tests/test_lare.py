@@ -18,8 +18,8 @@ from transformers import (
 
 from configuration_latentvlm import LaReConfig
 from modeling_latentvlm import LaReForCausalLM
-from modeling_latentvlm.refocus_decoding import change_of
-from modeling_latentvlm.refocus_extractor import RefocusAttention, RefocusExtractor
+from modeling_latentvlm.decoding_lare import measure_change
+from modeling_latentvlm.refocus_extractor_lare import RefocusAttention, RefocusExtractor
 from modeling_latentvlm.saliency import LastStateRecorder, SaliencyRecorder, record_attention
 from processing_latentvlm import draw_trace
 
@@ -236,18 +236,18 @@ def test_rows_stop_by_themselves(decoder, batch, measure, threshold):
     assert len(set(counts)) > 1, counts
     for row, count in enumerate(counts):
         latents = [step.latents[None] for step in output.latent_trace.row(row)]
-        changes = [float(change_of(now, before, measure)) for before, now in zip(latents, latents[1:])]
+        changes = [float(measure_change(now, before, measure)) for before, now in zip(latents, latents[1:])]
         assert len(latents) == count and all(change >= threshold for change in changes[:-1])
         assert changes[-1] < threshold or count == 6
 
 
 def test_measures_of_change():
     earlier, now = torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[3.0, 5.0], [3.0, 3.0]]])
-    assert_close(change_of(now, earlier, "l2"), torch.tensor([0.0]))  # of the means
+    assert_close(measure_change(now, earlier, "l2"), torch.tensor([0.0]))  # of the means
     now = torch.tensor([[[4.0, 2.0]]])
-    assert_close(change_of(now, earlier, "l1"), torch.tensor([3 / 7]))
-    assert_close(change_of(now, earlier, "l2"), torch.tensor([5**0.5 / 5]))
-    assert_close(change_of(now, earlier, "cosine"), torch.tensor([1 - 20 / (5 * 20**0.5)]))
+    assert_close(measure_change(now, earlier, "l1"), torch.tensor([3 / 7]))
+    assert_close(measure_change(now, earlier, "l2"), torch.tensor([5**0.5 / 5]))
+    assert_close(measure_change(now, earlier, "cosine"), torch.tensor([1 - 20 / (5 * 20**0.5)]))
 
 
 @pytest.mark.parametrize("fields", [{}, ADAPTIVE])

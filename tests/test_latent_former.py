@@ -5,17 +5,17 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from modeling_latentvlm.latent_former import (
+from modeling_latentvlm.latent_former_deeplatent import (
     ImageIndexEmbedding,
     LatentBlockBuilder,
     LatentFormerAttention,
     LatentQueries,
-    RowImages,
     grid_places,
     locate,
     modulate,
     rotate_2d,
 )
+from modeling_latentvlm.row_images import RowImages
 
 
 pytestmark = pytest.mark.core

@@ -110,7 +110,12 @@ def test_saved_loaded_elsewhere_and_saved_again(decoder, tmp_path):
 def test_the_code_is_flat_and_needs_no_package(tmp_path):
     build().save_pretrained(tmp_path)
     code = code_of(tmp_path)
-    assert {"configuration_lare.py", "modeling_lare.py", "processing_lare.py", "refocus_extractor.py"} <= code.keys()
+    assert {
+        "configuration_lare.py",
+        "modeling_lare.py",
+        "processing_lare.py",
+        "refocus_extractor_lare.py",
+    } <= code.keys()
     assert "modeling_vedas.py" not in code and "modeling_deeplatent.py" not in code
     for text in code.values():
         assert "_latentvlm." not in "\n".join(line for line in text.splitlines() if " import " in line)

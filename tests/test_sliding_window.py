@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_latentvlm.sliding_window import (
+from modeling_latentvlm.sliding_window_lare import (
     VisualTokens,
     find_window,
     focus_on_all,

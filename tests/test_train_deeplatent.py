@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoProcessor
 
 from conversion.config_overrides import load_config
 from conversion.convert_deeplatent import convert_deeplatent
-from modeling_latentvlm.latent_former import RowImages
+from modeling_latentvlm.row_images import RowImages
 from train import cache_teacher_states, train_deeplatent
 from train.common import training_model
 from train.common.training_model import LatentTrainer

@@ -328,7 +328,7 @@ def test_changes_that_do_not_fit_the_weights_are_refused(bases, run, tmp_path, o
     assert not (tmp_path / "out").exists()
 
 
-# Runs
+# RowText
 
 
 def losses_of(trainer) -> dict:

@@ -34,7 +34,13 @@ from train.vedas.curriculum import CurriculumCollator
 
 
 PARSER = HfArgumentParser((ScriptArguments, ReplayArguments, VedasTrainingArguments, StageArguments))
-SMALL = {"num_latent_steps": 2, "num_replay_tokens": 4, "routed_layers": [0, 1], "alpha": 6, "step_alpha": 3}
+SMALL = {
+    "num_latent_steps": 2,
+    "num_replay_tokens": 4,
+    "routed_layers": [0, 1],
+    "num_routed_tokens": 6,
+    "num_routed_step_tokens": 3,
+}
 LORA = {"lora": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.2}
 
 
@@ -471,7 +477,13 @@ def small(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("small")
     questions = write_dataset("color", 8, 0, folder / "data", image_size=112)
     backbone = write_backbone(texts_of(questions), folder / "backbone", 64, 2, 400)
-    overrides = {"num_latent_steps": 2, "num_replay_tokens": 4, "routed_layers": [0], "alpha": 8, "step_alpha": 3}
+    overrides = {
+        "num_latent_steps": 2,
+        "num_replay_tokens": 4,
+        "routed_layers": [0],
+        "num_routed_tokens": 8,
+        "num_routed_step_tokens": 3,
+    }
     return convert_vedas(backbone, folder / "vedas", overrides=overrides), questions
 
 

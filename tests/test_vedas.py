@@ -16,7 +16,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLDecoder
 
 from configuration_latentvlm import VedasConfig
 from modeling_latentvlm import VedasForConditionalGeneration
-from modeling_latentvlm.visual_replay import densest_window
+from modeling_latentvlm.visual_replay_vedas import densest_window
 from processing_latentvlm import VedasProcessor
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
 
@@ -39,7 +39,13 @@ def fields_of(tokenizer, backbone: str) -> dict:
 
 def build(tokenizer, backbone: str = "qwen2_5_vl", **fields) -> VedasForConditionalGeneration:
     """A model whose routers choose, whose gates open, and whose depths count."""
-    small = {"num_latent_steps": 2, "num_replay_tokens": 4, "alpha": 6, "step_alpha": 3, "routed_layers": [0, 2]}
+    small = {
+        "num_latent_steps": 2,
+        "num_replay_tokens": 4,
+        "num_routed_tokens": 6,
+        "num_routed_step_tokens": 3,
+        "routed_layers": [0, 2],
+    }
     config = VedasConfig(
         **fields_of(tokenizer, backbone),
         backbone=backbone,
@@ -256,7 +262,7 @@ def test_the_trace_has_the_window_of_every_step(model, rows):
         {"alpha_schedule": "cosine", "alpha_start": 8, "alpha_end": 2},
         {"routed_layers": []},
         {"num_replay_tokens": 100},
-        {"alpha": 1000},
+        {"num_routed_tokens": 1000},
     ],
 )
 def test_every_switch_makes_another_model_that_keeps_the_identities(tokenizer, scope, batch, rows, fields):
@@ -348,7 +354,7 @@ def test_saved_and_loaded_elsewhere(model, rows, processor, tmp_path):
     "fields, message",
     [
         ({"routed_layers": [3]}, r"0\.\.2.*\[3\]"),
-        ({"alpha": 0}, "`alpha` must be >= 1"),
+        ({"num_routed_tokens": 0}, "`num_routed_tokens` must be >= 1"),
         ({"num_replay_tokens": 0}, "num_replay_tokens"),
         ({"routing_scope": "all"}, "routing_scope"),
         ({"backbone": "llama"}, "backbone"),
@@ -411,7 +417,10 @@ def test_incremental_routing_written_out(tokenizer, rows):
         if not hasattr(layer, "router"):
             continue
         scores, chosen, start = layer.router(states)[0][0], [], 0
-        for length, alpha in zip(lengths, (model.config.alpha, model.config.step_alpha, model.config.step_alpha)):
+        for length, alpha in zip(
+            lengths,
+            (model.config.num_routed_tokens, model.config.num_routed_step_tokens, model.config.num_routed_step_tokens),
+        ):
             chosen += sorted((scores[start : start + length].topk(alpha).indices + start).tolist())
             start += length
         refined = stock(layer, states[:, chosen], tuple(table[:, chosen] for table in tables))
@@ -428,6 +437,8 @@ def test_the_trace_names_the_tokens_that_ran_deeper(model, rows):
         assert sorted(step.routed_tokens) == [0, 2]
         length = 5 if incremental else rows[0]["input_ids"].shape[1] + 5 * (number + 1)
         for columns in step.routed_tokens.values():
-            assert len(columns) == (model.config.step_alpha if incremental else model.config.alpha)
+            assert len(columns) == (
+                model.config.num_routed_step_tokens if incremental else model.config.num_routed_tokens
+            )
             assert columns.tolist() == sorted(columns.tolist()) and columns.max() < length
     assert model.generate(**rows[0], **GREEDY).latent_trace is None

@@ -15,9 +15,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from configuration_latentvlm import VedasConfig
 from modeling_latentvlm import VedasForConditionalGeneration
-from modeling_latentvlm.routing import RoutedQwen2_5_VLDecoderLayer, Routing
+from modeling_latentvlm.routing_vedas import RoutedQwen2_5_VLDecoderLayer, Routing
 from modeling_latentvlm.saliency import SaliencyRecorder, record_attention
-from modeling_latentvlm.visual_replay import densest_window
+from modeling_latentvlm.visual_replay_vedas import densest_window
 from train.vedas.crop_distillation import ReplayArguments, ReplayObjective
 
 

@@ -54,6 +54,19 @@ MOVED = {
     "train.lare.small": "train.recipes.small_clip",
     "examples.looking": "examples.demo_common",
     "train.evaluation": "evaluation",
+    "modeling_latentvlm.latent_decoding": "modeling_latentvlm.generation_common",
+    "modeling_latentvlm.latent_generation": "modeling_latentvlm.generation_blocks",
+    "modeling_latentvlm.block_decoding": "modeling_latentvlm.decoding_blocks",
+    "modeling_latentvlm.step_decoding": "modeling_latentvlm.decoding_vedas",
+    "modeling_latentvlm.refocus_decoding": "modeling_latentvlm.decoding_lare",
+    "modeling_latentvlm.segment_decoding": "modeling_latentvlm.decoding_common",
+    "modeling_latentvlm.generation_rules": "modeling_latentvlm.generation_checks",
+    "modeling_latentvlm.segments": "modeling_latentvlm.latent_state",
+    "modeling_latentvlm.latent_former": "modeling_latentvlm.latent_former_deeplatent",
+    "modeling_latentvlm.refocus_extractor": "modeling_latentvlm.refocus_extractor_lare",
+    "modeling_latentvlm.sliding_window": "modeling_latentvlm.sliding_window_lare",
+    "modeling_latentvlm.routing": "modeling_latentvlm.routing_vedas",
+    "modeling_latentvlm.visual_replay": "modeling_latentvlm.visual_replay_vedas",
 }
 # Attributes of modules whose old name is that of a package now, or that moved out of a module that kept its name.
 MOVED_ATTRIBUTES = {

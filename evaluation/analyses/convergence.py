@@ -32,7 +32,7 @@ from evaluation.analyses.collection import (
     latents_of,
     open_study,
 )
-from modeling_latentvlm.refocus_decoding import change_of
+from modeling_latentvlm.decoding_lare import measure_change
 
 
 MEASURES = ("cosine", "l1", "l2")
@@ -45,7 +45,7 @@ def measure_changes(steps: list[Tensor]) -> list[tuple[str, int, float]]:
     latents = torch.stack(steps)  # (steps, K, D)
     found = []
     for measure in MEASURES:
-        changes = change_of(latents[1:], latents[:-1], measure)
+        changes = measure_change(latents[1:], latents[:-1], measure)
         found += [(f"{measure}_change", step, change) for step, change in enumerate(changes.tolist(), 2)]
     means = latents.mean(dim=1)
     similar = torch.cosine_similarity(means, means[-1:], dim=-1)

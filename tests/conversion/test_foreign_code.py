@@ -82,7 +82,7 @@ def test_conversion_passes_no_foreign_code_on(architecture, tmp_path):
     if architecture == "lare":
         convert_lare(*parts, out, overrides=dict(SMALL))
     elif architecture == "vedas":
-        convert_vedas(*parts, out, overrides={"num_latent_steps": 2, "num_replay_tokens": 3, "alpha": 4})
+        convert_vedas(*parts, out, overrides={"num_latent_steps": 2, "num_replay_tokens": 3, "num_routed_tokens": 4})
     elif architecture == "deeplatent":
         convert(*parts, out)
     else:

@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 import modeling_latentvlm  # noqa: F401
 import processing_latentvlm  # noqa: F401
-from modeling_latentvlm import latent_decoding
+from modeling_latentvlm import generation_common
 
 
 @pytest.mark.core
@@ -25,7 +25,7 @@ def test_an_answer_that_leaves_the_context_is_warned_of_once(kind, fields, tmp_p
     inputs = encode(processor, [user_turn("what colour?", picture(56, 56))])
     found, handler = [], logging.Handler()
     handler.emit = lambda record: found.append(record.getMessage())
-    logger = logging.getLogger(latent_decoding.__name__)
+    logger = logging.getLogger(generation_common.__name__)
     logger.addHandler(handler)
     transformers_logging.warning_once.cache_clear()
     try:

@@ -7,7 +7,7 @@ import torch
 from helpers import GREEDY
 from test_recording import model_and_requests
 
-from modeling_latentvlm import latent_decoding
+from modeling_latentvlm import generation_common
 
 
 KINDS = ("deeplatent", "lare", "vedas incremental")
@@ -62,7 +62,7 @@ def test_answers_start_at_whole_columns_outside_images(kind, tokenizer, processo
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_outputs_that_are_not_returned_are_said_to_be(kind, tokenizer, processor, image_processor, monkeypatch):
     said = []
-    monkeypatch.setattr(latent_decoding.logger, "warning_once", said.append)
+    monkeypatch.setattr(generation_common.logger, "warning_once", said.append)
     model, (inputs,), _ = model_and_requests(kind, tokenizer, processor, image_processor, count=1)
     expected = model(**inputs, output_hidden_states=False).logits
     said.clear()  # what is said of the cache

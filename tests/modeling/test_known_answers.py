@@ -45,7 +45,7 @@ from modeling_latentvlm.known_answers import (
     record,
     save_tensors,
 )
-from modeling_latentvlm.segments import LatentState
+from modeling_latentvlm.latent_state import LatentState
 
 
 pytestmark = pytest.mark.core

@@ -12,7 +12,7 @@ from test_vedas import with_slots
 from transformers import SuppressTokensLogitsProcessor
 
 from configuration_latentvlm.model_card import render_model_card
-from modeling_latentvlm.routing import TokenScore
+from modeling_latentvlm.routing_vedas import TokenScore
 from processing_latentvlm import VedasProcessor
 from processing_latentvlm.processing_vedas import LATENT_TOKEN
 
@@ -309,7 +309,9 @@ def test_renumbered_positions_do_not_depend_on_the_batch(tokenizer, processor, s
     """Filling takes no number: a short row beside a long one, with more to select than it has tokens."""
     tokenizer = build_tokenizer((LATENT_TOKEN,))
     processor = VedasProcessor(processor.image_processor, tokenizer, chat_template=processor.chat_template)
-    model = build_vedas(tokenizer, routing_scope=scope, routing_positions="renumbered", alpha=60, step_alpha=9)
+    model = build_vedas(
+        tokenizer, routing_scope=scope, routing_positions="renumbered", num_routed_tokens=60, num_routed_step_tokens=9
+    )
     talks = [user_turn("hi"), user_turn("which of the two is it, left or right?" * 3, picture(84, 112, 1))]
     output = model.generate(**encode(processor, talks), **GREEDY)
     for row, talk in enumerate(talks):

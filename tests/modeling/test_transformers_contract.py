@@ -131,7 +131,7 @@ def test_no_override_swallows_an_unknown_keyword():
             swallowing.append(f"{cls.__module__}.{cls.__qualname__}.{name}")
     # The first raises whatever it is given, the second says once what it ignores.
     assert sorted(swallowing) == [
-        "modeling_latentvlm.latent_decoding.LatentDecodingMixin.generate_batch",
+        "modeling_latentvlm.generation_common.LatentGenerationMixin.generate_batch",
         "train.common.training_model.LatentTrainer.create_model_card",
     ]
 

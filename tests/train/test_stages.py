@@ -160,7 +160,13 @@ def hops(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hops")
     questions = write_dataset("hops", 4, 0, folder / "data", image_size=112, questions="steps")
     backbone = write_backbone(texts_of(questions), folder / "backbone", 64, 2, 400)
-    overrides = {"num_latent_steps": 4, "num_replay_tokens": 3, "routed_layers": [0], "alpha": 8, "step_alpha": 2}
+    overrides = {
+        "num_latent_steps": 4,
+        "num_replay_tokens": 3,
+        "routed_layers": [0],
+        "num_routed_tokens": 8,
+        "num_routed_step_tokens": 2,
+    }
     return convert_vedas(backbone, folder / "vedas", overrides=overrides), questions
 
 

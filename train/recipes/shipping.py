@@ -126,7 +126,7 @@ def ship(name: str, run: Path, folder: Path = CHECKPOINTS) -> Path:
     made = [made for made, _ in RECIPES[name][0](run, task, settings["scale"], **chosen)]
     own = made[: made.index(f"{source}/config.json") + 1]
     steps = [step for step in steps if step["made"] in own]
-    # Runs of earlier versions did not take it down, and where this runs says nothing about them.
+    # RowText of earlier versions did not take it down, and where this runs says nothing about them.
     machines = dict.fromkeys(step["hardware"] for step in steps if "hardware" in step)
     table = run / f"{name}.md"
     training = TRAINING.format(

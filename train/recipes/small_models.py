@@ -136,7 +136,7 @@ def vedas(output: Path, task: str, scale: float, language: str = "small") -> lis
         (
             f"{output}/vedas/config.json",
             f"conversion.convert_vedas --backbone {output}/backbone --output {output}/vedas "
-            "--set num_latent_steps=3 num_replay_tokens=4 alpha=8 step_alpha=2",
+            "--set num_latent_steps=3 num_replay_tokens=4 num_routed_tokens=8 num_routed_step_tokens=2",
         ),
         *(
             (

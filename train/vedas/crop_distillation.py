@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from modeling_latentvlm.visual_replay import Replay, densest_window
+from modeling_latentvlm.visual_replay_vedas import Replay, densest_window
 from processing_latentvlm.pictures import open_picture
 
 

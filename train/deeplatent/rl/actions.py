@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling_latentvlm.latent_former import modulate, root_mean_square
+from modeling_latentvlm.latent_former_deeplatent import modulate, root_mean_square
 from train.data.seeds import mix
 
 

@@ -124,7 +124,7 @@ class GRPOObjective(nn.Module):
         for row, trajectory in enumerate(trajectories):
             losses.append(self.losses_of(row, trajectory, scores, sums))
         count(sums, "entropy", scores.entropies)
-        words = policy._touch_latents(torch.stack([loss for loss, _ in losses]).mean())
+        words = policy._keep_latents_in_graph(torch.stack([loss for loss, _ in losses]).mean())
         found = [loss for _, loss in losses if loss is not None]
         latents = torch.stack(found).sum() / len(losses) if found else None
         loss = words if latents is None else words + latents

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from modeling_latentvlm.block_decoding import BlockDecoder, LatentContext
-from modeling_latentvlm.block_sites import find_block_sites
-from modeling_latentvlm.latent_former import RowImages
+from modeling_latentvlm.decoding_blocks import BlockDecoder
+from modeling_latentvlm.decoding_deeplatent import DeepLatentContext
+from modeling_latentvlm.row_images import RowImages
 from modeling_latentvlm.trace import LatentTrace
 from train.deeplatent.rl.actions import act, categorical_divergence, limit_logits
 from train.deeplatent.rl.rollouts import RolloutArguments, Trajectory
@@ -95,9 +95,9 @@ def replay(model, trajectories: list[Trajectory], output_latents: bool = False) 
     input_ids = input_ids.to(device)
     images = [move(trajectory.prompt.images, device) for trajectory in trajectories]
     actions = StoredActions(trajectories)
-    context = LatentContext(images=images, output_latents=output_latents, modulator=actions)
+    context = DeepLatentContext(images=images, output_latents=output_latents, modulator=actions)
     grids = [grid for trajectory in trajectories for grid in trajectory.grids]
-    sites = find_block_sites(input_ids, config, torch.tensor(grids) if grids else None)
+    sites = model.find_blocks(input_ids, torch.tensor(grids) if grids else None)
     decoder = BlockDecoder(model, context, None, False, {})
     prompts = torch.tensor([len(trajectory.prompt.input_ids) for trajectory in trajectories], device=device)
     in_prompt = torch.arange(max(lengths), device=device) < prompts[:, None]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from modeling_latentvlm.latent_former import RowImages
+from modeling_latentvlm.row_images import RowImages
 from train.data.reasoning_data import ReasoningSample
 from train.data.seeds import mix
 from train.deeplatent.rl.actions import act

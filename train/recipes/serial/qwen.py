@@ -40,7 +40,7 @@ def qwen_backbone(place: Place, layers: int = LAYERS) -> list[Stage]:
             f"{model}/config.json",
             # A token is replayed once: all steps together have at most the 16 of a picture.
             f"conversion.convert_vedas --backbone {backbone} --output {model} --seed {place.seed} "
-            f"--set num_latent_steps={STEPS} num_replay_tokens=3 alpha=8 step_alpha=2",
+            f"--set num_latent_steps={STEPS} num_replay_tokens=3 num_routed_tokens=8 num_routed_step_tokens=2",
             0.1,
         ),
     ]

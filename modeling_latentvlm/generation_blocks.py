@@ -1,16 +1,13 @@
 """`generate` for models that open latent blocks: transformers' own decoding loops, with the blocks inside `forward`."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.utils import logging
 
 from configuration_latentvlm.transformers_api import CACHE, cache_keyword, take_cache
-from modeling_latentvlm.block_decoding import LatentContext
-from modeling_latentvlm.block_sites import check_grid, find_block_sites
-from modeling_latentvlm.generation_rules import (
+from modeling_latentvlm.decoding_blocks import BlockContext
+from modeling_latentvlm.generation_checks import (
     LastTokens,
     LatentBlockLimits,
     check_settings,
@@ -18,11 +15,11 @@ from modeling_latentvlm.generation_rules import (
     infer_attention_mask,
     stop_reasons,
 )
+from modeling_latentvlm.generation_common import LatentGenerationMixin
 from modeling_latentvlm.interventions import Intervention, prepare_intervention
-from modeling_latentvlm.latent_decoding import LatentDecodingMixin
+from modeling_latentvlm.latent_state import check_continuation, find_state
 from modeling_latentvlm.prompt_checks import check_numbers
 from modeling_latentvlm.row_images import drop_cached_items
-from modeling_latentvlm.segments import check_continuation, find_state
 from modeling_latentvlm.trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_rows
 
 
@@ -30,8 +27,8 @@ logger = logging.get_logger(__name__)
 VISION_GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
 
-class LatentGenerationMixin(LatentDecodingMixin):
-    """`generate` over `LatentContext`; the class beside it brings `forward`, `_encode_images` and `_rope_positions`."""
+class BlockGenerationMixin(LatentGenerationMixin):
+    """`generate` over `BlockContext`; the class beside it brings `forward`, `_encode_images` and `_rope_positions`."""
 
     @torch.no_grad()
     def generate(
@@ -46,8 +43,6 @@ class LatentGenerationMixin(LatentDecodingMixin):
         latent_grid: tuple[int, int] | None = None,
         latent_grid_hw: Tensor | None = None,
         latent_intervention: str | Intervention | None = None,
-        latent_noise: bool = False,
-        latent_modulator: Callable | None = None,
         output_latents: bool = False,
         **kwargs,
     ) -> LatentGenerateOutput | LatentGenerateBeamOutput | torch.LongTensor:
@@ -62,39 +57,46 @@ class LatentGenerationMixin(LatentDecodingMixin):
             latent_grid: (height, width) of every block instead of the predicted one.
             latent_grid_hw: (blocks, 2), grids of the blocks that stand in the prompt.
             latent_intervention: replaces latents before they enter the language model (`interventions.py`).
-            latent_noise: draw the stochastic term of the modulation.
-            latent_modulator: takes the place of the modulation, and may record it (rollouts of reinforcement learning):
-                `f(row, number of the block in the row, kind, base, gamma, beta, log_sigma)`, see `latent_former.py`.
             output_latents: return a `latent_trace`; needs `return_dict_in_generate=True`.
 
         Raises:
             ValueError: a decoding mode that cannot work with latents, or inputs that do not fit together.
         """
+        wishes = {"latent_grid": latent_grid, "latent_grid_hw": latent_grid_hw, "output_latents": output_latents}
+        wishes |= {"low": min_latent_blocks, "high": max_latent_blocks, "intervention": latent_intervention}
+        arguments = (inputs, generation_config, logits_processor, stopping_criteria)
+        return self._generate_with_blocks(BlockContext(images=[]), wishes, *arguments, **kwargs)
+
+    def _generate_with_blocks(
+        self,
+        context: BlockContext,
+        wishes: dict,
+        inputs,
+        generation_config,
+        logits_processor,
+        stopping_criteria,
+        **kwargs,
+    ):
+        """`generate` on a context of the architecture's own.
+
+        Args:
+            wishes: `low` and `high` numbers of blocks, `latent_grid`, `latent_grid_hw`, `intervention` and `output_latents` as given.
+        """
+        # What this call wants of its blocks.
         kwargs |= cache_keyword(take_cache(kwargs))
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
-        check_settings(settings, kwargs, output_latents, self.device)
-        low, high = self._block_limits(settings, min_latent_blocks, max_latent_blocks)
-        context = self._new_generation_context(latent_grid, latent_intervention, latent_noise, output_latents, high)
-        context.modulator = latent_modulator
-        self._check_modulation(latent_noise, latent_modulator)
+        check_settings(settings, kwargs, wishes["output_latents"], self.device)
+        low, high = self._block_limits(settings, wishes["low"], wishes["high"])
+        latent_grid, latent_grid_hw = wishes["latent_grid"], wishes["latent_grid_hw"]
+        self._fill_context(context, latent_grid, wishes["intervention"], wishes["output_latents"], high)
+        # The prompt: its images are encoded and its blocks found before the first forward.
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         input_ids = self._check_prompt(input_ids, kwargs)
-        prompt_ids, inputs_embeds = input_ids, kwargs.get("inputs_embeds")
         prompt_length = 0 if input_ids is None else input_ids.shape[1]
-        if inputs_embeds is not None:
-            prompt_ids = self._find_ids(input_ids, inputs_embeds)
-            has_images = bool((prompt_ids[..., None] == prompt_ids.new_tensor(self._placeholder_tokens)).any())
-            prompt_ids = prompt_ids if has_images else input_ids
-        if prompt_ids is not None:
-            kwargs |= self._prepare_prompt(prompt_ids, latent_grid_hw, context, settings, kwargs)
-        else:
-            context.images = [None] * len(self._check_blind_prompt(kwargs, low, latent_grid, latent_grid_hw))
-            if inputs_embeds is not None and kwargs.get("position_ids") is None:
-                # transformers up to 5.17 cannot expand a None to beams.
-                mask, no_images = kwargs.get("attention_mask"), dict.fromkeys(VISION_GRIDS)
-                kwargs["position_ids"] = self._rope_positions(self._find_ids(None, inputs_embeds), mask, no_images)
+        self._read_prompt(input_ids, latent_grid, latent_grid_hw, low, context, settings, kwargs)
+        # The decoding loop of transformers, with limits on what may be written.
         can_open = torch.tensor([images is not None for images in context.images])
-        limits = LatentBlockLimits(prompt_length, self.config, can_open, low, high)
+        limits = LatentBlockLimits(prompt_length, self.block_tokens, can_open, low, high)
         watch = []
         if high and (settings.num_beams or 1) == 1:  # beams change places between being written and being read
             context.last_tokens = LastTokens()
@@ -107,6 +109,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
             latent_context=context,
             **kwargs,
         )
+        # The account of what happened.
         context.check_reached(len(context.images) * expansion(settings))
         cache = kwargs.get(CACHE) if isinstance(output, Tensor) else output.get(CACHE)
         if hasattr(cache, "latent_state"):
@@ -117,6 +120,22 @@ class LatentGenerationMixin(LatentDecodingMixin):
         if isinstance(output, Tensor):
             return output
         return self._account(output, context, prompt_length, settings, kwargs)
+
+    def _read_prompt(self, input_ids, latent_grid, latent_grid_hw, low: int, context, settings, kwargs: dict) -> None:
+        """Encode and place the prompt, which may be given as embeddings; changes `kwargs` and `context`."""
+        prompt_ids, inputs_embeds = input_ids, kwargs.get("inputs_embeds")
+        if inputs_embeds is not None:
+            prompt_ids = self._find_ids(input_ids, inputs_embeds)
+            has_images = bool((prompt_ids[..., None] == prompt_ids.new_tensor(self._placeholder_tokens)).any())
+            prompt_ids = prompt_ids if has_images else input_ids
+        if prompt_ids is not None:
+            kwargs |= self._prepare_prompt(prompt_ids, latent_grid_hw, context, settings, kwargs)
+        else:
+            context.images = [None] * len(self._check_blind_prompt(kwargs, low, latent_grid, latent_grid_hw))
+            if inputs_embeds is not None and kwargs.get("position_ids") is None:
+                # transformers up to 5.17 cannot expand a None to beams.
+                mask, no_images = kwargs.get("attention_mask"), dict.fromkeys(VISION_GRIDS)
+                kwargs["position_ids"] = self._rope_positions(self._find_ids(None, inputs_embeds), mask, no_images)
 
     def known_answer_settings(self, grids: Tensor | None) -> dict:
         blocks = min(1, self.config.max_latent_blocks)
@@ -135,7 +154,7 @@ class LatentGenerationMixin(LatentDecodingMixin):
         return [None] if embeds is None else embeds
 
     def _warn_if_unused(self, sequences: Tensor, prompt_length: int, can_open: Tensor) -> bool:
-        unused = not (sequences[:, prompt_length:] == self.config.latent_start_token_id).any()
+        unused = not (sequences[:, prompt_length:] == self.block_tokens.start).any()
         if unused:
             logger.warning_once(
                 f"No latent block was opened: none of the {int(can_open.sum())} rows with an image wrote `<latent>`. "
@@ -143,33 +162,16 @@ class LatentGenerationMixin(LatentDecodingMixin):
             )
         return unused
 
-    def _new_generation_context(self, grid, intervention, noise: bool, output_latents: bool, max_blocks: int):
+    def _fill_context(self, context: BlockContext, grid, intervention, output_latents: bool, max_blocks: int) -> None:
         """What this call wants of its blocks, checked."""
-        intervention = prepare_intervention(intervention, self.config.latent_mode == "autoregressive")
+        context.intervention = prepare_intervention(intervention, self.block_latents.is_one_at_a_time)
         if grid is not None:
             if not isinstance(grid, tuple | list):
                 raise ValueError(f"`latent_grid` must be (height, width) in whole numbers, got {grid!r}.")
             grid = tuple(grid)
-            check_grid(grid, self.config, "`latent_grid`")
-        return LatentContext(
-            images=[],
-            finite=[],
-            intervention=intervention,
-            noise=noise,
-            output_latents=output_latents,
-            grid=grid,
-            max_blocks=max_blocks,
-        )
-
-    def _check_modulation(self, noise: bool, modulator: Callable | None) -> None:
-        """Raise for what would change the modulation of a model that has none."""
-        if not isinstance(noise, bool | None):
-            raise ValueError(f"`latent_noise` must be True or False, got {noise!r}.")
-        given = ["latent_noise"] * bool(noise) + ["latent_modulator"] * (modulator is not None)
-        is_autoregressive = self.config.latent_mode == "autoregressive"
-        if given and (is_autoregressive or not (self.config.modulate_queries or self.config.modulate_images)):
-            reason = "autoregressive latents are hidden states" if is_autoregressive else "both kinds are switched off"
-            raise ValueError(f"{given} would do nothing: there is no modulation, since {reason}.")
+            self.block_latents.check_grid(grid, "`latent_grid`")
+        context.grid, context.max_blocks = grid, max_blocks
+        context.output_latents, context.finite = output_latents, []
 
     def _block_limits(self, settings, low: int | None, high: int | None) -> tuple[int, int]:
         """The fewest and most blocks, from the arguments, the generation config or the model config."""
@@ -204,11 +206,11 @@ class LatentGenerationMixin(LatentDecodingMixin):
             vision = drop_cached_items(input_ids, seen, vision, self.config, self.model.visual.spatial_merge_size)
         new_ids = input_ids[:, seen:].to(self._input_device(input_ids))
         context.prompt_ids = new_ids
-        sites = find_block_sites(new_ids, self.config, latent_grid_hw, open_ended=True)
-        lone = [site for row in sites for site in row if site.grid is None]
-        if lone and state is None and latent_grid_hw is None:
+        sites = self.find_blocks(new_ids, latent_grid_hw, open_ended=True)
+        sites_without_grid = [site for row in sites for site in row if site.grid is None]
+        if sites_without_grid and state is None and latent_grid_hw is None:
             raise ValueError(
-                f"Row {lone[0].row} of the prompt opens a latent block at column {lone[0].column}, but `latent_grid_hw` is not "
+                f"Row {sites_without_grid[0].row} of the prompt opens a latent block at column {sites_without_grid[0].column}, but `latent_grid_hw` is not "
                 f"given. Pass the grids, or the `{CACHE}`, that `generate` returned with the sequences."
             )
         self._check_length(input_ids, attention_mask, self._count_block_tokens(sites, state))
@@ -253,12 +255,10 @@ class LatentGenerationMixin(LatentDecodingMixin):
 
     def _largest_block(self, grid: tuple[int, int] | None) -> int:
         """Cache slots of a block beyond its `<latent>`."""
-        if self.config.latent_mode == "autoregressive":
-            return 1 + (grid or (1, self.config.num_autoregressive_latents))[1]
-        height, width = grid or (self.config.latent_grid_size, self.config.latent_grid_size)
-        return self.config.num_control_tokens + height * width + 1
+        height, width = grid or self.block_latents.largest_grid()
+        return self.block_latents.num_controls + height * width + 1
 
-    def _account(self, output, context: LatentContext, prompt_length: int, settings, kwargs):
+    def _account(self, output, context: BlockContext, prompt_length: int, settings, kwargs):
         """Add block counts, grids, stop reasons and the trace to what the decoding loop returned."""
         rows = output.sequences.shape[0]
         steps = follow_rows(context.steps, rows, getattr(output, "beam_indices", None))

@@ -1,7 +1,7 @@
 """Routing depth scaling (Vedas): layers that a router runs deeper for some tokens.
 
     s          = router(x)                                              eq. 10, x the layer's ordinary output
-    T          = the alpha best of the competing tokens
+    T          = the num_tokens best of the competing tokens
     h_0        = x[T];  h_d = layer(h_(d-1)), attending to selected tokens only, causally      eq. 11
     x[T]      += sum over d of  g(s[T]) * h_d * e_d                     eq. 12
 
@@ -50,7 +50,7 @@ class DepthRouter(nn.Module):
 
 
 @dataclass
-class Piece:
+class RoutedKeyValues:
     """Keys and values that one segment selected in one layer and depth."""
 
     keys: Tensor  # (B, heads, k, H)
@@ -61,9 +61,9 @@ class Piece:
 class RoutedMemory:
     """The second-pass keys and values of earlier segments; one object per segment, so that a layer can run again."""
 
-    def __init__(self, earlier: dict[tuple[int, int], list[Piece]] | None = None):
+    def __init__(self, earlier: dict[tuple[int, int], list[RoutedKeyValues]] | None = None):
         self.earlier = earlier or {}
-        self.own: dict[tuple[int, int], Piece] = {}
+        self.own: dict[tuple[int, int], RoutedKeyValues] = {}
 
     def following(self) -> "RoutedMemory":
         places = self.earlier.keys() | self.own.keys()
@@ -85,7 +85,7 @@ class MemoryView:
         self, keys: Tensor, values: Tensor, layer_idx: int, kwargs: dict | None = None
     ) -> tuple[Tensor, Tensor]:
         # `kwargs` are those of the attention (transformers >= 5.24), of which plain tensors need none.
-        self.memory.own.setdefault(self.place, Piece(keys, values, self.own_mask))
+        self.memory.own.setdefault(self.place, RoutedKeyValues(keys, values, self.own_mask))
         return (
             torch.cat([*(piece.keys for piece in self.pieces), keys], dim=-2),
             torch.cat([*(piece.values for piece in self.pieces), values], dim=-2),
@@ -100,7 +100,7 @@ class Routing:
     """What one forward of the language model routes. Layers without a router ignore it."""
 
     competing: Tensor  # (B, T) bool
-    alphas: list[int]  # per layer
+    num_tokens: list[int]  # per layer
     gate: str  # "sigmoid" or "softmax"
     memory: RoutedMemory | None = None
     rotary: nn.Module | None = None  # given: selected tokens are numbered anew
@@ -108,10 +108,10 @@ class Routing:
     picked: dict[int, Tensor] = field(default_factory=dict)  # layer -> (B, k) selected columns, -1 where none
 
 
-def select_tokens(scores: Tensor, competing: Tensor, alpha: int) -> Tensor:
+def select_tokens(scores: Tensor, competing: Tensor, num_tokens: int) -> Tensor:
     """The columns of the best tokens, best first; ties go to the lowest column: (B, k)."""
     scores = scores.masked_fill(~competing, float("-inf"))
-    return scores.sort(dim=1, descending=True, stable=True).indices[:, : min(alpha, scores.shape[1])]
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, : min(num_tokens, scores.shape[1])]
 
 
 def gate_values(scores: Tensor, competing: Tensor, gate: str) -> Tensor:
@@ -166,7 +166,7 @@ class RoutedLayerMixin:
     def deepen(self, states: Tensor, position_embeddings: tuple[Tensor, Tensor], routing: Routing) -> Tensor:
         layer, implementation = self.self_attn.layer_idx, self.self_attn.config._attn_implementation
         scores, scales = self.router(states)
-        best = select_tokens(scores, routing.competing, routing.alphas[layer])
+        best = select_tokens(scores, routing.competing, routing.num_tokens[layer])
         columns = best.sort(dim=1).values
         attended = routing.competing.gather(1, columns)
         routing.picked.setdefault(layer, columns.masked_fill(~attended, -1).detach())

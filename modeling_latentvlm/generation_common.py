@@ -55,7 +55,7 @@ def check_mask(attention_mask: Tensor, input_ids: Tensor) -> None:
         )
 
 
-class LatentDecodingMixin(BackboneCallsMixin, KnownAnswersMixin, PicklingMixin):
+class LatentGenerationMixin(BackboneCallsMixin, KnownAnswersMixin, PicklingMixin):
     """For a class that brings `forward(..., latent_context=...)` and lies before `GenerationMixin`."""
 
     _skip_keys_device_placement = list(CACHE_NAMES)  # with a `device_map`, each layer's part stays where the layer is
@@ -144,18 +144,6 @@ class LatentDecodingMixin(BackboneCallsMixin, KnownAnswersMixin, PicklingMixin):
             one = self.get_input_embeddings()(torch.tensor([token], device=self._input_device(ids))).to(inputs_embeds)
             ids = ids.masked_fill((inputs_embeds == one).all(dim=-1), token)
         return ids
-
-    def _embed_prompt(self, input_ids: Tensor, context, inputs_embeds: Tensor | None = None) -> Tensor:
-        """Token embeddings with image features in their placeholders; takes the features out of `context`."""
-        embeds = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
-        for token, by_row in context.placeholders.items():
-            features = [context.of_row(by_row, row, len(input_ids)) for row in range(len(input_ids))]
-            features = [values for values in features if values is not None]
-            if features:
-                mask = (input_ids == token)[..., None].to(embeds.device)
-                embeds = embeds.masked_scatter(mask, torch.cat(features).to(embeds.device, embeds.dtype))
-        context.placeholders = {}
-        return embeds
 
     def prepare_inputs_for_generation(
         self,

@@ -1,12 +1,4 @@
-"""Sequences with latents in them: what a KV cache must remember, and how a batch is cut into segments.
-
-A block's latents depend on the hidden states before it, so a sequence with K blocks enters the language model as K + 1
-segments, each one forward over what is new:
-
-    segment 0:  text ... <latent> e_s e_q e_v          segment 1:  z_1 .. z_N </latent> text ...
-
-Rows of a batch open blocks at different places and of different sizes. Segment k of every row is padded to the longest;
-padding is masked out of the cache and consumes no position. Training and `generate` go through the same code.
+"""What a KV cache with latents in it must remember beside keys and values, and whether a prompt continues it.
 
 Shapes: B rows, S new tokens, L cache slots so far, D hidden size.
 """
@@ -15,14 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from configuration_latentvlm.transformers_api import CACHE
-from modeling_latentvlm.block_sites import BlockSite
 
 
 @dataclass
-class Sequence:
+class EmbeddedBatch:
     """A padded batch on its way through the decoder."""
 
     embeds: Tensor  # (B, T, D)
@@ -43,11 +34,11 @@ class Sequence:
         """(B,) the position behind every row's last."""
         return (self.positions.amax(0) + 1).masked_fill(~self.attended, 0).amax(1)
 
-    def rows(self, rows: Tensor) -> "Sequence":
-        return Sequence(self.embeds[rows], self.attended[rows], self.positions[:, rows])
+    def rows(self, rows: Tensor) -> "EmbeddedBatch":
+        return EmbeddedBatch(self.embeds[rows], self.attended[rows], self.positions[:, rows])
 
-    def join(self, other: "Sequence") -> "Sequence":
-        return Sequence(
+    def join(self, other: "EmbeddedBatch") -> "EmbeddedBatch":
+        return EmbeddedBatch(
             torch.cat([self.embeds, other.embeds], dim=1),
             torch.cat([self.attended, other.attended], dim=1),
             torch.cat([self.positions, other.positions], dim=2),
@@ -65,7 +56,9 @@ class LatentState:
     has_holes: bool = False  # whether any slot is masked; without, attention keeps its fast path
     images: list = field(default_factory=list)  # B x RowImages | None
     grids: list[list[tuple[int, int]]] = field(default_factory=list)  # B x (height, width) of each block
-    sequence: Sequence | None = None  # all embeddings so far, where nothing can be cached (Vedas, scope "reference")
+    sequence: EmbeddedBatch | None = (
+        None  # all embeddings so far, where nothing can be cached (Vedas, scope "reference")
+    )
 
     @classmethod
     def empty(cls, batch_size: int, device: torch.device, images: list) -> "LatentState":
@@ -176,111 +169,3 @@ def check_continuation(cache: Cache, state: LatentState, input_ids: Tensor, atte
             f"`input_ids` do not continue `{CACHE}`: row {row} has token {int(input_ids[row, column])} at column "
             f"{column}, the cache has {int(state.tokens[row, column])}."
         )
-
-
-class SegmentLayer(DynamicLayer):
-    """Keys and values of one segment beside those of the earlier ones, never written twice.
-
-    Under gradient checkpointing a layer runs again in the backward pass. Then it must see what it saw before: the
-    pieces before its own segment, as the tensors they were, and its own result must not be appended a second time.
-    """
-
-    def __init__(self, pieces: tuple[tuple[Tensor, Tensor], ...] = ()):
-        super().__init__()
-        self.pieces, self.own = pieces, None
-
-    def update(self, key_states: Tensor, value_states: Tensor, kwargs: dict | None = None) -> tuple[Tensor, Tensor]:
-        # `kwargs` are those of the attention (transformers >= 5.24), of which a layer of plain tensors needs none.
-        if self.own is None:
-            self.own = (key_states, value_states)
-        keys, values = zip(*self.pieces, (key_states, value_states))
-        return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
-
-    def get_seq_length(self) -> int:
-        return sum(keys.shape[-2] for keys, _ in self.pieces)
-
-    def following(self) -> "SegmentLayer":
-        return SegmentLayer((*self.pieces, self.own))
-
-
-def first_segment_cache(num_layers: int) -> Cache:
-    """A cache for training: one object per segment, so that every segment can be run again on its own."""
-    return Cache(layers=[SegmentLayer() for _ in range(num_layers)])
-
-
-def next_segment_cache(cache: Cache) -> Cache:
-    return Cache(layers=[layer.following() for layer in cache.layers])
-
-
-@dataclass
-class Block:
-    """A block that was opened and is to be decoded: what the next segment of its row begins with."""
-
-    site: BlockSite
-    latents: Tensor  # (P, D) those not decoded yet: all, or the last in autoregressive mode
-    positions: Tensor  # (P, 3)
-    end_position: Tensor  # (3,)
-    decoded: list[list[Tensor]] = field(default_factory=list)  # per layer, hidden states of latents decoded already
-
-
-@dataclass
-class Runs:
-    """A row cut at its blocks: the text of each of its segments."""
-
-    embeds: tuple[Tensor, ...]  # (run, D)
-    positions: tuple[Tensor, ...]  # (run, 3), as if blocks took no position
-    attended: tuple[Tensor, ...]  # (run,) bool
-    shift: int = 0  # positions that the blocks so far took
-
-
-@dataclass
-class Piece:
-    """One row's part of one segment: [latents][</latent>][run][controls]."""
-
-    block: Block | None
-    opening: BlockSite | None
-    num_latents: int = 0
-    num_ends: int = 0
-    num_run: int = 0
-    open_position: Tensor | None = None  # (3,) of the `<latent>` that ends the run
-    embeds: Tensor | None = None
-    positions: Tensor | None = None
-    attended: Tensor | None = None
-    is_token: Tensor | None = None
-    runs: Runs | None = None
-    row: int = 0
-
-
-@dataclass
-class Segment:
-    pieces: list[Piece]
-    layers: list[Tensor]  # (B, T, D): the last hidden state, then one per layer if asked for
-
-
-def split_runs(values: Tensor, sites: list[BlockSite]) -> tuple[Tensor, ...]:
-    """Cut one row at its blocks; placeholders and what stands between `<latent>` and `</latent>` fall away."""
-    sizes, at = [], 0
-    for site in sites:
-        sizes += [site.column + 1 - at, site.num_pads]
-        at = site.column + 1 + site.num_pads
-    return values.split([*sizes, values.shape[0] - at])[::2]
-
-
-def join_row(segments: list[Segment], row: int, layer: int) -> Tensor:
-    """Put the hidden states of one row back in the order of its `input_ids`: (S, D)."""
-    parts = []
-    for segment in segments:
-        piece, values = segment.pieces[row], segment.layers[layer][row]
-        sizes = [piece.num_latents, piece.num_ends, piece.num_run]
-        latents, end, run, rest = values.split([*sizes, values.shape[0] - sum(sizes)])
-        if piece.block is not None and piece.block.site.num_pads:
-            parts += [decoded[layer] for decoded in piece.block.decoded] + [latents]
-        parts.append(end)
-        if piece.opening is None:
-            parts.append(run)
-        elif piece.opening.num_pads:
-            parts += [run, rest[: len(piece.embeds) - sum(sizes)]]
-        else:
-            # A lone `<latent>` answers with what follows its `</latent>`, in the next segment.
-            parts.append(run[:-1])
-    return torch.cat(parts)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from modeling_latentvlm.decoding_common import DecodingContext, SegmentDecoder
 from modeling_latentvlm.saliency import LastStateRecorder, SaliencyRecorder
-from modeling_latentvlm.segment_decoding import DecodingContext, SegmentDecoder
-from modeling_latentvlm.sliding_window import Focus, VisualTokens, focus_on_all, focus_on_windows
+from modeling_latentvlm.sliding_window_lare import Focus, VisualTokens, focus_on_all, focus_on_windows
 from modeling_latentvlm.trace import LatentStep
 
 
@@ -35,7 +35,7 @@ class RefocusContext(DecodingContext):
 
 
 @dataclass
-class Thought:
+class LastPositionStates:
     """What the language model has at the last position of each row."""
 
     hidden: Tensor  # (B, T, D) last hidden states of the segment
@@ -44,14 +44,14 @@ class Thought:
 
 
 @dataclass
-class Places:
+class PromptEnds:
     """Where every row's prompt ends: the columns before `ends`, and the answer from `starts` on."""
 
     ends: Tensor  # (B,)
     starts: Tensor  # (B,) two columns later in rows with a `<bot>` and an `<eot>` of their own
 
 
-def cut(values: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
+def slice_rows(values: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
     """Take columns `starts` to `ends` of every row: (B, S, ...) to (B, T, ...), what is beyond a row's end arbitrary."""
     first, last = torch.stack([starts, ends]).tolist()  # once: every look waits for the device
     if len(set(first)) == 1:
@@ -61,7 +61,7 @@ def cut(values: Tensor, starts: Tensor, ends: Tensor) -> Tensor:
     return values[torch.arange(len(values), device=starts.device)[:, None], columns.clamp(max=values.shape[1] - 1)]
 
 
-def change_of(latents: Tensor, earlier: Tensor, measure: str) -> Tensor:
+def measure_change(latents: Tensor, earlier: Tensor, measure: str) -> Tensor:
     """(B,) how much the mean latent changed between two steps, (B, K, D) each, without a unit."""
     now, before = latents.float().mean(dim=1), earlier.float().mean(dim=1)
     if measure == "cosine":
@@ -74,10 +74,15 @@ class RefocusDecoder(SegmentDecoder):
     """One run over prompt, refocusing steps and answer, or over one more token of an answer."""
 
     def __init__(self, model, context: RefocusContext, cache: Cache | None, use_cache: bool | None, kwargs: dict):
-        super().__init__(model, cache, use_cache, kwargs)
-        self.context = context
+        super().__init__(model, context, cache, use_cache, kwargs)
 
-    def run(self, input_ids: Tensor, embeds: Tensor, mask: Tensor, places: Places) -> Tensor:
+    def embed_prompt(self, input_ids: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
+        embeds = super().embed_prompt(input_ids, inputs_embeds)
+        if self.model.training and not any(self.context.images):
+            embeds = embeds + run_dummy_vision(self.model, embeds)
+        return embeds
+
+    def run(self, input_ids: Tensor, embeds: Tensor, mask: Tensor, places: PromptEnds) -> Tensor:
         """Decode everything; return the hidden states of every column, (B, S, D).
 
         The last column of a prompt, or the row's own `<eot>`, has the hidden state that follows the latents.
@@ -100,9 +105,9 @@ class RefocusDecoder(SegmentDecoder):
         self.context.decode_step += 1
         return hidden
 
-    def answer_at_once(self, embeds: Tensor, mask: Tensor, places: Places) -> Tensor:
+    def answer_at_once(self, embeds: Tensor, mask: Tensor, places: PromptEnds) -> Tensor:
         """Without steps nothing stands in the place of a row's `<bot><eot>`: both have what the column before has."""
-        hidden = self.extend(embeds, mask)
+        hidden = self.run_cached(embeds, mask)
         if bool((places.starts == places.ends).all()):
             return hidden
         columns = torch.arange(mask.shape[1], device=mask.device)
@@ -110,42 +115,42 @@ class RefocusDecoder(SegmentDecoder):
         sources = torch.where(is_own, (places.ends[:, None] - 1).clamp(min=0), columns)
         return hidden[torch.arange(len(hidden), device=mask.device)[:, None], sources]
 
-    def go_on(self, input_ids: Tensor, embeds: Tensor) -> Tensor:
+    def decode_next_token(self, input_ids: Tensor, embeds: Tensor) -> Tensor:
         """One more token of an answer."""
         self.prepare_cache(len(embeds), embeds, False)
         self.state.remember(input_ids, input_ids.shape[1])
         self.context.decode_step += 1
-        return self.extend(embeds, None)
+        return self.run_cached(embeds, None)
 
-    def extend(self, embeds: Tensor, attended: Tensor | None, **kwargs) -> Tensor:
+    def run_cached(self, embeds: Tensor, attended: Tensor | None, **kwargs) -> Tensor:
         """Run what is new on the cache, behind what is there: (B, T, D)."""
         attended = None if attended is None or bool(attended.all()) else attended
         positions = self.place(None, attended, *embeds.shape[:2], embeds.device)
         return self.decode(embeds, positions[0], attended, None, **kwargs)[0].to(embeds.device)
 
-    def observe(self, embeds: Tensor, attended: Tensor | None, is_followed: bool) -> Thought:
+    def observe(self, embeds: Tensor, attended: Tensor | None, is_followed: bool) -> LastPositionStates:
         """Run a segment of the latent phase, and record what the step behind it needs."""
         if not is_followed:
-            return Thought(self.extend(embeds, attended))
+            return LastPositionStates(self.run_cached(embeds, attended))
         states = LastStateRecorder()
         saliency = SaliencyRecorder(has_gradients=False) if self.watches else None
-        hidden = self.extend(embeds, attended, last_states=states, saliency=saliency)
+        hidden = self.run_cached(embeds, attended, last_states=states, saliency=saliency)
         stacked = states.stack() if self.config.backprop_through_latents else states.stack().detach()
-        return Thought(hidden, stacked, None if saliency is None else saliency.sum())
+        return LastPositionStates(hidden, stacked, None if saliency is None else saliency.sum())
 
     @property
     def watches(self) -> bool:
         """Whether steps need the saliency map: to place a window, or to show it."""
         return self.tokens.exists.shape[1] > 0 and (self.config.use_window or self.context.output_latents)
 
-    def refocus_and_answer(self, is_image: Tensor, embeds: Tensor, mask: Tensor, places: Places) -> Tensor:
+    def refocus_and_answer(self, is_image: Tensor, embeds: Tensor, mask: Tensor, places: PromptEnds) -> Tensor:
         rows, length = mask.shape
         columns = torch.arange(length, device=mask.device)
         in_prompt = columns < places.ends[:, None]
         zeros = torch.zeros_like(places.ends)
         self.columns = places.ends.tolist()
         with_bot, embeds, bot, eot = embeds, embeds[:, :-1], embeds[:, -1:], self.embed_eot(embeds)
-        prompt, width = cut(embeds, zeros, places.ends), max(self.columns)
+        prompt, width = slice_rows(embeds, zeros, places.ends), max(self.columns)
         self.tokens = VisualTokens.find((is_image & mask & in_prompt)[:, :width], prompt, self.config.image_grid_size)
         self.num_images = (self.tokens.exists.sum(dim=1) // self.config.image_grid_size**2).tolist()
         attended = torch.cat([(mask & in_prompt)[:, :width], torch.ones_like(mask[:, :1])], dim=1)
@@ -156,11 +161,13 @@ class RefocusDecoder(SegmentDecoder):
             end = self.read_latents(prompt, bot, eot, (mask & in_prompt & ~is_image)[:, :width])
 
         stops = torch.full_like(places.starts, length)
-        answer = cut(embeds, places.starts, stops)
+        answer = slice_rows(embeds, places.starts, stops)
         hidden = torch.cat([thought.hidden, end[:, None]], dim=1)  # (B, width + 2, D): prompt, <bot>, <eot>
         if answer.shape[1]:
             in_answer = columns[: answer.shape[1]] < (stops - places.starts)[:, None]
-            hidden = torch.cat([hidden, self.extend(answer, cut(mask, places.starts, stops) & in_answer)], dim=1)
+            hidden = torch.cat(
+                [hidden, self.run_cached(answer, slice_rows(mask, places.starts, stops) & in_answer)], dim=1
+            )
         return hidden[torch.arange(rows, device=mask.device)[:, None], self.sources(columns, places, width)]
 
     def read_latents(self, prompt: Tensor, bot: Tensor, eot: Tensor, is_text: Tensor) -> Tensor:
@@ -178,9 +185,9 @@ class RefocusDecoder(SegmentDecoder):
         one = torch.ones_like(taken[:, :1])
         self.start_afresh()
         embeds = torch.cat([prompt[rows, columns], bot, latents, eot], dim=1)
-        return self.extend(embeds, torch.cat([is_text[rows, columns], one, taken, one], dim=1))[:, -1]
+        return self.run_cached(embeds, torch.cat([is_text[rows, columns], one, taken, one], dim=1))[:, -1]
 
-    def sources(self, columns: Tensor, places: Places, width: int) -> Tensor:
+    def sources(self, columns: Tensor, places: PromptEnds, width: int) -> Tensor:
         """(B, S) which of the hidden states [prompt ; <bot> ; <eot> ; answer] each column of `input_ids` has."""
         ends, starts = places.ends[:, None], places.starts[:, None]
         has_own = starts > ends
@@ -192,7 +199,7 @@ class RefocusDecoder(SegmentDecoder):
         ids = torch.tensor([[self.config.eot_token_id]], device=embeds.device)
         return self.model.get_input_embeddings()(ids).to(embeds.dtype).expand(len(embeds), -1, -1)
 
-    def refocus(self, thought: Thought, eot: Tensor) -> Tensor:
+    def refocus(self, thought: LastPositionStates, eot: Tensor) -> Tensor:
         """Take the steps of every row: (B, D), the hidden state of its `<eot>`."""
         limit, measure = self.config.step_limit, self.config.adaptive_stop
         active = torch.ones(len(eot), dtype=torch.bool, device=eot.device)
@@ -201,7 +208,7 @@ class RefocusDecoder(SegmentDecoder):
             latents = self.make_latents(step, thought, active)
             ending = active if step == limit - 1 else torch.zeros_like(active)
             if measure is not None and earlier is not None:
-                is_still = change_of(latents, earlier, measure) < self.config.stop_threshold
+                is_still = measure_change(latents, earlier, measure) < self.config.stop_threshold
                 ending = ending | (active & is_still)
             going = active & ~ending
             # In training all take as many forwards: processes that share a model must not wait for each other.
@@ -229,7 +236,7 @@ class RefocusDecoder(SegmentDecoder):
         behind_pad = torch.arange(embeds.shape[1], device=eot.device) > 0
         return embeds, (ending[:, None] | behind_pad) & active[:, None]
 
-    def make_latents(self, step: int, thought: Thought, active: Tensor) -> Tensor:
+    def make_latents(self, step: int, thought: LastPositionStates, active: Tensor) -> Tensor:
         """Build Z of one step (LaRe, eq. 1-5), as the caller wants it changed: (B, K, D)."""
         config, tokens = self.config, self.tokens
         latents, focus, weights, maps = thought.states, None, None, None
@@ -308,3 +315,13 @@ class RefocusDecoder(SegmentDecoder):
         attention[:, focus.tokens[one.row][kept]] = weights[:, kept]
         is_pooled = len(one.latents) != len(attention)
         one.image_attention = attention.mean(dim=0, keepdim=True) if is_pooled else attention
+
+
+def run_dummy_vision(model, embeds: Tensor) -> Tensor:
+    """Zero, by way of vision tower and projector: a process without an image must not leave the others waiting."""
+    config = model.config.vision_config
+    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    dtype = model.model.multi_modal_projector.linear_1.weight.dtype
+    empty = embeds.new_zeros(1, config.num_channels, height, width).to(dtype)
+    features = model.model.get_image_features(empty, return_dict=True).pooler_output
+    return 0 * features[0].sum().to(embeds)

@@ -23,22 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-
-@dataclass
-class RowImages:
-    """The images a row may look at. Videos are one image per temporal slice: relative places collide, the index differs."""
-
-    features: Tensor  # (M, D) merged features, concatenated in order
-    grids: list[tuple[int, int]]  # (height, width) of each image, in merged patches
-    columns: list[int]  # of each image's first placeholder in the row's tokens, ascending
-
-    def before(self, column: int) -> "RowImages | None":
-        """The images that stand before a column: a block never sees what comes after it."""
-        count = sum(first < column for first in self.columns)
-        if count == len(self.columns):
-            return self
-        length = sum(height * width for height, width in self.grids[:count])
-        return RowImages(self.features[:length], self.grids[:count], self.columns[:count]) if count else None
+from modeling_latentvlm.row_images import RowImages
 
 
 class LatentBlocks(NamedTuple):
@@ -170,11 +155,9 @@ class LatentFormerAttention(nn.Module):
         key_mask: Tensor | None,  # (R, M) bool
         output_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        def split_heads(projected: Tensor) -> Tensor:  # (R, *, D) -> (R, *, A, H)
-            return projected.unflatten(-1, (self.num_heads, -1))
-
-        query, key = split_heads(self.q_proj(states)), split_heads(self.k_proj(context))
-        value = split_heads(self.v_proj(context)).transpose(1, 2)
+        heads = (self.num_heads, -1)  # (R, *, D) -> (R, *, A, H)
+        query, key = self.q_proj(states).unflatten(-1, heads), self.k_proj(context).unflatten(-1, heads)
+        value = self.v_proj(context).unflatten(-1, heads).transpose(1, 2)
         scale = query.shape[-1] ** -0.5
         num_grids = query_places.shape[2]
         query = torch.cat([rotate_2d(query, query_places[:, :, s], self.theta) for s in range(num_grids)], dim=-1)
@@ -234,7 +217,7 @@ class LatentFormerLayer(GradientCheckpointingLayer):
         self,
         latents: Tensor,  # (R, N, D)
         images: Tensor,  # (R, M, D)
-        places: "Places",
+        places: "AttentionGrid",
         output_attention: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         normed = self.self_norm(latents)
@@ -258,7 +241,7 @@ class LatentFormerLayer(GradientCheckpointingLayer):
 
 
 @dataclass
-class Places:
+class AttentionGrid:
     """Where latents and image features lie, as (y, x), and which of them are padding."""
 
     own: Tensor  # (R, N, 2) a latent in its own grid
@@ -279,13 +262,13 @@ def grid_places(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def move_places(places: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Places (N, 2) of one grid, at the same relative place in another."""
+    """AttentionGrid (N, 2) of one grid, at the same relative place in another."""
     # Axis by axis with plain numbers: a tensor of sizes would be copied to the device, which waits for it.
     axes = zip(places.unbind(-1), grid, target)
     return torch.stack([(place + 0.5) * wanted / size - 0.5 for place, size, wanted in axes], dim=-1)
 
 
-def locate(grids: list[tuple[int, int]], images: list[RowImages], device: torch.device) -> Places:
+def locate(grids: list[tuple[int, int]], images: list[RowImages], device: torch.device) -> AttentionGrid:
     """Place every latent and every image feature; the centre of a latent meets the same relative place of an image."""
     own, in_images, image, image_grid = [], [], [], []
     for (height, width), row in zip(grids, images):
@@ -300,7 +283,7 @@ def locate(grids: list[tuple[int, int]], images: list[RowImages], device: torch.
     num_grids = max(places.shape[1] for places in in_images)
     in_images = [F.pad(places, (0, 0, 0, num_grids - places.shape[1])) for places in in_images]
     own = pad_sequence(own, batch_first=True)
-    return Places(
+    return AttentionGrid(
         own=own,
         in_images=pad_sequence(in_images, batch_first=True),
         image=pad_sequence(image, batch_first=True),
@@ -370,13 +353,14 @@ class LatentBlockBuilder(nn.Module):
         # The backbone may be in another dtype: quantized, or float16 with these weights kept in float32.
         states = states.to(self.queries.weight.dtype)
         height_logits, width_logits = self.scale_head(states[:, 0])
-        grids = self.choose_grids(grids, height_logits, width_logits)
+        if None in grids:
+            grids = self.choose_grids(grids, height_logits, width_logits)
         queries = self.modulate_rows(
             self.query_modulation if self.config.modulate_queries else None,
             states[:, 1],
             [self.queries(*grid) for grid in grids],
             noise,
-            bind(modulators, "query"),
+            None if modulators is None else [partial(modulator, "query") for modulator in modulators],
         )
         if not len(self.layers):
             return LatentBlocks(queries, grids, height_logits, width_logits, None)
@@ -385,7 +369,7 @@ class LatentBlockBuilder(nn.Module):
             states[:, 2],
             [row.features.to(states) for row in images],
             noise,
-            bind(modulators, "image"),
+            None if modulators is None else [partial(modulator, "image") for modulator in modulators],
         )
         features = [values + self.embed_image_index(row, states.device) for values, row in zip(features, images)]
         places = locate(grids, images, states.device)
@@ -400,8 +384,6 @@ class LatentBlockBuilder(nn.Module):
 
     def choose_grids(self, grids, height_logits: Tensor, width_logits: Tensor) -> list[tuple[int, int]]:
         """Fill in the predicted grid where none is given, which waits for the device."""
-        if None not in grids:
-            return list(grids)
         if self.config.latent_scale == "fixed":
             return [grid or tuple(self.config.fixed_latent_grid) for grid in grids]
         predicted = torch.stack([height_logits.argmax(-1), width_logits.argmax(-1)], dim=-1).add(1).tolist()
@@ -425,10 +407,6 @@ class LatentBlockBuilder(nn.Module):
             modulate(base, gamma, beta, log_sigma, torch.randn_like(base) if noise else None)
             for base, gamma, beta, log_sigma in zip(bases, *modulation(states))
         ]
-
-
-def bind(modulators: list[Modulator] | None, kind: str) -> list[Callable] | None:
-    return None if modulators is None else [partial(modulator, kind) for modulator in modulators]
 
 
 def initialize_latent_module(module: nn.Module, query_rms: float) -> bool:

@@ -1,13 +1,13 @@
 """Run a language model segment by segment: its cache, the cache's state, masks and positions.
 
 Shared by the architectures. In training the cache is one object per segment, so that gradient checkpointing can run every
-segment's layers again (`segments.py`).
+segment's layers again (`latent_state.py`).
 
 Shapes: B rows, S new tokens, D hidden size.
 """
 
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
-from configuration_latentvlm.transformers_api import CACHE, cache_keyword
+from configuration_latentvlm.transformers_api import CACHE
 from modeling_latentvlm.interventions import Intervention, check_reached, intervene
-from modeling_latentvlm.latent_former import RowImages
-from modeling_latentvlm.segments import LatentState, first_segment_cache, next_segment_cache
+from modeling_latentvlm.latent_state import LatentState
+from modeling_latentvlm.row_images import RowImages
 from modeling_latentvlm.trace import LatentStep
+from modeling_latentvlm.training_cache import first_segment_cache, next_segment_cache
 
 
 logger = logging.get_logger(__name__)
@@ -61,8 +62,10 @@ class DecodingContext:
 
     def intervene(self, steps: list[LatentStep], num_rows: int) -> list[Tensor]:
         """The latents of steps taken together, changed as the caller wants; beams of one prompt count as one."""
-        prompts = list(range(len(self.images)))
-        changed = intervene(self.intervention, steps, [self.of_row(prompts, step.row, num_rows) for step in steps])
+        changed = [step.latents for step in steps]
+        if self.intervention is not None:
+            prompts = list(range(len(self.images)))
+            changed = intervene(self.intervention, steps, [self.of_row(prompts, step.row, num_rows) for step in steps])
         if self.finite is not None:
             self.finite += [([step.row], values.isfinite().all()[None]) for step, values in zip(steps, changed)]
         return changed
@@ -70,6 +73,9 @@ class DecodingContext:
     def check_reached(self, num_rows: int) -> None:
         """Raise where the intervention names latents that none of the rows has."""
         check_reached(self.intervention, num_rows)
+
+    def sorted_steps(self) -> list[LatentStep]:
+        return sorted(self.steps, key=lambda step: (step.row, step.index))
 
     def check_latents(self) -> None:
         """Raise unless all latents since the last check are finite: what follows others would be garbage.
@@ -94,10 +100,22 @@ class DecodingContext:
 class SegmentDecoder:
     """One run over new tokens. Holds what changes from segment to segment."""
 
-    def __init__(self, model, cache: Cache | None, use_cache: bool | None, kwargs: dict):
-        self.model, self.config = model, model.config
+    def __init__(self, model, context: DecodingContext, cache: Cache | None, use_cache: bool | None, kwargs: dict):
+        self.model, self.config, self.context = model, model.config, context
         self.text_model = model.model.language_model
         self.cache, self.use_cache, self.kwargs = cache, use_cache, kwargs
+
+    def embed_prompt(self, input_ids: Tensor, inputs_embeds: Tensor | None = None) -> Tensor:
+        """Token embeddings with image features in their placeholders; takes the features out of the context."""
+        embeds = self.text_model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+        for token, by_row in self.context.placeholders.items():
+            features = [self.context.of_row(by_row, row, len(input_ids)) for row in range(len(input_ids))]
+            features = [values for values in features if values is not None]
+            if features:
+                mask = (input_ids == token)[..., None].to(embeds.device)
+                embeds = embeds.masked_scatter(mask, torch.cat(features).to(embeds.device, embeds.dtype))
+        self.context.placeholders = {}
+        return embeds
 
     def prepare_cache(self, rows: int, embeds: Tensor, has_latents: bool) -> None:
         """Find or make the cache and its state. Latents need one; in training it is one object per segment."""
@@ -110,10 +128,12 @@ class SegmentDecoder:
                     "`use_cache=True` is ignored: with gradients, the cache of latents is not returned."
                 )
             self.cache = first_segment_cache(self.text_model.config.num_hidden_layers)
-        elif self.cache is None and (has_latents or (self.use_cache and not self.is_checkpointing())):
+        elif self.cache is None and (
+            has_latents or (self.use_cache and not (self.model.training and self.is_checkpointing()))
+        ):
             self.cache = DynamicCache(config=self.text_model.config)
             self.returned_cache = self.cache if self.use_cache else None
-        elif self.cache is not None and self.is_checkpointing():
+        elif self.cache is not None and self.model.training and self.is_checkpointing():
             raise ValueError(
                 f"Gradient checkpointing runs layers twice: it cannot extend the `{CACHE}` that were given."
             )
@@ -141,10 +161,9 @@ class SegmentDecoder:
         self.state.clear()
 
     def is_checkpointing(self) -> bool:
+        """In training mode: whether layers run again in the backward pass."""
         layers = self.text_model.layers
-        return (
-            self.model.training and torch.is_grad_enabled() and any(layer.gradient_checkpointing for layer in layers)
-        )
+        return torch.is_grad_enabled() and any(layer.gradient_checkpointing for layer in layers)
 
     def place(self, position_ids, mask, rows: int, length: int, device: torch.device) -> Tensor:
         """(3, B, S) positions of the new tokens, behind what the cache holds; advances `next_position`."""
@@ -165,13 +184,14 @@ class SegmentDecoder:
     ) -> list[Tensor]:
         """One forward of the language model. Returns the last hidden state, then those of all layers if asked for."""
         mask = self.state.append(attended, is_token, embeds.shape[1])
-        with self.kept_cache():
+        # Only in training mode do layers look at gradient checkpointing, with and without gradients.
+        with self.kept_cache() if self.model.training else nullcontext():
             output = self.text_model(
                 inputs_embeds=embeds,
                 attention_mask=mask,
                 position_ids=positions,
                 use_cache=self.cache is not None and not self.is_segmented,
-                **cache_keyword(self.cache),
+                **{CACHE: self.cache},
                 **(self.kwargs | kwargs),
             )
         if self.is_segmented:
@@ -182,7 +202,7 @@ class SegmentDecoder:
     def kept_cache(self):
         """Keep the cache under gradient checkpointing: `SegmentLayer` can be replayed, so it need not be dropped."""
         # transformers drops the cache in training mode, without gradients too.
-        active = self.cache is not None and self.model.training
+        active = self.cache is not None
         layers = [layer for layer in self.text_model.layers if layer.gradient_checkpointing] if active else []
         for layer in layers:
             if torch.is_grad_enabled() and getattr(layer._gradient_checkpointing_func, "keywords", {}).get(

@@ -65,10 +65,10 @@ class LatentBlockLimits(LogitsProcessor):
     Reads the count off the generated tokens, so it is right for every beam and needs no state.
     """
 
-    def __init__(self, prompt_length: int, config, can_open: Tensor, min_blocks: int, max_blocks: int):
-        self.prompt_length, self.start = prompt_length, config.latent_start_token_id
+    def __init__(self, prompt_length: int, tokens, can_open: Tensor, min_blocks: int, max_blocks: int):
+        self.prompt_length, self.start = prompt_length, tokens.start
         # Without blocks `<latent>` is one more token that is never written, and nothing has to be counted.
-        never = [config.latent_pad_token_id, config.latent_end_token_id, config.latent_start_token_id]
+        never = [tokens.pad, tokens.end, tokens.start]
         self.inner = torch.tensor(never if max_blocks == 0 else never[:2])
         self.can_open, self.min_blocks, self.max_blocks = can_open, min_blocks, max_blocks
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.cache_utils import Cache
 
-from modeling_latentvlm.routing import RoutedMemory, Routing
+from modeling_latentvlm.decoding_common import DecodingContext, SegmentDecoder
+from modeling_latentvlm.latent_state import EmbeddedBatch
+from modeling_latentvlm.routing_vedas import RoutedMemory, Routing
 from modeling_latentvlm.saliency import SaliencyRecorder
-from modeling_latentvlm.segment_decoding import DecodingContext, SegmentDecoder
-from modeling_latentvlm.segments import Sequence
 from modeling_latentvlm.trace import LatentStep
-from modeling_latentvlm.visual_replay import ImageTokens, Replay, densest_window, pick_tokens
+from modeling_latentvlm.visual_replay_vedas import ImageTokens, Replay, densest_window, pick_tokens
 
 
 @dataclass
@@ -38,8 +38,7 @@ class StepDecoder(SegmentDecoder):
     """One run over prompt, latent steps and answer, or over one more token of an answer."""
 
     def __init__(self, model, context: StepContext, cache: Cache | None, use_cache: bool | None, kwargs: dict):
-        super().__init__(model, cache, use_cache, kwargs)
-        self.context = context
+        super().__init__(model, context, cache, use_cache, kwargs)
         self.memory = RoutedMemory()
         self.replays: list[Replay] = []  # by step
         self.routed: Routing | None = None  # of the last forward
@@ -62,8 +61,8 @@ class StepDecoder(SegmentDecoder):
         self.num_steps = num_slots or self.context.num_steps
         self.prepare_cache(rows, embeds, self.num_steps > 0 or min(prompt_lengths) < length)
         is_image = (input_ids == self.config.image_token_id) & mask
-        prompt = cut(embeds, mask, positions, [slice(0, end) for end in prompt_lengths])
-        answer = cut(embeds, mask, positions, [slice(end + num_slots, length) for end in prompt_lengths])
+        prompt = slice_rows(embeds, mask, positions, [slice(0, end) for end in prompt_lengths])
+        answer = slice_rows(embeds, mask, positions, [slice(end + num_slots, length) for end in prompt_lengths])
         self.columns = [[end + (step if num_slots else 0) for step in range(self.num_steps)] for end in prompt_lengths]
         self.image_grids = [self.grids_of(row, is_image) for row in range(rows)]
         in_prompt = pad_sequence([row[:end] for row, end in zip(is_image, prompt_lengths)], batch_first=True)
@@ -127,51 +126,53 @@ class StepDecoder(SegmentDecoder):
                     f"(at least {self.num_steps * most} merged patches) or fewer steps."
                 )
 
-    def reason(self, prompt: Sequence, answer: Sequence, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def reason(self, prompt: EmbeddedBatch, answer: EmbeddedBatch, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take the steps, then the answer: hidden states (B, P, D), (B, steps, D), (B, A, D)."""
         if self.config.routing_scope == "incremental":
             return self.reason_incrementally(prompt, answer, start)
         return self.reason_in_context(prompt, answer, start)
 
-    def reason_incrementally(self, prompt: Sequence, answer: Sequence, start: Tensor):
+    def reason_incrementally(self, prompt: EmbeddedBatch, answer: EmbeddedBatch, start: Tensor):
         recorder = self.recorder(0, prompt.last())
-        hidden_prompt = self.extend(prompt, recorder, self.config.alphas())
+        hidden_prompt = self.run_cached(prompt, recorder, self.config.routed_token_counts())
         hidden = hidden_prompt[torch.arange(len(hidden_prompt)), prompt.last()]
         latents = []
         for step in range(self.num_steps):
             segment = self.segment(step, hidden, recorder)
             recorder = self.recorder(step + 1, None)
-            hidden = self.extend(segment, recorder, self.config.alphas(step=True))[:, -1]
+            hidden = self.run_cached(segment, recorder, self.config.routed_token_counts(step=True))[:, -1]
             self.note_routing(step)
             latents.append(hidden)
-        hidden_answer = self.extend(self.behind(answer, start), None, None) if answer.length else answer.embeds
+        hidden_answer = (
+            self.run_cached(self.shift_after_latents(answer, start), None, None) if answer.length else answer.embeds
+        )
         return hidden_prompt, stack_latents(latents, hidden), hidden_answer
 
-    def reason_in_context(self, prompt: Sequence, answer: Sequence, start: Tensor):
+    def reason_in_context(self, prompt: EmbeddedBatch, answer: EmbeddedBatch, start: Tensor):
         """Every step runs the whole prompt and all latents again; the last run fills the cache."""
         is_reference = self.config.routing_scope == "reference"
         so_far, ends, last = prompt, [], prompt.last()
         for step in range(self.num_steps):
             recorder = self.recorder(step, last)
-            hidden = self.compute(so_far, recorder)
+            hidden = self.run_uncached(so_far, recorder)
             self.note_routing(step - 1)
             hidden = hidden[torch.arange(len(hidden)), last]
             so_far = so_far.join(self.segment(step, hidden, recorder))
             last = torch.full_like(last, so_far.length - 1)
             ends.append(so_far.length - 1)
-        answer = self.behind(answer, start)
+        answer = self.shift_after_latents(answer, start)
         if is_reference:
             self.state.sequence = so_far.join(answer)
-            hidden = self.compute(self.state.sequence, None)
+            hidden = self.run_uncached(self.state.sequence, None)
             self.note_routing(self.num_steps - 1)
             hidden_answer = hidden[:, so_far.length :]
         else:
-            hidden = self.extend(so_far, None, self.config.alphas())
+            hidden = self.run_cached(so_far, None, self.config.routed_token_counts())
             self.note_routing(self.num_steps - 1)
-            hidden_answer = self.extend(answer, None, None) if answer.length else answer.embeds
+            hidden_answer = self.run_cached(answer, None, None) if answer.length else answer.embeds
         return hidden[:, : prompt.length], hidden[:, ends], hidden_answer
 
-    def go_on(self, input_ids: Tensor, embeds: Tensor) -> Tensor:
+    def decode_next_token(self, input_ids: Tensor, embeds: Tensor) -> Tensor:
         """One more token of an answer."""
         rows, length = input_ids.shape
         self.prepare_cache(rows, embeds, False)
@@ -181,8 +182,8 @@ class StepDecoder(SegmentDecoder):
         self.context.decode_step += 1
         if self.config.routing_scope != "reference":
             return self.decode(embeds, positions, None, None)[0]
-        self.state.sequence = self.state.sequence.join(Sequence(embeds, attended, positions))
-        return self.compute(self.state.sequence, None)[:, -length:]
+        self.state.sequence = self.state.sequence.join(EmbeddedBatch(embeds, attended, positions))
+        return self.run_uncached(self.state.sequence, None)[:, -length:]
 
     def recorder(self, step: int, columns: Tensor | None) -> SaliencyRecorder | None:
         """Records where step `step` looks; None where no step follows or nothing is replayed."""
@@ -191,15 +192,15 @@ class StepDecoder(SegmentDecoder):
             return None
         return SaliencyRecorder(columns)
 
-    def routing(self, competing: Tensor, alphas: list[int] | None) -> dict[str, Routing]:
+    def routing(self, competing: Tensor, num_tokens: list[int] | None) -> dict[str, Routing]:
         config = self.config
-        if alphas is None or not config.routed_layers:
+        if num_tokens is None or not config.routed_layers:
             return {}
         incremental = config.routing_scope == "incremental"
         self.memory = self.memory.following()
         self.routed = Routing(
             competing=torch.ones_like(competing) if config.routing_scope == "reference" else competing,
-            alphas=alphas,
+            num_tokens=num_tokens,
             gate=config.routing_gate,
             memory=self.memory if incremental else None,
             rotary=self.text_model.rotary_emb if config.routing_positions == "renumbered" else None,
@@ -216,15 +217,17 @@ class StepDecoder(SegmentDecoder):
                 picked = {layer: columns[one.row] for layer, columns in self.routed.picked.items()}
                 one.routed_tokens = {layer: columns[columns >= 0] for layer, columns in picked.items()}
 
-    def extend(self, sequence: Sequence, recorder: SaliencyRecorder | None, alphas: list[int] | None) -> Tensor:
-        """Run what is new on the cache, routed if `alphas` are given: (B, T, D)."""
+    def run_cached(
+        self, sequence: EmbeddedBatch, recorder: SaliencyRecorder | None, num_tokens: list[int] | None
+    ) -> Tensor:
+        """Run what is new on the cache, routed if `num_tokens` are given: (B, T, D)."""
         is_whole = sequence.is_whole or bool(sequence.attended.all())  # the first spares the wait for the second
         attended = None if is_whole else sequence.attended
         saliency = {} if recorder is None else {"saliency": recorder}
-        routing = self.routing(sequence.attended, alphas)
+        routing = self.routing(sequence.attended, num_tokens)
         return self.decode(sequence.embeds, sequence.positions, attended, None, **saliency, **routing)[0]
 
-    def compute(self, sequence: Sequence, recorder: SaliencyRecorder | None) -> Tensor:
+    def run_uncached(self, sequence: EmbeddedBatch, recorder: SaliencyRecorder | None) -> Tensor:
         """Run a whole sequence without the cache: (B, T, D)."""
         positions = sequence.positions
         if self.config.routing_scope == "reference":  # one-dimensional, pads counted
@@ -236,21 +239,21 @@ class StepDecoder(SegmentDecoder):
             position_ids=positions,
             use_cache=False,
             **saliency,
-            **self.routing(sequence.attended, self.config.alphas()),
+            **self.routing(sequence.attended, self.config.routed_token_counts()),
             **self.kwargs,
         ).last_hidden_state
 
-    def segment(self, step: int, hidden: Tensor, recorder: SaliencyRecorder | None) -> Sequence:
+    def segment(self, step: int, hidden: Tensor, recorder: SaliencyRecorder | None) -> EmbeddedBatch:
         """The segment of one step, `[B_t ; z_t]`, behind what there is."""
         rows = len(hidden)
         replay = None if recorder is None else self.pick(recorder)
         latent = hidden if self.config.backprop_through_latents else hidden.detach()
-        latent = self.change(step, latent, replay)[:, None]
+        latent = self.apply_intervention(step, latent, replay)[:, None]
         one = torch.ones(rows, 1, dtype=torch.bool, device=hidden.device)
         if replay is None:
             position = self.next_position.clone()
             self.next_position = self.next_position + 1
-            return Sequence(latent, one, position[:, None].expand(3, -1, -1), is_whole=True)
+            return EmbeddedBatch(latent, one, position[:, None].expand(3, -1, -1), is_whole=True)
         attended = torch.cat([replay.attended, one], dim=1)
         embeds = torch.cat([replay.embeds.to(latent.dtype), latent], dim=1)
         if self.config.replay_positions == "grid":
@@ -260,7 +263,7 @@ class StepDecoder(SegmentDecoder):
             order = (attended.long().cumsum(1) - 1).clamp(min=0)
             positions, taken = (self.next_position[:, None] + order).expand(3, -1, -1), attended.sum(1)
         self.next_position = self.next_position + taken
-        return Sequence(embeds, attended, positions, replay.is_full)
+        return EmbeddedBatch(embeds, attended, positions, replay.is_full)
 
     def pick(self, recorder: SaliencyRecorder) -> Replay:
         config, count = self.config, self.config.num_replay_tokens
@@ -271,7 +274,7 @@ class StepDecoder(SegmentDecoder):
         )
         return self.replays[-1]
 
-    def change(self, step: int, latent: Tensor, replay: Replay | None) -> Tensor:
+    def apply_intervention(self, step: int, latent: Tensor, replay: Replay | None) -> Tensor:
         """Apply the intervention and keep the record: (B, D)."""
         rows, context = len(latent), self.context
         windows = self.windows(replay) if context.output_latents else [None] * rows
@@ -304,9 +307,9 @@ class StepDecoder(SegmentDecoder):
         found = [densest_window(row, grids, self.config.replay_window) for row, grids in zip(picked, self.image_grids)]
         return [None if window is None else [window] for window in found]
 
-    def behind(self, answer: Sequence, start: Tensor) -> Sequence:
+    def shift_after_latents(self, answer: EmbeddedBatch, start: Tensor) -> EmbeddedBatch:
         """Move an answer behind the latent steps, and the next position behind the answer."""
-        moved = Sequence(answer.embeds, answer.attended, answer.positions + (self.next_position - start)[:, None])
+        moved = EmbeddedBatch(answer.embeds, answer.attended, answer.positions + (self.next_position - start)[:, None])
         if answer.length:
             self.next_position = torch.maximum(self.next_position, moved.reach())
         return moved
@@ -316,11 +319,11 @@ def stack_latents(latents: list[Tensor], like: Tensor) -> Tensor:  # (B, steps, 
     return torch.stack(latents, dim=1) if latents else like[:, None][:, :0]
 
 
-def cut(embeds: Tensor, mask: Tensor, positions: Tensor, parts: list[slice]) -> Sequence:
+def slice_rows(embeds: Tensor, mask: Tensor, positions: Tensor, parts: list[slice]) -> EmbeddedBatch:
     """Take one slice of every row and pad them to the longest."""
     if all(part == parts[0] for part in parts):  # as in `generate`: a view, since a copy would be the peak of memory
-        return Sequence(embeds[:, parts[0]], mask[:, parts[0]], positions[:, :, parts[0]])
-    return Sequence(
+        return EmbeddedBatch(embeds[:, parts[0]], mask[:, parts[0]], positions[:, :, parts[0]])
+    return EmbeddedBatch(
         pad_sequence([row[part] for row, part in zip(embeds, parts)], batch_first=True),
         pad_sequence([row[part] for row, part in zip(mask, parts)], batch_first=True),
         pad_sequence([row[part] for row, part in zip(positions.permute(1, 2, 0), parts)], batch_first=True).permute(
