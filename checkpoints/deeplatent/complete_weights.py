@@ -5,14 +5,17 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
+from .latent_architecture import has_latents
 
-def check_weights_complete(model: nn.Module, info: dict[str, Any], new_weights: tuple[str, ...] = ()) -> None:
+
+def check_weights_complete(model: nn.Module, info: dict[str, Any]) -> None:
     """Compare what loading a model found with what the model has.
+
+    All weights together that the model's config declares as its architecture's own may be missing: such a checkpoint is a
+    backbone's.
 
     Args:
         info: the `output_loading_info` of `from_pretrained`.
-        new_weights: parts of the names of weights that no backbone has. Only a checkpoint without any of them, which is a
-            backbone's, may lack them.
 
     Raises:
         ValueError: a weight has another shape than the config says, or is missing, or has another name.
@@ -21,9 +24,7 @@ def check_weights_complete(model: nn.Module, info: dict[str, Any], new_weights: 
     if wrong:
         raise ValueError(f"The checkpoint does not fit its config: {'; '.join(sorted(wrong))}.")
 
-    def is_new(name: str) -> bool:
-        return any(part in name for part in new_weights)
-
+    is_new = model.config.is_new_weight if has_latents(getattr(model, "config", None)) else lambda name: False
     fresh = {name for name in info["missing_keys"] if is_new(name)}
     missing = sorted(set(info["missing_keys"]) - fresh)
     if fresh and len(fresh) < sum(map(is_new, model.state_dict())):
@@ -45,7 +46,7 @@ def load_complete(loader, path, **options) -> nn.Module:
     except SafetensorError as error:
         raise ValueError(f"The weights in {path} must be intact safetensors files: {error}") from error
     try:
-        check_weights_complete(model, info, getattr(model, "new_weights", ()))
+        check_weights_complete(model, info)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return model

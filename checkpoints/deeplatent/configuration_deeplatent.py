@@ -17,6 +17,7 @@ from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLCo
 
 from .backbone_fields import check_backbone_fields
 from .hub_code import HubCodeMixin, __version__
+from .latent_architecture import LatentArchitectureMixin
 from .model_card import write_model_card
 from .transformers_api import CACHE_NAMES
 
@@ -25,7 +26,7 @@ _MODEL = "modeling_latentvlm.modeling_deeplatent.DeepLatentForConditionalGenerat
 
 
 @strict
-class DeepLatentConfig(HubCodeMixin, Qwen2_5_VLConfig):
+class DeepLatentConfig(LatentArchitectureMixin, HubCodeMixin, Qwen2_5_VLConfig):
     r"""
     Configuration of [`DeepLatentForConditionalGeneration`]. Every Qwen2.5-VL field keeps its meaning.
 
@@ -95,6 +96,18 @@ class DeepLatentConfig(HubCodeMixin, Qwen2_5_VLConfig):
         "AutoModelForImageTextToText": _MODEL,
     }
 
+    latent_unit = "block"
+    latent_count_field = "max_latent_blocks"
+    latent_count_argument = "max_latent_blocks"
+    least_count_argument = "min_latent_blocks"
+    latent_grid_argument = "latent_grid"
+    latent_modules = ("latent_control", "latent_blocks")
+    frozen_modules = ("visual",)
+    latent_token_fields = ("latent_start_token_id", "latent_pad_token_id", "latent_end_token_id")
+    latent_marker_fields = ("latent_start_token_id", "latent_end_token_id")
+    training_command = "train.train_deeplatent"
+    learns_from_assistant_images = True
+
     latent_start_token_id: int = 151665
     latent_pad_token_id: int = 151666
     latent_end_token_id: int = 151667
@@ -137,6 +150,28 @@ class DeepLatentConfig(HubCodeMixin, Qwen2_5_VLConfig):
     def num_control_tokens(self) -> int:
         """Learned embeddings between `<latent>` and the latents: e_s, e_q, e_v, or none in autoregressive mode."""
         return 3 if self.latent_mode == "parallel" else 0
+
+    @property
+    def opening_token_id(self) -> int:
+        return self.latent_start_token_id
+
+    @property
+    def latent_grid_limit(self) -> int | None:
+        return self.latent_grid_size if self.latent_mode == "parallel" else None
+
+    @property
+    def given_latent_grid(self) -> tuple[int, int] | None:
+        if self.latent_mode == "autoregressive":
+            return 1, self.num_autoregressive_latents
+        return tuple(self.fixed_latent_grid) if self.latent_scale == "fixed" else None
+
+    @property
+    def shows_latents_one_by_one(self) -> bool:
+        return self.latent_mode == "autoregressive"
+
+    @property
+    def unused_token_id(self) -> int:
+        return self.video_token_id
 
     def validate_latent_sizes(self):
         """Part of `@strict`-powered validation."""

@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 from transformers.feature_extraction_utils import BatchFeature
 
+from .configuration_deeplatent import DeepLatentConfig
 from .processing_qwen import QwenLatentProcessor
 
 
@@ -30,7 +31,8 @@ class DeepLatentProcessor(QwenLatentProcessor):
     """Qwen2.5-VL's processor with latent blocks.
 
     Args:
-        num_control_tokens: placeholders of a block besides its latents: 3, or 0 for autoregressive latents.
+        num_control_tokens: placeholders of a block besides its latents: 3, or 0 for autoregressive latents. Read from the
+            model's config where the processor is loaded with one.
         image_size, trained_image_sizes: see `QwenLatentProcessor`.
     """
 
@@ -39,18 +41,24 @@ class DeepLatentProcessor(QwenLatentProcessor):
     }
     latent_tokens = LATENT_TOKENS
     converter = "conversion.convert_deeplatent"
+    config_class = DeepLatentConfig
+    model_numbers = ("num_control_tokens",)
 
     def __init__(
         self,
         image_processor=None,
         tokenizer=None,
         chat_template=None,
-        num_control_tokens: int = 3,
+        num_control_tokens: int | None = 3,
         image_size=None,
         trained_image_sizes=None,
     ):
         self.num_control_tokens = num_control_tokens
         super().__init__(image_processor, tokenizer, chat_template, image_size, trained_image_sizes)
+
+    @classmethod
+    def numbers_of(cls, config: DeepLatentConfig) -> dict[str, int]:
+        return {"num_control_tokens": config.num_control_tokens}
 
     def __call__(self, images=None, text=None, videos=None, **kwargs) -> BatchFeature:
         """As Qwen2.5-VL's, plus `latent_grid_hw` (blocks, 2) where the text holds blocks.
@@ -83,7 +91,8 @@ class DeepLatentProcessor(QwenLatentProcessor):
                 )
             self.check_num_latents(height * width, f"A latent block of {height} x {width} in row {row} of `text`")
             grids.append((height, width))
-            return LATENT_START + LATENT_PAD * (self.num_control_tokens + height * width) + LATENT_END
+            controls = self.need_number("num_control_tokens")
+            return LATENT_START + LATENT_PAD * (controls + height * width) + LATENT_END
 
         stray = _ANY_TOKEN.search(_BLOCK.sub("", sample))
         if stray:

@@ -7,12 +7,28 @@ import torch
 from torch import Tensor
 
 from .block_sites import special_columns
-from .latent_former import RowImages
 from .prompt_checks import check_grids
 
 
 @dataclass
-class Item:
+class RowImages:
+    """The images a row may look at. Videos are one image per temporal slice: relative places collide, the index differs."""
+
+    features: Tensor  # (M, D) merged features, concatenated in order
+    grids: list[tuple[int, int]]  # (height, width) of each image, in merged patches
+    columns: list[int]  # of each image's first placeholder in the row's tokens, ascending
+
+    def before(self, column: int) -> "RowImages | None":
+        """The images that stand before a column: a block never sees what comes after it."""
+        count = sum(first < column for first in self.columns)
+        if count == len(self.columns):
+            return self
+        length = sum(height * width for height, width in self.grids[:count])
+        return RowImages(self.features[:length], self.grids[:count], self.columns[:count]) if count else None
+
+
+@dataclass
+class PlacedImage:
     """One image or video of a row."""
 
     column: int  # of its first placeholder
@@ -43,7 +59,7 @@ def collect_row_images(
     Raises:
         ValueError: a row's placeholders are not what a whole number of its images fill.
     """
-    rows: list[list[Item]] = [[] for _ in range(input_ids.shape[0])]
+    rows: list[list[PlacedImage]] = [[] for _ in range(input_ids.shape[0])]
     placeholders: dict[int, list[Tensor | None]] = {}
     for token, name in tokens.items():
         pending = iter(zip(features.get(token, ()), grids.get(token, ())))
@@ -61,7 +77,7 @@ def collect_row_images(
     return [join(items, previous) for items, previous in zip(rows, earlier)], placeholders
 
 
-def take_items(row: int, columns: list[int], pending: Iterator, name: str, seen: int) -> list[Item]:
+def take_items(row: int, columns: list[int], pending: Iterator, name: str, seen: int) -> list[PlacedImage]:
     """Take as many of the pending images as fill the placeholders of one row."""
     items, filled = [], 0
     while filled < len(columns):
@@ -72,12 +88,12 @@ def take_items(row: int, columns: list[int], pending: Iterator, name: str, seen:
                 f"Row {row} of `input_ids` has {len(columns)} {name} placeholders, but its {name}s have {reached} features."
             )
         frames, height, width = grid
-        items.append(Item(seen + columns[filled], values, [(height, width)] * frames))
+        items.append(PlacedImage(seen + columns[filled], values, [(height, width)] * frames))
         filled = reached
     return items
 
 
-def join(items: list[Item], earlier: RowImages | None) -> RowImages | None:
+def join(items: list[PlacedImage], earlier: RowImages | None) -> RowImages | None:
     """Put a row's images in the order in which they stand, behind those of earlier turns."""
     if not items:
         return earlier

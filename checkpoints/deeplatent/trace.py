@@ -63,10 +63,10 @@ class LatentTrace:
 
 @dataclass
 class LatentGenerateOutput(BothCacheNames, GenerateDecoderOnlyOutput):
-    """What `generate(..., return_dict_in_generate=True)` returns, with an account of the latents.
+    """What `generate(..., return_dict_in_generate=True)` returns of a model with latent blocks, with an account of them.
 
     Args:
-        num_latent_blocks (`torch.LongTensor` of shape `(batch_size,)`): blocks or steps that each answer took.
+        num_latent_blocks (`torch.LongTensor` of shape `(batch_size,)`): blocks that each answer opened.
         num_latents (`torch.LongTensor` of shape `(batch_size,)`): latent positions in all of them.
         latent_grid_hw (`torch.LongTensor` of shape `(num_blocks, 2)`): grid of every block in `sequences`, by row; those of
             the prompt and of a continued cache included.
@@ -90,6 +90,52 @@ class LatentGenerateBeamOutput(BothCacheNames, GenerateBeamDecoderOnlyOutput):
     num_latent_blocks: torch.LongTensor | None = None
     num_latents: torch.LongTensor | None = None
     latent_grid_hw: torch.LongTensor | None = None
+    latents_unused: bool | None = None
+    stop_reason: list | None = None
+    latent_trace: LatentTrace | None = None
+
+
+class OldStepNames:
+    """The names of 0.1, which called a step a block: attributes and items, for one release."""
+
+    latent_grid_hw = None  # steps have no grid
+
+    @property
+    def num_latent_blocks(self) -> torch.LongTensor:
+        return self.num_latent_steps
+
+    def __getitem__(self, key):
+        return super().__getitem__("num_latent_steps" if key == "num_latent_blocks" else key)
+
+    def __contains__(self, key) -> bool:
+        return super().__contains__("num_latent_steps" if key == "num_latent_blocks" else key)
+
+
+@dataclass
+class LatentStepsGenerateOutput(OldStepNames, BothCacheNames, GenerateDecoderOnlyOutput):
+    """What `generate(..., return_dict_in_generate=True)` returns of a model that takes latent steps before its answer.
+
+    Args:
+        num_latent_steps (`torch.LongTensor` of shape `(batch_size,)`): steps that were taken before each answer.
+        num_latents (`torch.LongTensor` of shape `(batch_size,)`): latent positions in all of them.
+        latents_unused (`bool`): always False: the steps are taken before every answer.
+        stop_reason (`list[str]`): per row `"eos"`, `"stop_string"`, `"stopping_criteria"` or `"max_length"`.
+        latent_trace (`LatentTrace`, *optional*): with `output_latents=True`.
+    """
+
+    num_latent_steps: torch.LongTensor | None = None
+    num_latents: torch.LongTensor | None = None
+    latents_unused: bool | None = None
+    stop_reason: list | None = None
+    latent_trace: LatentTrace | None = None
+
+
+@dataclass
+class LatentStepsGenerateBeamOutput(OldStepNames, BothCacheNames, GenerateBeamDecoderOnlyOutput):
+    """[`LatentStepsGenerateOutput`] for beam search."""
+
+    num_latent_steps: torch.LongTensor | None = None
+    num_latents: torch.LongTensor | None = None
     latents_unused: bool | None = None
     stop_reason: list | None = None
     latent_trace: LatentTrace | None = None

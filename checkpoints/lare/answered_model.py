@@ -46,7 +46,6 @@ def find_answers(source: str | os.PathLike | None, chosen: dict) -> bytes | None
 class KnownAnswersMixin:
     """For a model that lies before `PreTrainedModel`: carries the known answers of the checkpoint it came from."""
 
-    new_weights: tuple[str, ...] = ()  # parts of the names of weights that no backbone has
     known_answers: bytes | None = None  # the answers file as it was loaded
     _answered_fields: dict | None = None  # of the config as it was loaded
     _loading_arguments: dict = {}  # which revision of which cache the checkpoint came from
@@ -67,7 +66,7 @@ class KnownAnswersMixin:
 
         Raises:
             ValueError: a weight has another shape than the config says, or is missing or misnamed. Only a checkpoint without
-                any of the `new_weights`, which is a backbone's, may lack them; `ignore_mismatched_sizes=True` lets all through.
+                any of its new weights, which is a backbone's, may lack them; `ignore_mismatched_sizes=True` lets all through.
             RuntimeError: the model does not answer as it did when it was written; the message is a table.
         """
         is_wanted = is_check_wanted()
@@ -80,7 +79,7 @@ class KnownAnswersMixin:
                 f"The weights in {pretrained_model_name_or_path} must be intact safetensors files: {error}"
             ) from error
         if not ignore_mismatched_sizes:
-            check_weights_complete(model, info, cls.new_weights)
+            check_weights_complete(model, info)
         if cls.__module__.startswith(PACKAGES) and pretrained_model_name_or_path is not None:
             stale = find_stale_code(pretrained_model_name_or_path, model.config.hub_classes)
             if stale is not None:

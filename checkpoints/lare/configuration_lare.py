@@ -10,13 +10,14 @@ check_contract("configuration")  # before the imports below: what they miss is s
 
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.llava.configuration_llava import LlavaConfig
 
 from .backbone_fields import check_backbone_fields
 from .hub_code import HubCodeMixin, __version__
+from .latent_architecture import LatentArchitectureMixin
 from .model_card import write_model_card
 
 
@@ -36,7 +37,7 @@ CLIP_VIT_L_14 = {
 
 
 @strict
-class LaReConfig(HubCodeMixin, LlavaConfig):
+class LaReConfig(LatentArchitectureMixin, HubCodeMixin, LlavaConfig):
     r"""
     Configuration of [`LaReForCausalLM`]. Every field of LLaVA keeps its meaning.
 
@@ -91,6 +92,16 @@ class LaReConfig(HubCodeMixin, LlavaConfig):
         "AutoModelForCausalLM": _MODEL,
         "AutoModelForImageTextToText": _MODEL,
     }
+    latent_unit = "step"
+    latent_count_field = "num_refocus_steps"
+    latent_modules = ("refocus",)
+    frozen_modules = ("vision_tower",)
+    latent_token_fields = ("bot_token_id", "eot_token_id")
+    latent_marker_fields = ("bot_token_id", "eot_token_id")
+    training_command = "train.train_lare"
+    chat_collator = "train.lare.data.RefocusingChatCollator"
+    reconstructs_images = True
+
     bot_token_id: int = 32001
     eot_token_id: int = 32002
     num_refocus_steps: int = 4
@@ -133,8 +144,19 @@ class LaReConfig(HubCodeMixin, LlavaConfig):
         write_model_card(self, Path(json_file_path).parent)
 
     @property
-    def image_grid_size(self) -> int:
-        """Side of an image's grid of tokens.
+    def latent_count_limit(self) -> int:
+        return self.max_refocus_steps
+
+    def step_tokens(self) -> list[int]:
+        return self.marker_ids  # side by side they say where latents go, whatever their number
+
+    def limit_latents(self, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        most = max(count, self.max_refocus_steps)
+        return {"max_refocus_steps": most, "num_refocus_steps": count, "adaptive_stop": None}, {}
+
+    @property
+    def tower_sizes(self) -> tuple[int, int]:
+        """Side of the vision tower's images and of its patches, in pixels.
 
         Raises:
             ValueError: the tower's images or patches are not square.
@@ -148,7 +170,13 @@ class LaReConfig(HubCodeMixin, LlavaConfig):
             if height < 1:
                 raise ValueError(f"`vision_config.{name}` must be >= 1, got {height}.")
             sides.append(height)
-        return sides[0] // sides[1]
+        return tuple(sides)
+
+    @property
+    def image_grid_size(self) -> int:
+        """Side of an image's grid of tokens."""
+        image, patch = self.tower_sizes
+        return image // patch
 
     @property
     def num_step_latents(self) -> int:

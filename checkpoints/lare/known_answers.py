@@ -9,6 +9,8 @@ every logit and no token.
 
 The recorded tokens are forced when the answers are recomputed, so that every position is compared after the same tokens.
 
+Tensors that deflate (`zlib`, without loss) to less than half are stored so: pixels, which were most of such a file, to a twentieth.
+
 Shapes: T answer positions, V vocabulary, N latents of all blocks or steps, D hidden size.
 """
 
@@ -16,6 +18,7 @@ import hashlib
 import io
 import json
 import platform
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +36,8 @@ from .hub_code import __version__
 
 
 FOLDER, FILE = "known_answers", "answers.safetensors"
-FORMAT = "1"
+FORMAT = "2"
+READABLE = ("1", FORMAT)  # "1" has no tensors that are deflated
 QUESTION = "What color is the small round shape?"
 NUM_POSITIONS = 6  # T
 NUM_PADS = 3  # masked columns before the prompt: a mask that is ignored shows
@@ -45,6 +49,7 @@ PICTURE_SIZE, RESIZED_SIZE = (168, 140), (300, 170)
 TOLERANCES = {"float32": 1e-4, "float16": 0.1, "bfloat16": 0.5}
 PIXEL_TOLERANCE = 1e-3
 RESIZED_TOLERANCE = 0.2  # the backends of image processors resize a little differently
+DEFLATED = {str(one).removeprefix("torch."): one for one in (torch.float32, torch.int64, torch.bool, torch.uint8)}
 VOLATILE = (  # fields of a config that say nothing about answers, or differ between versions of transformers
     "_attn_implementation",
     "_name_or_path",
@@ -117,9 +122,8 @@ class KnownAnswers:
             "versions": json.dumps(self.versions, sort_keys=True),
             "config": json.dumps(self.config, sort_keys=True),
             "weights": json.dumps(self.weights, sort_keys=True),
-            "content": digest_content(tensors),
         }
-        return save(tensors, metadata)
+        return save_tensors(tensors, metadata)
 
     @classmethod
     def from_bytes(cls, content: bytes, where: str) -> "KnownAnswers":
@@ -132,12 +136,13 @@ class KnownAnswers:
             ValueError: it is damaged, or of another format.
         """
         try:
-            tensors, metadata = load(content), read_metadata(content)
-            if metadata.get("format") != FORMAT:
+            metadata = read_metadata(content)
+            if metadata.get("format") not in READABLE:
                 raise ValueError(
-                    f"The known answers in {where} must have format {FORMAT}, got {metadata.get('format')!r}: a newer "
-                    "latentvlm wrote them."
+                    f"The known answers in {where} must have format {' or '.join(READABLE)}, got {metadata.get('format')!r}: a "
+                    "newer latentvlm wrote them."
                 )
+            tensors = load_tensors(content)
             if digest_content(tensors) != metadata["content"]:
                 raise KeyError("the tensors are not those that were written")
             inputs = {name[len("inputs.") :]: value for name, value in tensors.items() if name.startswith("inputs.")}
@@ -163,7 +168,7 @@ class KnownAnswers:
                 **read,
                 **{name: metadata[name] for name in ("question", "dtype", "model_type")},
             )
-        except (SafetensorError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (SafetensorError, KeyError, json.JSONDecodeError, UnicodeDecodeError, zlib.error) as error:
             raise ValueError(
                 f"The known answers in {where} are damaged ({error}). Write new ones: "
                 "python -m conversion.check CHECKPOINT --write"
@@ -182,6 +187,40 @@ def read_metadata(content: bytes) -> dict[str, str]:
     """The metadata in a safetensors header, which `safetensors.torch.load` leaves out."""
     size = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + size]).get("__metadata__", {})
+
+
+def save_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """An answers file. What its metadata say of the tensors is added: their digest, and dtype and shape of those that are deflated."""
+    stored, deflated = dict(tensors), {}
+    for name, value in tensors.items():
+        content = zlib.compress(bytes_of(value), 9)
+        if 2 * len(content) < value.numel() * value.element_size():
+            stored[name] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            deflated[name] = [str(value.dtype).removeprefix("torch."), list(value.shape)]
+    added = {"content": digest_content(tensors), "deflated": json.dumps(deflated, sort_keys=True)}
+    return save(stored, {**metadata, **added})
+
+
+def load_tensors(content: bytes) -> dict[str, Tensor]:
+    """All tensors of an answers file as they were before they were deflated.
+
+    Raises:
+        SafetensorError, KeyError, zlib.error: the file is damaged.
+    """
+    tensors = load(content)
+    for name, (dtype, shape) in json.loads(read_metadata(content).get("deflated", "{}")).items():
+        empty = torch.empty(shape, dtype=DEFLATED[dtype], device="meta")
+        size = empty.numel() * empty.element_size()
+        reader = zlib.decompressobj()
+        inflated = reader.decompress(bytes_of(tensors[name]), size + 1)  # never more than what is expected
+        if len(inflated) != size or not reader.eof:
+            raise KeyError(f"{name} has not the size that it should have")
+        tensors[name] = torch.frombuffer(bytearray(inflated), dtype=empty.dtype).view(shape)
+    return tensors
+
+
+def bytes_of(value: Tensor) -> bytes:
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def dtype_name(model) -> str:

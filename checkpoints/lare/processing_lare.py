@@ -18,6 +18,7 @@ from typing import ClassVar
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.llava.processing_llava import LlavaProcessor
 
+from .configuration_lare import LaReConfig
 from .hub_code import HubCodeMixin
 from .latent_messages import LatentProcessorMixin
 
@@ -57,20 +58,22 @@ class LaReProcessor(HubCodeMixin, LatentProcessorMixin, LlavaProcessor):
     """An image processor and any language model's tokenizer.
 
     Args:
-        patch_size: of the vision tower, in pixels.
-        image_size: that the vision tower takes, in pixels; by default what the image processor gives.
+        patch_size: of the vision tower, in pixels. Read from the model's config where the processor is loaded with one.
+        image_size: that the vision tower takes, in pixels. Read likewise; by default what the image processor gives.
     """
 
     hub_classes: ClassVar[dict[str, str]] = {"AutoProcessor": "processing_latentvlm.processing_lare.LaReProcessor"}
     latent_tokens = REFOCUS_TOKENS
     converter = "conversion.convert_lare"
+    config_class = LaReConfig
+    model_numbers = ("patch_size", "image_size")
 
     def __init__(
         self,
         image_processor=None,
         tokenizer=None,
         chat_template=None,
-        patch_size: int = 14,
+        patch_size: int | None = 14,
         image_size: int | None = None,
     ):
         height, width = processed_size(image_processor)
@@ -93,6 +96,11 @@ class LaReProcessor(HubCodeMixin, LatentProcessorMixin, LlavaProcessor):
             image_processor, tokenizer, chat_template=extend_chat_template(chat_template or tokenizer.chat_template)
         )
 
+    @classmethod
+    def numbers_of(cls, config: LaReConfig) -> dict[str, int]:
+        image_size, patch_size = config.tower_sizes
+        return {"patch_size": patch_size, "image_size": image_size}
+
     def __call__(self, images=None, text=None, videos=None, **kwargs) -> BatchFeature:
         """As LLaVA's.
 
@@ -102,6 +110,7 @@ class LaReProcessor(HubCodeMixin, LatentProcessorMixin, LlavaProcessor):
         if videos is not None:
             raise ValueError("LaRe takes images, no videos.")
         if images is not None:
+            self.need_number("patch_size")
             images = self.prepare_images(images, kwargs)
         if text is not None:
             self.check_image_count(as_rows(text), images)

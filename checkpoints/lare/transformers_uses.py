@@ -28,7 +28,7 @@ _CONFIGURATION = (
             "get_text_config": (),
             "get_config_dict": ("pretrained_model_name_or_path",),
         },
-        attributes=("model_type", "__post_init__"),
+        attributes=("model_type", "attribute_map", "__post_init__"),
         callers={"save_pretrained": ("to_json_file",)},
     ),
     Use("huggingface_hub.dataclasses:strict"),
@@ -36,7 +36,18 @@ _CONFIGURATION = (
     Use("transformers.models.llava.configuration_llava:LlavaConfig", attributes=("validate",)),
 )
 
+_CACHED_FILES = Use(
+    "transformers.utils.hub:cached_files",
+    parameters=(
+        "filenames",
+        "_raise_exceptions_for_gated_repo",
+        "_raise_exceptions_for_missing_entries",
+        "_raise_exceptions_for_connection_errors",
+    ),
+)
+
 _PROCESSING = (
+    _CACHED_FILES,
     Use("transformers.image_utils:httpx", attributes=("stream", "HTTPError", "InvalidURL")),  # httpx or httpx2
     Use(
         "transformers.models.qwen2_vl.image_processing_pil_qwen2_vl:smart_resize",
@@ -49,9 +60,10 @@ _PROCESSING = (
             "to_dict": (),
             "to_json_file": ("json_file_path",),
             "apply_chat_template": ("conversation",),
+            "get_processor_dict": ("pretrained_model_name_or_path",),
         },
         attributes=("model_input_names",),
-        callers={"save_pretrained": ("to_json_file",)},
+        callers={"save_pretrained": ("to_json_file",), "from_pretrained": ("get_processor_dict",)},
     ),
     Use(
         "transformers.models.qwen2_5_vl.processing_qwen2_5_vl:Qwen2_5_VLProcessor",
@@ -204,15 +216,7 @@ _MODELING = (
         "transformers.generation.configuration_utils:GenerationConfig",
         hooks={"get_generation_mode": ("assistant_model",)},
     ),
-    Use(
-        "transformers.utils.hub:cached_files",
-        parameters=(
-            "filenames",
-            "_raise_exceptions_for_gated_repo",
-            "_raise_exceptions_for_missing_entries",
-            "_raise_exceptions_for_connection_errors",
-        ),
-    ),
+    _CACHED_FILES,
     Use("transformers.initialization:normal_", parameters=("tensor", "std")),
     Use("transformers.utils:can_return_tuple"),
 )

@@ -4,11 +4,12 @@ A block stands there either whole (`<latent>`, a placeholder for each control an
 writes) or as `<latent>` alone (what `generate` returns).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .block_latents import BlockLatents, BlockTokens
 
 
 @dataclass
@@ -22,7 +23,11 @@ class BlockSite:
 
 
 def find_block_sites(
-    input_ids: Tensor, config, latent_grid_hw: Tensor | None, open_ended: bool = False
+    input_ids: Tensor,
+    tokens: BlockTokens,
+    latents: BlockLatents,
+    latent_grid_hw: Tensor | None,
+    open_ended: bool = False,
 ) -> list[list[BlockSite]]:
     """Find the blocks of every row, in order, and give them their grids.
 
@@ -32,7 +37,7 @@ def find_block_sites(
     Raises:
         ValueError: the tokens of a block, the number of blocks, or a grid are not what they must be.
     """
-    start, pad, end = config.latent_start_token_id, config.latent_pad_token_id, config.latent_end_token_id
+    start, pad, end = tokens
     special = (input_ids == start) | (input_ids == pad) | (input_ids == end)
     sites: list[list[BlockSite]] = [[] for _ in range(input_ids.shape[0])]
     if latent_grid_hw is None and not special.any():
@@ -40,7 +45,7 @@ def find_block_sites(
     grids = None if latent_grid_hw is None else read_grids(latent_grid_hw)
     rows = input_ids.tolist()
     for row, columns in enumerate(special_columns(special)):
-        sites[row] = parse_row(row, rows[row], columns, (start, pad, end))
+        sites[row] = parse_row(row, rows[row], columns, tokens)
     flat = [site for row in sites for site in row]
     if grids is None:
         whole = [site for site in flat if site.num_pads]
@@ -59,8 +64,8 @@ def find_block_sites(
             f"({[len(row) for row in sites]} by row)."
         )
     for site, grid in zip(flat, grids):
-        check_grid(grid, config, f"row {site.row}")
-        expected = config.num_control_tokens + grid[0] * grid[1]
+        latents.check_grid(grid, f"row {site.row}")
+        expected = latents.num_controls + grid[0] * grid[1]
         if site.num_pads not in (0, expected):
             raise ValueError(
                 f"A block of {grid[0]} x {grid[1]} takes {expected} placeholders, but row {site.row} of `input_ids` "
@@ -93,7 +98,7 @@ def special_columns(special: Tensor) -> list[list[int]]:
     return columns
 
 
-def parse_row(row: int, ids: list[int], columns: list[int], tokens: tuple[int, int, int]) -> list[BlockSite]:
+def parse_row(row: int, ids: list[int], columns: list[int], tokens: BlockTokens) -> list[BlockSite]:
     """Read the blocks of one row off its special columns."""
     start, pad, end = tokens
     sites, index = [], 0
@@ -115,17 +120,3 @@ def parse_row(row: int, ids: list[int], columns: list[int], tokens: tuple[int, i
         sites.append(BlockSite(row, column, num_pads, None))
         index += 1 + num_pads + closed
     return sites
-
-
-def check_grid(grid: Sequence[int], config, where: str) -> None:
-    """Raise unless `grid` is a (height, width) that the model can build."""
-    if len(grid) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in grid):
-        raise ValueError(f"A latent grid is (height, width) in whole numbers, got {grid} in {where}.")
-    if config.latent_mode == "autoregressive":
-        if grid[0] != 1 or grid[1] < 1:
-            raise ValueError(f"An autoregressive block is 1 x K latents, got {grid[0]} x {grid[1]} in {where}.")
-    elif not all(1 <= side <= config.latent_grid_size for side in grid):
-        raise ValueError(
-            f"A latent grid must lie within 1..{config.latent_grid_size} (`latent_grid_size`) in height and width, "
-            f"got {grid[0]} x {grid[1]} in {where}."
-        )

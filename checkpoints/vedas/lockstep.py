@@ -2,9 +2,11 @@
 
 Every forward of a sharded layer gathers its weights from all processes, so all must run it equally often: one whose rows
 hold fewer blocks, or no image, runs the rest on nothing, and adds the outcome times zero to what it returns.
+
+`lockstep_blocks.py` does so for models that open blocks.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +14,11 @@ from torch import Tensor, nn
 
 @dataclass
 class Lockstep:
-    """The most work that any process has in one forward."""
+    """The most work that any process has in one forward, and what was run for other processes alone."""
 
     block_steps: list[int]  # by number of the block in its row: forwards of the language model inside it
     num_vision_passes: int
+    idle: list[Tensor] = field(default_factory=list)
 
 
 def is_scattered(weight: Tensor) -> bool:
@@ -43,6 +46,13 @@ def agree_on_work(block_steps: list[int], num_vision_passes: int, device: torch.
     return Lockstep(block_steps, num_vision_passes)
 
 
-def touch(values: Tensor, idle: list[Tensor]) -> Tensor:
+def keep_in_graph(values: Tensor, idle: list[Tensor]) -> Tensor:
     """Tie what was run for the others alone to a result, whose value stays as it is."""
     return values + sum(0 * unused.float().mean() for unused in idle).to(values) if idle else values
+
+
+def keep_weights_in_graph(loss: Tensor, modules: list[nn.Module]) -> Tensor:
+    """Give every weight of `modules` a gradient of zero: a replica whose batch uses fewer of them must not stall the others."""
+    plain = [weight for module in modules for weight in module.parameters()]
+    plain = [weight for weight in plain if weight.requires_grad and not is_scattered(weight)]
+    return loss + sum((0 * weight.sum() for weight in plain), torch.zeros_like(loss))

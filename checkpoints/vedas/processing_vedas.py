@@ -13,6 +13,7 @@ check_contract("processing")  # before the imports below: what they miss is said
 
 from typing import ClassVar
 
+from .configuration_vedas import VedasConfig
 from .processing_qwen import QwenLatentProcessor
 
 
@@ -25,6 +26,7 @@ class VedasProcessor(QwenLatentProcessor):
     hub_classes: ClassVar[dict[str, str]] = {"AutoProcessor": "processing_latentvlm.processing_vedas.VedasProcessor"}
     latent_tokens = (LATENT_TOKEN,)
     converter = "conversion.convert_vedas"
+    config_class = VedasConfig
 
     # Written out, because what a processor saves are the arguments that its own `__init__` names.
     def __init__(

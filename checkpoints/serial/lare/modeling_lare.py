@@ -6,11 +6,11 @@ Between the prompt and the answer the model takes `config.num_refocus_steps` ste
 the state of its reasoning points, and appends latents to the sequence:
 
     H_i, a_i = decoder([X ; <bot> ; Z_1 ; .. ; Z_i-1])[-1] at every layer, and where it looks      `saliency.py`
-    V_i      = the image tokens of the window with the most of a_i                                 `sliding_window.py`
-    Z_i      = Extractor(H_i, V_i)                                                                 `refocus_extractor.py`
+    V_i      = the image tokens of the window with the most of a_i                                 `sliding_window_lare.py`
+    Z_i      = Extractor(H_i, V_i)                                                                 `refocus_extractor_lare.py`
     answer   ~ decoder([X ; <bot> ; Z_1 ; .. ; Z_N ; <eot>])
 
-`refocus_decoding.py` runs it. Everything else is LLaVA's. With `num_refocus_steps=0` the model *is*
+`decoding_lare.py` runs it. Everything else is LLaVA's. With `num_refocus_steps=0` the model *is*
 `LlavaForConditionalGeneration`; a test holds it to that.
 
 `<bot>` enters before the first step, where the paper adds it after the last, so that the cache of the steps is that of the
@@ -33,17 +33,18 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin, LogitsProcessorList
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .configuration_lare import LaReConfig
-from .transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache, take_cache
+from .transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache
 from .backbone_calls import FusedCall, check_answer_starts, find_answers, guard_backbone
-from .generation_rules import NeverWritten, check_settings, infer_attention_mask, stop_reasons
+from .decoding_lare import PromptEnds, RefocusContext, RefocusDecoder
+from .generation_common import check_mask, check_one_prompt, kept_columns
+from .generation_steps import StepGenerationMixin
 from .interventions import Intervention, prepare_intervention
-from .latent_decoding import LatentDecodingMixin, check_mask, check_one_prompt, kept_columns
 from .prompt_checks import (
     check_image_labels,
     check_labels,
@@ -51,11 +52,11 @@ from .prompt_checks import (
     check_turns,
     end_tokens,
 )
-from .refocus_decoding import Places, RefocusContext, RefocusDecoder
-from .refocus_extractor import RefocusEmbedding, RefocusExtractor, RefocusNorm
+from .refocus_extractor_lare import RefocusEmbedding, RefocusExtractor, RefocusNorm
 from .row_images import collect_row_images
 from .saliency import record_attention
-from .trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_prompt_rows
+from .sharded_layers import keep_present_layers
+from .trace import LatentTrace
 
 
 @dataclass
@@ -79,12 +80,12 @@ class LaReCausalLMOutputWithPast(BothCacheNames, CausalLMOutputWithPast):
     latent_trace: LatentTrace | None = None
 
 
-class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin):
+class LaReForCausalLM(StepGenerationMixin, LlavaPreTrainedModel, GenerationMixin):
     """LLaVA with an Extractor: a language model that looks at the image again before it answers."""
 
     config: LaReConfig
     config_class = LaReConfig
-    new_weights = ("refocus.",)
+    step_name = "Refocusing steps"
     accepts_loss_kwargs = False
     _supports_flex_attn = False  # steps need a row of attention, which its mask, a program, does not give
     _only_of_forward = ("labels", "answer_starts")
@@ -110,6 +111,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         if getattr(config, "quantization_config", None) is not None:
             self._keep_in_fp32_modules = ["refocus"]  # quantizers skip it; without one it has the dtype of all others
         self.post_init()
+        keep_present_layers(self)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, RefocusNorm):
@@ -163,6 +165,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         check_one_prompt(input_ids, inputs_embeds)
         input_ids = self._find_ids(input_ids, inputs_embeds, latent_context)
         is_generating = latent_context is not None
+        # Outside `generate`: what is asked of the latents.
         if not is_generating:
             latent_intervention = prepare_intervention(latent_intervention, one_at_a_time=False)
             check_labels(labels, input_ids)
@@ -175,32 +178,22 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
             latent_context = RefocusContext(
                 images, placeholders, intervention=latent_intervention, output_latents=output_latents
             )
+        # Prompt, steps and answer through the language model; or one more token of an answer.
         features = [row.features for row in latent_context.images if row is not None]
         self._drop_unknown_outputs(kwargs)
         decoder = RefocusDecoder(self, latent_context, cache, use_cache, kwargs)
-        is_prompt = latent_context.decode_step < 0
-        if is_prompt:
-            ids = self._with_bot(input_ids)
-            embeds = self._embed_prompt(ids, latent_context, self._embeds_with_bot(inputs_embeds))
-        else:
-            embeds = self._embed_prompt(input_ids, latent_context)
-        if self.training and pixel_values is None:
-            embeds = embeds + self._blank_picture(embeds)
-        if not is_prompt:
-            hidden = decoder.go_on(input_ids, embeds)
-        else:
+        if latent_context.decode_step >= 0:  # one more token of an answer
+            hidden = decoder.decode_next_token(input_ids, decoder.embed_prompt(input_ids))
+        else:  # prompt, steps and what there is of an answer
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             check_mask(mask, input_ids)
-            if fused_call is not None:
-                answer_starts = self._find_answers(input_ids, fused_call.labels, mask, is_fused=True)
-            elif labels is not None and answer_starts is None:
-                answer_starts = self._find_answers(input_ids, labels, mask)
             learned = labels if fused_call is None else fused_call.labels
-            if learned is not None and self.config.step_limit:
-                has_pair = self._delimiters(input_ids).any(dim=1, keepdim=True)
-                is_image = (input_ids == self.config.image_token_id) & ~has_pair
-                check_image_labels(learned, is_image, "refocusing steps")
+            if learned is not None:
+                answer_starts = self._find_learned_answers(
+                    input_ids, learned, mask, answer_starts, fused_call is not None
+                )
             places = self._place_steps(input_ids, answer_starts, mask.bool(), is_generating)
+            embeds = decoder.embed_prompt(self._with_bot(input_ids), self._embeds_with_bot(inputs_embeds))
             hidden = decoder.run(input_ids, embeds, mask.bool() & ~self._delimiters(input_ids), places)
         if fused_call is not None:
             return BaseModelOutput(last_hidden_state=hidden)
@@ -211,20 +204,9 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
             self._add_latents(output, latent_context, features)
         return output
 
-    def _take_loss(self, logits: Tensor, labels: Tensor | None, input_ids: Tensor, kwargs: dict) -> Tensor | None:
-        """The next-token loss of `labels`, to which `<bot>` and `<eot>` do not count; None without labels."""
-        if labels is None:
-            return None
-        return self.loss_function(
-            logits=logits,
-            labels=labels.masked_fill(self.never_labels(input_ids), -100),
-            vocab_size=self.config.get_text_config().vocab_size,
-            **kwargs,
-        )
-
     def _add_latents(self, output: LaReCausalLMOutputWithPast, context: RefocusContext, features: list) -> None:
         rows = len(output.logits)
-        output.latent_trace = LatentTrace(rows, sorted(context.steps, key=lambda step: (step.row, step.index)))
+        output.latent_trace = LatentTrace(rows, context.sorted_steps())
         if features:
             output.image_hidden_states = torch.cat(features).unflatten(0, (-1, self.config.image_seq_length))
         if context.latents:
@@ -257,16 +239,23 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
 
     never_labels = _delimiters
 
-    def _find_answers(self, input_ids: Tensor, labels: Tensor, mask: Tensor, is_fused: bool = False) -> Tensor | None:
-        """(B,) where the labels say that answers start; None where it does not matter."""
-        if self.config.step_limit == 0 or self._delimiters(input_ids).any(dim=1).all():
-            return None
+    def _find_learned_answers(
+        self, input_ids: Tensor, labels: Tensor, mask: Tensor, answer_starts: Tensor | None, is_fused: bool
+    ) -> Tensor | None:
+        """(B,) where the labels say that answers start, if the caller did not; None where it does not matter."""
         has_own = self._delimiters(input_ids).any(dim=1)
-        return find_answers(labels.masked_fill(has_own[:, None], -100), mask, is_fused)
+        if is_fused or answer_starts is None:
+            answer_starts = None
+            if self.config.step_limit and not has_own.all():
+                answer_starts = find_answers(labels.masked_fill(has_own[:, None], -100), mask, is_fused)
+        if self.config.step_limit:
+            is_image = (input_ids == self.config.image_token_id) & ~has_own[:, None]
+            check_image_labels(labels, is_image, "refocusing steps")
+        return answer_starts
 
     def _place_steps(
         self, input_ids: Tensor, answer_starts: Tensor | None, mask: Tensor, is_generating: bool
-    ) -> Places | None:
+    ) -> PromptEnds | None:
         """Find where every row's steps go; None where there are none to take.
 
         Raises:
@@ -293,7 +282,7 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
                 f"The refocusing steps must not part an image, but in rows {parted} the prompt or its `attention_mask` ends "
                 "within one: image tokens cannot be labels."
             )
-        return Places(ends, ends + 2 * has_pair)
+        return PromptEnds(ends, ends + 2 * has_pair)
 
     def _encode_images(self, input_ids: Tensor, pixel_values: Tensor | None):
         """Run the vision tower once and deal its features out to the rows.
@@ -318,101 +307,32 @@ class LaReForCausalLM(LatentDecodingMixin, LlavaPreTrainedModel, GenerationMixin
         tokens = {config.image_token_id: "image"}
         return collect_row_images(input_ids, tokens, features, grids, [None] * len(input_ids), 0)
 
-    def _blank_picture(self, embeds: Tensor) -> Tensor:
-        """Zero, by way of vision tower and projector: a process without an image must not leave the others waiting."""
-        size = self.config.vision_config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        blank = embeds.new_zeros(1, self.config.vision_config.num_channels, height, width)
-        features = self.model.get_image_features(
-            blank.to(self.model.multi_modal_projector.linear_1.weight.dtype), return_dict=True
-        ).pooler_output
-        return 0 * features[0].sum().to(embeds)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        generation_config=None,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria=None,
-        *,
-        latent_intervention: str | Intervention | None = None,
-        output_latents: bool = False,
-        **kwargs,
-    ) -> LatentGenerateOutput | LatentGenerateBeamOutput | torch.LongTensor:
-        """Take the refocusing steps and generate an answer. Takes everything that `GenerationMixin.generate` takes, and:
-
-        Args:
-            latent_intervention: replaces latents before they enter the language model (`interventions.py`).
-            output_latents: return a `latent_trace`; needs `return_dict_in_generate=True`.
-
-        Raises:
-            ValueError: a decoding mode that cannot work with latents, or inputs that do not fit together.
-        """
-        cache = take_cache(kwargs)
-        settings, _ = self._prepare_generation_config(generation_config, **kwargs)
-        check_settings(settings, kwargs, output_latents, self.device)
-        latent_intervention = prepare_intervention(latent_intervention, one_at_a_time=False)
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        input_ids = self._check_prompt(input_ids, kwargs)
-        prompt_ids = self._find_ids(input_ids, kwargs.get("inputs_embeds"))
-        if cache is not None or settings.cache_implementation is not None:
-            raise ValueError(
-                "Refocusing steps start on a cache of their own: give neither `past_key_values` nor `cache_implementation`."
-            )
-        if kwargs.get("position_ids") is not None:
-            raise ValueError("`position_ids` cannot be given to `generate`: latents take positions of their own.")
-        if kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = infer_attention_mask(prompt_ids, settings)
-        self._check_length(prompt_ids, kwargs["attention_mask"], self.config.step_limit * self.config.num_step_latents)
-        ids = prompt_ids.to(self._input_device(prompt_ids))
-        config, pixel_values = self.config, kwargs.pop("pixel_values", None)
+    def _prepare_steps(self, input_ids: Tensor, settings, kwargs: dict) -> RefocusContext:
+        config, mask = self.config, kwargs["attention_mask"]
+        self._check_length(input_ids, mask, config.step_limit * config.num_step_latents)
+        ids, pixel_values = input_ids.to(self._input_device(input_ids)), kwargs.pop("pixel_values", None)
         check_numbers(pixel_values=pixel_values)
         if config.step_limit:
             eos = end_tokens(settings.eos_token_id, config.get_text_config().eos_token_id)
-            check_turns(self._delimiters(ids), ids, kwargs["attention_mask"], eos, "`<bot>` and `<eot>`")
+            check_turns(self._delimiters(ids), ids, mask, eos, "`<bot>` and `<eot>`")
         images, placeholders = self._encode_images(ids, pixel_values)
-        context = RefocusContext(
-            images,
-            placeholders,
-            intervention=latent_intervention,
-            output_latents=output_latents,
-            finite=[],
-            prompt_ids=ids,
-        )
-        reserved = [config.bot_token_id, config.eot_token_id, config.image_token_id] if config.step_limit else []
-        output = super().generate(
-            input_ids,
-            generation_config,
-            LogitsProcessorList([*(logits_processor or []), *([NeverWritten(reserved)] if reserved else [])]),
-            stopping_criteria,
-            latent_context=context,
-            **kwargs,
-        )
-        if isinstance(output, Tensor):
-            return output
-        return self._account(output, context, 0 if input_ids is None else input_ids.shape[1], settings, kwargs)
+        return RefocusContext(images, placeholders, prompt_ids=ids)
 
-    def _account(self, output, context: RefocusContext, prompt_length: int, settings, kwargs):
-        """Add latent counts, stop reasons and the trace to what the decoding loop returned."""
-        rows, beams = output.sequences.shape[0], getattr(output, "beam_indices", None)
-        steps = torch.zeros(rows, dtype=torch.long)
+    def _reserved_tokens(self) -> list[int]:
+        config = self.config
+        return [config.bot_token_id, config.eot_token_id, config.image_token_id] if config.step_limit else []
+
+    def _count_steps_taken(
+        self, context: RefocusContext, num_rows: int, beam_indices: Tensor | None
+    ) -> tuple[Tensor, int]:
+        steps = torch.zeros(num_rows, dtype=torch.long)
         if context.is_taken:
             taken = torch.stack(context.is_taken).sum(dim=0).cpu()  # by computed row: a beam has those of its prompt
-            source = torch.arange(rows) * len(taken) // rows if beams is None else beams[:, 0].cpu()
+            source = (
+                torch.arange(num_rows) * len(taken) // num_rows if beam_indices is None else beam_indices[:, 0].cpu()
+            )
             steps = taken[source]
-        kind = LatentGenerateOutput if beams is None else LatentGenerateBeamOutput
-        trace = LatentTrace(rows, follow_prompt_rows(context.steps, rows, beams)) if context.output_latents else None
-        return kind(
-            **output,
-            num_latent_blocks=steps,
-            num_latents=steps * self.config.num_step_latents,
-            latents_unused=False,
-            stop_reason=stop_reasons(
-                output.sequences[:, prompt_length:], settings, kwargs.get("tokenizer"), prompt_length
-            ),
-            latent_trace=trace,
-        )
+        return steps, self.config.num_step_latents
 
 
 __all__ = ["LaReForCausalLM"]

@@ -23,6 +23,7 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfi
 
 from .backbone_fields import check_backbone_fields
 from .hub_code import HubCodeMixin, __version__
+from .latent_architecture import LatentArchitectureMixin
 from .model_card import write_model_card
 
 
@@ -38,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "routing_gate": "softmax",
         "routing_depth": 1,
         "alpha_schedule": "constant",
-        "alpha": 32,
+        "num_routed_tokens": 32,
         "num_replay_tokens": 32,
         "replay_scale": 1.0,
         "replay_window": 4,
@@ -48,7 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @strict
-class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
+class VedasConfig(LatentArchitectureMixin, HubCodeMixin, Qwen2_5_VLConfig):
     r"""
     Configuration of [`VedasForConditionalGeneration`]. Every field of the backbone keeps its meaning.
 
@@ -86,10 +87,11 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
             cache. `"reference"` (the published code): the whole sequence, answer included, at every forward, without a cache.
         routing_positions (`str`, *optional*, defaults to `"kept"`):
             `"kept"` or `"renumbered"` positions in the further passes.
-        alpha (`int`, *optional*, defaults to 32):
-            Tokens that a routed layer selects from the prompt (or, in the wider scopes, from all that compete).
-        step_alpha (`int`, *optional*, defaults to 8):
-            Tokens selected from a latent step in scope `"incremental"`.
+        num_routed_tokens (`int`, *optional*, defaults to 32):
+            Tokens that a routed layer selects from the prompt (or, in the wider scopes, from all that compete); called alpha in the
+            paper. The field was `alpha` until 0.1, a name that is still read and accepted.
+        num_routed_step_tokens (`int`, *optional*, defaults to 8):
+            Tokens selected from a latent step in scope `"incremental"`. Until 0.1 the field was `step_alpha`, which is still accepted.
         alpha_schedule (`str`, *optional*, defaults to `"constant"`):
             `"constant"`, or `"cosine"` from `alpha_start` in the first layer to `alpha_end` in the last (eq. 15).
         alpha_start (`int`, *optional*, defaults to 64), alpha_end (`int`, *optional*, defaults to 16):
@@ -101,6 +103,8 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
     """
 
     model_type = "vedas"
+    # Names of 0.1, which old config.json files and callers may still use.
+    attribute_map: ClassVar[dict[str, str]] = {"alpha": "num_routed_tokens", "step_alpha": "num_routed_step_tokens"}
     hub_classes: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_latentvlm.configuration_vedas.VedasConfig",
         "AutoProcessor": "processing_latentvlm.processing_vedas.VedasProcessor",
@@ -108,6 +112,14 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
         "AutoModelForCausalLM": _MODEL,
         "AutoModelForImageTextToText": _MODEL,
     }
+
+    latent_unit = "step"
+    latent_count_field = "num_latent_steps"
+    latent_modules = ("router",)
+    frozen_modules = ("visual",)
+    latent_token_fields = ("latent_token_id",)
+    training_command = "train.train_vedas"
+    replays_image_tokens = True
 
     backbone: str = "qwen2_5_vl"
     latent_token_id: int = 151665
@@ -123,8 +135,8 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
     routing_gate: str = "sigmoid"
     routing_scope: str = "incremental"
     routing_positions: str = "kept"
-    alpha: int = 32
-    step_alpha: int = 8
+    num_routed_tokens: int = 32
+    num_routed_step_tokens: int = 8
     alpha_schedule: str = "constant"
     alpha_start: int = 64
     alpha_end: int = 16
@@ -134,6 +146,12 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
     latentvlm_version: str = __version__
 
     def __post_init__(self, **kwargs):
+        for old, name in self.attribute_map.items():
+            given = getattr(self, name)
+            if old in kwargs and given not in (getattr(type(self), name), kwargs[old]):
+                raise ValueError(
+                    f"`{old}` is the old name of `{name}`: give one of them, got {kwargs[old]} and {given}."
+                )
         for name, kind in SUB_CONFIGS.get(self.backbone, {}).items():
             fields = getattr(self, name)
             if fields is None or isinstance(fields, dict):
@@ -142,6 +160,13 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
         super().__post_init__(**kwargs)
         if self.routed_layers is None:
             self.routed_layers = list(range(1, self.get_text_config().num_hidden_layers, 2))
+
+    @property
+    def recomputes_sequence(self) -> bool:
+        return self.routing_scope == "reference"
+
+    def step_tokens(self) -> list[int]:
+        return [self.latent_token_id] * self.num_latent_steps
 
     @classmethod
     def preset(cls, name: str, **fields) -> "VedasConfig":
@@ -162,13 +187,13 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
         super().to_json_file(json_file_path, *args, **kwargs)
         write_model_card(self, Path(json_file_path).parent)
 
-    def alphas(self, step: bool = False) -> list[int]:
+    def routed_token_counts(self, step: bool = False) -> list[int]:
         """Tokens to select per layer. Deviates from the paper's eq. 15, whose printed form has a slip."""
         layers = self.get_text_config().num_hidden_layers
         if step:
-            return [self.step_alpha] * layers
+            return [self.num_routed_step_tokens] * layers
         if self.alpha_schedule == "constant":
-            return [self.alpha] * layers
+            return [self.num_routed_tokens] * layers
         half = (self.alpha_start - self.alpha_end) / 2
         return [round(self.alpha_end + half * (1 + math.cos(math.pi * layer / layers))) for layer in range(layers)]
 
@@ -179,8 +204,8 @@ class VedasConfig(HubCodeMixin, Qwen2_5_VLConfig):
             "num_replay_tokens": 1,
             "replay_window": 1,
             "routing_depth": 1,
-            "alpha": 1,
-            "step_alpha": 1,
+            "num_routed_tokens": 1,
+            "num_routed_step_tokens": 1,
             "alpha_start": 1,
             "alpha_end": 1,
         }

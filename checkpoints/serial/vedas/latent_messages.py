@@ -1,10 +1,13 @@
 """What all processors share: images that can be seen, latents in messages, and tokens that nobody but the model writes."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from .model_numbers import HUB_ARGUMENTS, find_config
 from .pictures import describe_picture, open_picture
 from .text_checks import check_conversation, template_errors
 
@@ -17,6 +20,79 @@ class LatentProcessorMixin:
 
     latent_tokens: tuple[str, ...] = ()
     converter = ""
+    config_class: type | None = None  # of the model
+    # Arguments of `__init__` that are numbers of the model's config. They are read from there where the processor lies beside
+    # it, and are then not saved again; a processor that is saved alone keeps them.
+    model_numbers: tuple[str, ...] = ()
+
+    @classmethod
+    def numbers_of(cls, config: Any) -> dict[str, Any]:
+        """The `model_numbers` as a model's config says them."""
+        return {}
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers, with the numbers of the model that lies beside the processor.
+
+        A number that is nowhere to be found, since the config beside it is gone, is None: what needs it will ask for it.
+
+        Raises:
+            ValueError: both files hold a number, as in checkpoints of earlier versions, and they differ.
+        """
+        chosen = {name: kwargs[name] for name in HUB_ARGUMENTS if kwargs.get(name) is not None}
+        processor_dict, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if not cls.model_numbers:
+            return processor_dict, unused
+        config = find_config(pretrained_model_name_or_path, cls.config_class, chosen)
+        said = {} if config is None else cls.numbers_of(config)
+        for name in cls.model_numbers:
+            stored = processor_dict.setdefault(name, said.get(name))
+            if stored is not None and name in said and stored != said[name]:
+                raise ValueError(
+                    f"In {pretrained_model_name_or_path} the processor's `{name}` is {stored}, but the model's config says "
+                    f"{said[name]}: leave `{name}` out of processor_config.json."
+                )
+        return processor_dict, unused
+
+    def to_json_file(self, json_file_path, *args, **kwargs) -> None:
+        super().to_json_file(json_file_path, *args, **kwargs)
+        path = Path(json_file_path)
+        config = find_config(path.parent, self.config_class, {}) if self.model_numbers else None
+        if config is None:
+            return
+        content, said = json.loads(path.read_text(encoding="utf-8")), self.numbers_of(config)
+        # One that differs stays: loading names both.
+        kept = {name: value for name, value in content.items() if name not in said or value != said[name]}
+        path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def check_model(self, config: Any) -> None:
+        """Take the numbers of the model that this processor is used with, or require that they are the same.
+
+        Raises:
+            ValueError: the processor was made for another model.
+        """
+        for name, value in self.numbers_of(config).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+            elif getattr(self, name) != value:
+                raise ValueError(
+                    f"The processor's `{name}` is {getattr(self, name)}, but the model's config says {value}: they belong to "
+                    "different checkpoints."
+                )
+
+    def need_number(self, name: str) -> Any:
+        """A number of the model.
+
+        Raises:
+            ValueError: the processor was loaded without its model's config.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(
+                f"`{name}` is not known: this processor was loaded from a folder without its model's config.json. Load it from "
+                f"the model's folder, or give `{name}` to `from_pretrained`."
+            )
+        return value
 
     def check_image_count(self, rows: list[str], images: Any) -> None:
         """Every placeholder of the text needs an image, and every image a placeholder."""

@@ -5,11 +5,11 @@ Paper: Visual Enhanced Depth Scaling for Multimodal Latent Reasoning
 Between the prompt and the answer the model takes `config.num_latent_steps` latent steps:
 
     h_t, a_t = decoder([X ; B_1 ; z_1 ; .. ; B_t ; z_t])[-1], and where that position looks       `saliency.py`
-    B_t+1    = softmax(a_t) * the K image tokens it looks at most, each only once                 `visual_replay.py`
+    B_t+1    = softmax(a_t) * the K image tokens it looks at most, each only once                 `visual_replay_vedas.py`
     z_t+1    = h_t
 
-and the answer is predicted from the last z. Some layers run again over the tokens that a router selects (`routing.py`);
-which tokens compete is the routing scope (`step_decoding.py`). With no steps and no routed layers the model *is* the
+and the answer is predicted from the last z. Some layers run again over the tokens that a router selects (`routing_vedas.py`);
+which tokens compete is the routing scope (`decoding_vedas.py`). With no steps and no routed layers the model *is* the
 backbone; a test holds it to that. `VedasConfig.preset("reference")` is the authors' published code, exactly.
 
 In `input_ids` a step is one `latent_token_id` between prompt and answer; `generate` takes the steps by itself where the
@@ -31,18 +31,19 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.generation import GenerationMixin, LogitsProcessorList
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel, Qwen2_5_VLPreTrainedModel
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 from transformers.utils import can_return_tuple
 
 from .configuration_vedas import VedasConfig
-from .transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache, take_cache
+from .transformers_api import CACHE, BothCacheNames, cache_keyword, one_cache
 from .backbone_calls import FusedCall, check_answer_starts, find_answers, guard_backbone
-from .generation_rules import NeverWritten, check_settings, infer_attention_mask, stop_reasons
+from .decoding_vedas import StepContext, StepDecoder
+from .generation_common import check_mask, check_one_prompt, kept_columns
+from .generation_steps import StepGenerationMixin
 from .interventions import Intervention, prepare_intervention
-from .latent_decoding import LatentDecodingMixin, check_mask, check_one_prompt, kept_columns
 from .prompt_checks import (
     check_image_labels,
     check_labels,
@@ -52,7 +53,7 @@ from .prompt_checks import (
     end_tokens,
 )
 from .qwen_inputs import QwenInputsMixin, rename_hub_weights
-from .routing import (
+from .routing_vedas import (
     GATE_BIAS,
     DepthRouter,
     RoutedQwen2_5_VLDecoderLayer,
@@ -60,9 +61,9 @@ from .routing import (
     TokenScore,
 )
 from .saliency import record_attention
-from .step_decoding import StepContext, StepDecoder
-from .trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, follow_prompt_rows
-from .visual_replay import Replay
+from .sharded_layers import keep_present_layers
+from .trace import LatentTrace
+from .visual_replay_vedas import Replay
 
 
 register_checkpoint_conversion_mapping(
@@ -88,12 +89,12 @@ class VedasCausalLMOutputWithPast(BothCacheNames, CausalLMOutputWithPast):
     replays: tuple[Replay, ...] | None = None
 
 
-class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_5_VLPreTrainedModel, GenerationMixin):
+class VedasForConditionalGeneration(StepGenerationMixin, QwenInputsMixin, Qwen2_5_VLPreTrainedModel, GenerationMixin):
     """A Qwen-VL backbone that reasons in latent steps before it answers."""
 
     config: VedasConfig
     config_class = VedasConfig
-    new_weights = (".router.",)
+    _is_one_at_a_time = True
     accepts_loss_kwargs = False
     # `num_latent_steps` of an answer are those of the config: `model.config.num_latent_steps` sets them.
     _only_of_forward = ("labels", "answer_starts", "num_latent_steps")
@@ -119,6 +120,7 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=False)
         record_attention(self.model.language_model)
         self.post_init()
+        keep_present_layers(self)
 
     @property
     def latent_placeholder_id(self) -> int:
@@ -189,6 +191,7 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
             "video_grid_thw": video_grid_thw,
             "second_per_grid_ts": second_per_grid_ts,
         }
+        # Outside `generate`: what is asked of the latents, and where every row's answer starts.
         if latent_context is None:
             latent_intervention = prepare_intervention(latent_intervention, one_at_a_time=True)
             if position_ids is not None:
@@ -206,11 +209,12 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
             answer_starts = self._find_answers(
                 input_ids, mask, latent_context.num_steps, answer_starts, labels, fused_call
             )
+        # Prompt, steps and answer through the language model; or one more token of an answer.
         self._drop_unknown_outputs(kwargs)
         decoder = StepDecoder(self, latent_context, cache, use_cache, kwargs)
-        embeds = self._embed_prompt(input_ids, latent_context, inputs_embeds)
+        embeds = decoder.embed_prompt(input_ids, inputs_embeds)
         if latent_context.decode_step >= 0:
-            hidden = decoder.go_on(input_ids, embeds)
+            hidden = decoder.decode_next_token(input_ids, embeds)
         else:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             check_mask(mask, input_ids)
@@ -221,15 +225,10 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
         if fused_call is not None:
             return BaseModelOutput(last_hidden_state=hidden)
         logits = self.lm_head(hidden[:, kept_columns(logits_to_keep)])
-        loss = None
-        if labels is not None:
-            labels = labels.masked_fill(self.never_labels(input_ids), -100)
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.get_text_config().vocab_size, **kwargs
-            )
+        loss = self._take_loss(logits, labels, input_ids, kwargs)
         output = VedasCausalLMOutputWithPast(loss=loss, logits=logits, **cache_keyword(decoder.returned_cache))
         if latent_context.output_latents:
-            output.latent_trace = LatentTrace(len(input_ids), sorted_steps(latent_context))
+            output.latent_trace = LatentTrace(len(input_ids), latent_context.sorted_steps())
             output.replays = tuple(decoder.replays)
         return output
 
@@ -282,79 +281,36 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
             return first, counts[0]
         return [input_ids.shape[1]] * len(input_ids) if answer_starts is None else answer_starts.tolist(), 0
 
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        generation_config=None,
-        logits_processor: LogitsProcessorList | None = None,
-        stopping_criteria=None,
-        *,
-        latent_intervention: str | Intervention | None = None,
-        output_latents: bool = False,
-        **kwargs,
-    ) -> LatentGenerateOutput | LatentGenerateBeamOutput | torch.LongTensor:
-        """Take the latent steps and generate an answer. Takes everything that `GenerationMixin.generate` takes, and:
-
-        Args:
-            latent_intervention: replaces latents z_t before they enter the language model (`interventions.py`).
-            output_latents: return a `latent_trace`; needs `return_dict_in_generate=True`.
-
-        Raises:
-            ValueError: a decoding mode that cannot work with latents, or inputs that do not fit together.
-        """
-        cache = take_cache(kwargs)
-        settings, _ = self._prepare_generation_config(generation_config, **kwargs)
-        check_settings(settings, kwargs, output_latents, self.device)
-        latent_intervention = prepare_intervention(latent_intervention, one_at_a_time=True)
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        input_ids = self._check_prompt(input_ids, kwargs)
-        prompt_ids = self._find_ids(input_ids, kwargs.get("inputs_embeds"))
-        if cache is not None or settings.cache_implementation is not None:
-            raise ValueError(
-                "Latent steps start on a cache of their own: give neither `past_key_values` nor `cache_implementation`."
-            )
-        context = StepContext(images=[], intervention=latent_intervention, output_latents=output_latents, finite=[])
-        kwargs |= self._prepare_steps(prompt_ids, context, settings, kwargs)
-        output = super().generate(
-            input_ids,
-            generation_config,
-            LogitsProcessorList([*(logits_processor or []), NeverWritten([self.config.latent_token_id])]),
-            stopping_criteria,
-            latent_context=context,
-            **kwargs,
-        )
-        if isinstance(output, Tensor):
-            return output
-        return self._account(output, context, 0 if input_ids is None else input_ids.shape[1], settings, kwargs)
-
-    def _prepare_steps(self, input_ids, context: StepContext, settings, kwargs) -> dict:
-        """Encode the images and place the prompt. Takes the vision inputs out of `kwargs`."""
+    def _prepare_steps(self, input_ids: Tensor, settings, kwargs: dict) -> StepContext:
         names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
         vision = {name: kwargs.pop(name, None) for name in names}
         kwargs.pop("mm_token_type_ids", None)
-        if kwargs.get("position_ids") is not None:
-            raise ValueError("`position_ids` cannot be given to `generate`: latent steps take positions of their own.")
-        attention_mask = kwargs.get("attention_mask")
-        if attention_mask is None:
-            attention_mask = infer_attention_mask(input_ids, settings)
+        attention_mask, num_steps = kwargs["attention_mask"], self.config.num_latent_steps
         check_numbers(**{name: vision[name] for name in ("pixel_values", "pixel_values_videos")})
         ids = input_ids.to(self._input_device(input_ids))
         is_slot = ids == self.config.latent_token_id
         slots = is_slot.sum(dim=1)
         self._check_length(input_ids, attention_mask, self._count_step_tokens(ids, slots))
-        if slots.any() and (slots != self.config.num_latent_steps).any():
-            row = int((slots != self.config.num_latent_steps).nonzero()[0])
+        if slots.any() and (slots != num_steps).any():
+            row = int((slots != num_steps).nonzero()[0])
             raise ValueError(
-                f"Row {row} of the prompt has {int(slots[row])} latent slots, but `num_latent_steps` is "
-                f"{self.config.num_latent_steps}; give as many, or none."
+                f"Row {row} of the prompt has {int(slots[row])} latent slots, but `num_latent_steps` is {num_steps}; give as "
+                "many, or none."
             )
         eos = end_tokens(settings.eos_token_id, self.config.get_text_config().eos_token_id)
         check_turns(is_slot, ids, attention_mask, eos, "latent slots")
-        context.num_steps, context.prompt_ids = self.config.num_latent_steps, ids
-        context.images, context.placeholders = self._encode_images(ids, vision)
+        images, placeholders = self._encode_images(ids, vision)
+        context = StepContext(images, placeholders, prompt_ids=ids, num_steps=num_steps)
         context.position_ids = self._rope_positions(ids, attention_mask, vision)
-        return {"attention_mask": attention_mask}
+        return context
+
+    def _reserved_tokens(self) -> list[int]:
+        return [self.config.latent_token_id]
+
+    def _count_steps_taken(
+        self, context: StepContext, num_rows: int, beam_indices: Tensor | None
+    ) -> tuple[Tensor, int]:
+        return torch.full((num_rows,), self.config.num_latent_steps), 1
 
     def _count_step_tokens(self, ids: Tensor, slots: Tensor) -> list[int]:
         """By row the positions that the steps add to the prompt: latents without a slot of their own, and what is replayed."""
@@ -365,26 +321,6 @@ class VedasForConditionalGeneration(LatentDecodingMixin, QwenInputsMixin, Qwen2_
             if config.replay_pattern == "soft_mix":
                 replayed = (replayed > 0) * steps
         return (steps + replayed - slots).tolist()
-
-    def _account(self, output, context: StepContext, prompt_length: int, settings, kwargs):
-        """Add latent counts, stop reasons and the trace to what the decoding loop returned."""
-        rows, steps = output.sequences.shape[0], self.config.num_latent_steps
-        followed = follow_prompt_rows(context.steps, rows, getattr(output, "beam_indices", None))
-        kind = LatentGenerateBeamOutput if hasattr(output, "beam_indices") else LatentGenerateOutput
-        return kind(
-            **output,
-            num_latent_blocks=torch.full((rows,), steps),
-            num_latents=torch.full((rows,), steps),
-            latents_unused=False,
-            stop_reason=stop_reasons(
-                output.sequences[:, prompt_length:], settings, kwargs.get("tokenizer"), prompt_length
-            ),
-            latent_trace=LatentTrace(rows, followed) if context.output_latents else None,
-        )
-
-
-def sorted_steps(context: StepContext) -> list:
-    return sorted(context.steps, key=lambda step: (step.row, step.index))
 
 
 __all__ = ["VedasForConditionalGeneration"]
