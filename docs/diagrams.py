@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 
 
-CELL, LEFT, TOP = 44, 150, 96  # pixels
+CELL, LEFT, TOP = 54, 150, 96  # pixels
 COLORS = {"text": "#e8eaf6", "image": "#c8e6c9", "control": "#ffe0b2", "latent": "#ffab91", "marker": "#d1c4e9"}
 ATTENDED = "#90a4ae"
 
@@ -89,7 +89,7 @@ def draw(columns: list[Column]) -> str:
     names = {
         "text": "text",
         "image": "image tokens",
-        "marker": "opening and closing token",
+        "marker": "markers",
         "control": "controls",
         "latent": "latents",
     }
