@@ -12,7 +12,7 @@ PYTEST := python -m pytest -q -n auto --dist loadfile
 MATRIX := 5.17.0 5.19.0 5.21.1 5.23.0
 HUB_5.17.0 := 1.33.0
 
-.PHONY: demo test test-slow test-matrix test-newest check style export lock clean train-deeplatent train-lare train-vedas
+.PHONY: demo docs notebooks test test-slow test-matrix test-newest check style export lock clean train-deeplatent train-lare train-vedas
 .SECONDARY: $(MATRIX:%=.venvs/%/.ready)
 
 # Make a virtual environment with torch in it. $(1): its folder; $(2): arguments of install_torch.py
@@ -59,6 +59,20 @@ test-newest:
 	.venvs/newest/bin/python .ci/newest.py
 	.venvs/newest/bin/$(PYTEST) -m core $(ARGS)
 
+# The pages of docs/ as a site, in an environment of their own without torch: the reference is read from the sources, not imported.
+# Ruff formats its signatures. A warning is an error.
+.venvs/docs/.ready: constraints.txt Makefile
+	$(PYTHON) -m venv .venvs/docs
+	.venvs/docs/bin/python -m pip install --quiet --constraint constraints.txt mkdocs-material "mkdocstrings[python]" ruff
+	touch $@
+
+docs: .venvs/docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venvs/docs/bin/mkdocs build --strict --quiet
+
+# Runs the notebooks from the first to the last cell; they are committed without outputs.
+notebooks: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -n 0 --slow tests/test_notebooks.py $(ARGS)
+
 check: $(VENV)/.ready
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
@@ -76,7 +90,7 @@ lock:
 	$(PYTHON) -m venv .venvs/lock
 	.venvs/lock/bin/python -m pip install --quiet --upgrade uv
 	.venvs/lock/bin/python .ci/install_torch.py --pin > .venvs/lock/torch.txt
-	.venvs/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra demo \
+	.venvs/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --extra dev --extra demo --extra docs \
 		--constraint .venvs/lock/torch.txt --annotation-style line --custom-compile-command "make lock" $(LOCK) \
 		--output-file constraints.txt setup.cfg
 
@@ -85,4 +99,4 @@ train-deeplatent train-lare train-vedas: train-%: $(VENV)/.ready
 	$(BIN)/python -m train.recipes $* --output out/small $(TRAIN)
 
 clean:
-	rm -rf $(VENV) .venvs *.egg-info build dist
+	rm -rf $(VENV) .venvs *.egg-info build dist site

@@ -10,7 +10,9 @@ import argparse
 import ast
 import json
 import os
+import re
 import shutil
+from collections.abc import Collection
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -19,6 +21,9 @@ from conversion.commands import exit_on_error
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configuration_latentvlm"
+RELATIVE_IMPORT = re.compile(
+    r"^\s*from \.(\w+) import", re.MULTILINE
+)  # as transformers looks for the files that travel
 WITH_AUTO_MAP = ("config.json", "processor_config.json", "tokenizer_config.json")
 
 
@@ -81,6 +86,7 @@ def refresh_code(folder: str | Path) -> list[str]:
     hub_classes = read_hub_classes(str(read_json(folder / "config.json").get("model_type")))
     hub_code = load_hub_code()
     texts = hub_code.flat_code(hub_classes)
+    obsolete = [name for name in sorted(code_in_use(folder)) if name not in texts]
     auto_map = hub_code.map_classes(hub_classes)
     for name in WITH_AUTO_MAP:
         path = folder / name
@@ -94,12 +100,26 @@ def refresh_code(folder: str | Path) -> list[str]:
         for name, text in sorted(texts.items())
         if not (folder / name).is_file() or (folder / name).read_text(encoding="utf-8") != text
     ]
-    if changed:
-        replace_files(folder, {name: texts[name] for name in changed})
-    return changed
+    if changed or obsolete:
+        replace_files(folder, {name: texts[name] for name in changed}, obsolete)
+    return sorted([*changed, *obsolete])
 
 
-def replace_files(folder: Path, texts: dict[str, str]) -> None:
+def code_in_use(folder: Path) -> set[str]:
+    """The files of code that a checkpoint's `auto_map` leads to, by relative imports; other code in the folder is its owner's."""
+    maps = [read_json(folder / name).get("auto_map", {}) for name in WITH_AUTO_MAP if (folder / name).is_file()]
+    classes = [one for each in maps if isinstance(each, dict) for one in each.values()]
+    waiting = [f"{one.partition('.')[0]}.py" for one in classes if isinstance(one, str)]
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in found and (folder / name).is_file():
+            found.add(name)
+            waiting += [f"{one}.py" for one in RELATIVE_IMPORT.findall((folder / name).read_text(encoding="utf-8"))]
+    return found
+
+
+def replace_files(folder: Path, texts: dict[str, str], left_out: Collection[str] = ()) -> None:
     """Swap the folder for one with other texts, so that no moment shows code of two versions. Weights are linked."""
     from conversion.writing import replaced_folder
 
@@ -116,7 +136,9 @@ def replace_files(folder: Path, texts: dict[str, str]) -> None:
             symlinks=True,
             dirs_exist_ok=True,
             copy_function=link,
-            ignore=lambda path, names: [name for name in names if name in texts and Path(path) == folder.resolve()],
+            ignore=lambda path, names: [
+                name for name in names if (name in texts or name in left_out) and Path(path) == folder.resolve()
+            ],
         )
         for name, text in texts.items():
             (partial / name).write_text(text, encoding="utf-8")

@@ -1,8 +1,11 @@
-"""Make the README's pictures from the checkpoints that ship: docs/trace.png and docs/page.png (`serial_pictures.py`: the others).
+"""Make the pictures of README and docs from the checkpoints that ship: docs/trace.png, docs/page.png and docs/block.svg.
+
+`serial_pictures.py` makes the others.
 
     python -m docs.pictures --architecture lare --trace 2
 
-Needs what the page needs, Playwright and a Chromium. The trace is the one that `make demo` draws for that question.
+Needs what the page needs, Playwright and a Chromium. The trace is the one that `make demo` draws for that question. `python -m
+docs.diagrams` draws block.svg alone, and needs nothing.
 """
 
 import argparse
@@ -15,6 +18,7 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 from conversion.commands import exit_on_error
+from docs import diagrams
 from docs.serial_pictures import save_small
 from examples import demo, page
 from examples.demo_common import NAMES
@@ -52,6 +56,7 @@ def main() -> None:
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
     parser.add_argument("--output", type=Path, default=DOCS)
     args = parser.parse_args()
+    diagrams.main(args.output)
     with tempfile.TemporaryDirectory() as drawn:
         demo.main(["--checkpoints", str(args.checkpoints), "--output", drawn, "--n", str(max(6, args.trace))])
         trace = Path(drawn) / f"{args.architecture}-{args.trace}.png"
