@@ -167,7 +167,7 @@ def write_serial_run(output: Path) -> Path:
         for made, text in commands
     ]
     (output / "times.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for name, right in (("lare", 8), ("lare-swap", 2), ("lare_words", 6), ("words", 8)):
+    for name, right in (("lare", 8), ("lare-swap", 2), ("lare_words-off", 6), ("words", 8)):
         scores = folder / "scores" / name
         scores.mkdir(parents=True)
         records = [{"id": f"q{at}", "correct": at < right} for at in range(8)]

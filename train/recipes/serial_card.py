@@ -139,10 +139,13 @@ def draw_scores(source: Path, data: list[dict]) -> str:
         ValueError: the model itself was not, or answers are of weights that were trained anew since.
     """
     scores, name = source.parent / "scores", source.name
-    prefix = "lare_" if name.startswith("lare") else ""
-    asked = {f"{name}{ending}": (name, what) for ending, what in ARMS.items()}
+    # LaRe's twins keep the steps in their config, and are asked without them.
+    prefix, ending = ("lare_", "-off") if name.startswith("lare") else ("", "")
+    asked = {f"{name}{arm}": (name, what) for arm, what in ARMS.items()}
     asked |= {
-        f"{prefix}{twin}": (f"{prefix}{twin}", what) for twin, what in TWINS.items() if f"{prefix}{twin}" != name
+        f"{prefix}{twin}{ending}": (f"{prefix}{twin}", what)
+        for twin, what in TWINS.items()
+        if f"{prefix}{twin}" != name
     }
     rows = {}
     for folder, (model, what) in asked.items():
