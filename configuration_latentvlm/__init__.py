@@ -18,4 +18,4 @@ ARCHITECTURES = {config_class.model_type: config_class for config_class in (Deep
 for model_type, config_class in ARCHITECTURES.items():
     AutoConfig.register(model_type, config_class)
 
-__all__ = ["ARCHITECTURES", "DeepLatentConfig", "LaReConfig", "VedasConfig", "__version__"]
+__all__ = ["DeepLatentConfig", "LaReConfig", "VedasConfig", "__version__"]

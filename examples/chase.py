@@ -28,7 +28,6 @@ from train.recipes.small_models import IMAGE_SIZE
 
 TASK = "hops"
 NUM_ANSWERS, MOST = len(TILE_COLORS["easy"]), MOST_STEPS["easy"]
-SAY_WORDS = ("vedas",)  # architectures whose latents are the last hidden states
 DONORS_TRIED = 200
 
 
@@ -103,7 +102,7 @@ def read_stop(model, processor, sample: Sample, step: LatentStep) -> Stop:
     Vedas' latent is the last hidden state itself, so that the model's own head reads it as a word. Of the others it is the tile with the
     largest share of the windows, or where there are none of the attention.
     """
-    if model.config.model_type in SAY_WORDS:
+    if model.config.replays_image_tokens:  # such a latent is the last hidden state
         word = read_word(model, processor, step)
         is_tile = word in {thing["color"] for thing in sample.objects}
         return Stop("says", word if is_tile else None, f'"{word}"')
