@@ -116,8 +116,14 @@ def test_other_kernels_and_thread_counts_stay_below_half(shipped, change):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_the_stored_dtype_stays_below_half(shipped, attention):
-    """As a model too large for a copy in float32 is checked."""
+    """As a model too large for a copy in float32 is checked.
+
+    Not the second set: a LaRe looks at the window with the largest attention, which bfloat16 may choose anew, and these models are
+    small enough to be checked in float32.
+    """
     name, _ = shipped
+    if name.startswith("serial/"):
+        pytest.skip("models of this size are checked in float32")
     known, model = known_answers(name), load(CHECKPOINTS / name, attn_implementation=attention)
     assert known.dtype == "bfloat16" == str(model.dtype).removeprefix("torch.")
     expected = known.answers["bfloat16"]
