@@ -14,7 +14,6 @@ KINDS = ("deeplatent", "lare", "vedas incremental")
 ONLY_OF_FORWARD = {
     "labels": lambda ids: ids,
     "answer_starts": lambda ids: torch.full((len(ids),), 3),
-    "num_latent_steps": lambda ids: 0,
     "latent_state_layers": lambda ids: (1,),
 }
 
@@ -27,7 +26,7 @@ def case(request, tokenizer, processor, image_processor):
 
 @pytest.mark.parametrize("name", ONLY_OF_FORWARD)
 def test_generate_refuses_what_only_forward_can_honour(case, name):
-    """`answer_starts` would move the steps into the question, and `num_latent_steps` would be ignored."""
+    """`answer_starts` would move the steps into the question."""
     model, inputs, settings = case
     with pytest.raises(ValueError, match=name):
         model.generate(**inputs, **settings, **{name: ONLY_OF_FORWARD[name](inputs["input_ids"])})
