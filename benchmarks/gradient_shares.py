@@ -7,14 +7,13 @@ from what the policy says. The modulation is given small random weights, as a tr
 zero, gives the language model no gradient at all.
 """
 
-import argparse
 from dataclasses import replace
 
 import torch
 
 from benchmarks.measuring import Setting
 from benchmarks.models import TINY, deeplatent, qwen_inputs
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from train.deeplatent.rl.gradients import ApartGradients
 from train.deeplatent.rl.objective import GRPOObjective, ObjectiveArguments
 from train.deeplatent.rl.rescoring import replay
@@ -77,7 +76,7 @@ def measure_norms(width: int, how: str = "sum", limit: float = 1.0) -> dict[str,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--limit", type=float, default=1.0, help="latent_gradient_limit")
     options = parser.parse_args()

@@ -7,7 +7,6 @@
 Writes `SUITE.json`, `SUITE.md` and `SUITE.png` after every subject. Off a GPU only ratios mean anything.
 """
 
-import argparse
 import gc
 import importlib
 import sys
@@ -21,7 +20,7 @@ from benchmarks.measuring import Setting, describe_machine, free_memory
 from benchmarks.models import Shape, deeplatent, weight_bytes
 from benchmarks.report import Row, to_markdown, write_report
 from benchmarks.sizes import CPU, CPU_QUICK, GPU, GPU_QUICK, Sizes
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 
 
 SUBJECTS = (
@@ -81,7 +80,7 @@ def run_suite(suite: str, sizes: Sizes, setting: Setting, only: list[str] | None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--suite", choices=SUITES, required=True)
     parser.add_argument("--only", nargs="+", choices=SUITES["gpu"], metavar="NAME", help=", ".join(SUITES["gpu"]))
     parser.add_argument("--output", type=Path, default=Path("out/benchmarks"))

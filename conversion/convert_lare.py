@@ -10,7 +10,6 @@ Weights are streamed, so memory stays near the largest shard. The projector is f
 cropped to their centre. The output loads with `AutoModel.from_pretrained(OUT, trust_remote_code=True)`.
 """
 
-import argparse
 import math
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,6 @@ from conversion.backbone import (
     check_overrides,
     choose_dtype,
     copy_legal_files,
-    exit_on_error,
     find_license,
     load_image_processor,
     load_tokenizer,
@@ -54,6 +52,7 @@ from conversion.checkpoint_io import (
     initialize_weights,
     write_weights,
 )
+from conversion.commands import CommandParser, exit_on_error
 from conversion.known_answers import record_answers
 from conversion.projector_weights import PROJECTOR, load_projector
 from conversion.qwen_backbone import dtype_of_new_weights, report
@@ -311,7 +310,7 @@ def report_conversion(config: LaReConfig, weights, added: dict[str, Tensor], row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--vision-tower", required=True, help="folder or Hub id of a CLIP or SigLIP model")
     parser.add_argument("--language-model", required=True, help="folder or Hub id of a Qwen2, Qwen3 or Llama model")
     parser.add_argument("--projector", help="mm_projector.bin, or folder or Hub id of a llava-hf checkpoint")

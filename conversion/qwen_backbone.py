@@ -1,6 +1,5 @@
 """Conversion around a Qwen-VL backbone, for the architectures that have one: the backbone bit for bit, new weights fresh."""
 
-import argparse
 import re
 import sys
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from conversion.backbone import (
     check_token_ids,
     choose_dtype,
     copy_legal_files,
-    exit_on_error,
     find_license,
     load_backbone,
     locate_backbone,
@@ -41,6 +39,7 @@ from conversion.checkpoint_io import (
     initialize_weights,
     write_weights,
 )
+from conversion.commands import CommandParser, exit_on_error
 from conversion.known_answers import record_answers
 from conversion.writing import replaced_folder
 
@@ -230,7 +229,7 @@ def run_converter(
     description: str, convert: Callable[..., Path], add_arguments: Callable = lambda parser: None
 ) -> None:
     """The command line of a converter; prints the folder."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(description=description)
     parser.add_argument("--backbone", required=True, help="folder or Hub id of the backbone's checkpoint")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--dtype", choices=CAST_DTYPES, help="cast the weights (default: as they are)")

@@ -8,7 +8,6 @@ Needs what the page needs, Playwright and a Chromium. The trace is the one that 
 docs.diagrams` draws block.svg alone, and needs nothing.
 """
 
-import argparse
 import re
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from docs import diagrams
 from docs.serial_pictures import save_small
 from examples import demo, page
@@ -50,7 +49,7 @@ def shoot_page(folder: Path, architecture: str, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", choices=NAMES, default=NAMES[0])
     parser.add_argument("--trace", type=int, default=1, help="number of the demo's question whose trace is shown")
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)

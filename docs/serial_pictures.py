@@ -8,7 +8,6 @@ given, one line for each number of hops that a question needs. It takes reports,
 `make demo` draws it, and below it the same with one latent of another picture.
 """
 
-import argparse
 import io
 import json
 from pathlib import Path
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from examples.chase import MOST, chase_all, draw_question, find_donor, load_serial, say_whose, serial_names, swap
 from examples.demo_common import told
 from train.recipes.shipping import CHECKPOINTS
@@ -139,7 +138,7 @@ def save_small(picture: Image.Image, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     stairs = commands.add_parser("staircase", help="D14 of reports")
     stairs.add_argument("reports", type=Path, nargs="+", help="faithfulness.json of each, or the record of D14")

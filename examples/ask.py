@@ -3,12 +3,10 @@
 python -m examples.ask checkpoints/lare picture.png "What is in the picture?" --draw trace.png
 """
 
-import argparse
-
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from processing_latentvlm import draw_trace
 from processing_latentvlm.pictures import open_picture
 
@@ -53,7 +51,7 @@ def count_latents(model, output) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("picture")
     parser.add_argument("question")

@@ -7,14 +7,13 @@ drawn to out/demo. Then those that were trained on serial questions are asked fo
 drawn of it is the tile that every latent is about.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from textwrap import shorten
 
 from transformers.utils import logging
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from evaluation.answering import Answer
 from examples.chase import MOST, chase_all, draw_question, load_serial, serial_names
 from examples.demo_common import (
@@ -87,7 +86,7 @@ def judge(right: dict[str, int], count: int, chance: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=6, help="questions to each checkpoint")
     parser.add_argument(
         "--chases", type=int, default=MOST, help="serial questions to each checkpoint that knows those"

@@ -6,11 +6,9 @@ python -m examples.finetune MODEL data/tasks/data.jsonl out/finetuned
 Models that open no blocks take their steps before the answer, and those pictures are left out.
 """
 
-import argparse
-
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from train.common.chat_collator import collator_for
 from train.common.trained_sizes import record_image_sizes
 from train.data.chats import question_image_sizes, read_trajectories
@@ -38,7 +36,7 @@ def finetune(model_path: str, data_path: str, output: str, **arguments) -> Train
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     for name in ("model_path", "data_path", "output"):
         parser.add_argument(name)
     arguments = vars(parser.parse_args())

@@ -3,12 +3,10 @@
 python -m examples.lora MODEL data/tasks/data.jsonl out/adapter out/merged
 """
 
-import argparse
-
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from train.common.chat_collator import collator_for
 from train.common.trained_sizes import record_image_sizes
 from train.data.chats import question_image_sizes, read_trajectories
@@ -48,7 +46,7 @@ def merge_adapter(model_path: str, adapter: str, merged: str):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     for name in ("model_path", "data_path", "adapter", "merged"):
         parser.add_argument(name)
     args = parser.parse_args()

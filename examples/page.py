@@ -6,14 +6,13 @@
 Only this machine is answered, nothing is sent anywhere, and nothing is fetched.
 """
 
-import argparse
 import os
 import secrets
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from examples.chase_tab import build_tab
 from examples.demo_common import (
     LONGEST,
@@ -197,7 +196,7 @@ def launch(page, port: int | None = None, **settings):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
     args = parser.parse_args()

@@ -14,11 +14,10 @@ train.train_deeplatent ..`. The objective is in `train/deeplatent/distillation.p
 `train/deeplatent/trajectories.py`. `output_dir` becomes a whole checkpoint; with `--lora` the adapter is merged into it.
 """
 
-import argparse
 import sys
 from importlib import import_module
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 
 
 STAGES = {  # each with a `run(arguments)`
@@ -29,7 +28,7 @@ STAGES = {  # each with a `run(arguments)`
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
+    parser = CommandParser(description=__doc__.splitlines()[0], add_help=False)
     parser.add_argument("--stage", choices=STAGES, required=True)
     stage = parser.parse_known_args(arguments)[0].stage
     import_module(STAGES[stage]).run(arguments)

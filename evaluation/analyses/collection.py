@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoProcessor, set_seed
 
 from configuration_latentvlm import ARCHITECTURES
 from configuration_latentvlm.latent_architecture import has_latents
+from conversion.commands import CommandParser
 from conversion.own_models import TRUST_HELP
 from conversion.reading import check_config_file
 from evaluation.answers import encode_questions
@@ -38,7 +39,7 @@ class Study:
 
 def analysis_parser(command: str, description: str) -> argparse.ArgumentParser:
     """The arguments that every analysis takes."""
-    parser = argparse.ArgumentParser(prog=f"python -m evaluation.analyses.{command}", description=description)
+    parser = CommandParser(prog=f"python -m evaluation.analyses.{command}", description=description)
     parser.add_argument("--model", required=True, help="folder or hub id of a checkpoint")
     parser.add_argument("--data", required=True, help="questions, in a format of `train/data/reasoning_data.py`")
     parser.add_argument("--output", required=True, help="folder for the table and the plot")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoProcessor, set_seed
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.own_models import TRUST_HELP
 from conversion.reading import check_config_file
 from evaluation.analyses.collection import prepare_output
@@ -40,7 +40,7 @@ SAID = ("D1", "D14", "D15", "D16")  # diagnostics whose notes are printed
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.faithfulness", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m evaluation.faithfulness", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder or hub id of a checkpoint with latents")
     parser.add_argument("--data", required=True, help="questions, in a format of `train/data/reasoning_data.py`")
     parser.add_argument("--output", required=True, help="folder for the page and the JSON")

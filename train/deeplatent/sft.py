@@ -5,11 +5,12 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from torch.utils.data import Subset
-from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
+from transformers import AutoModel, AutoProcessor, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from configuration_latentvlm.transformers_contract import check_contract
 from conversion.config_overrides import load_config
+from conversion.dataclass_parser import DataclassParser
 from conversion.own_models import TRUST_HELP, check_model_type
 from train.common.stages import (
     AnswerAccuracy,
@@ -341,7 +342,7 @@ def train_sft(
     return trainer
 
 
-PARSER = HfArgumentParser((SftArguments, DataArguments, SftTrainingArguments, StageArguments))
+PARSER = DataclassParser((SftArguments, DataArguments, SftTrainingArguments, StageArguments))
 
 
 def run(arguments: list[str]) -> None:

@@ -8,12 +8,11 @@ the first variant of their seed. A variant is a line of flags below. What is tra
 gives accuracy on the recipe's unseen questions, mean and standard deviation over the seeds, with and without latents.
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import write_file
 from train.recipes.small_models import BATCH, RL_STEPS, SMALL_RL, run, score
 
@@ -77,7 +76,7 @@ def tabulate(results: dict[str, list[dict[str, float]]]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, required=True, help="folder that `train.recipes deeplatent` wrote")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

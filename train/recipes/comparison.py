@@ -22,7 +22,6 @@ model into the run: accuracy with 95 % intervals, and how much more often the mo
 (bootstrap of the differences).
 """
 
-import argparse
 import json
 import shlex
 import subprocess
@@ -30,7 +29,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import replaced_file, write_file
 from evaluation.faithfulness.statistics import paired
 from train.data.tasks.families import tasks_of
@@ -234,7 +233,7 @@ def draw(measured: dict[tuple[str, str], tuple[dict, list[dict]]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="output of `train.recipes`")
     parser.add_argument("--models", nargs="+", choices=sorted(RECIPES), help="by default those that are trained there")
     parser.add_argument("--arms", nargs="+", choices=list(arms_of("lare")), default=list(arms_of("lare")))

@@ -25,7 +25,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import write_file
 from train.data.tasks.families import FAMILIES
 from train.recipes.serial.arms import ARMS, Model
@@ -119,7 +119,7 @@ def describe_missing(stages: list[Stage]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--task", choices=FAMILIES["serial"], help="by default that of the folder, or hops")
     parser.add_argument(

@@ -11,7 +11,6 @@ There are two sets, each with hashes of its own: models of the recipes in `check
 questions, whose cards `train/recipes/serial_card.py` writes.
 """
 
-import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -22,7 +21,7 @@ from transformers import AutoModel, AutoProcessor
 
 from configuration_latentvlm import ARCHITECTURES
 from configuration_latentvlm.model_card import render_model_card
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.known_answers import record_answers, rewrite_answers
 from conversion.refresh_code import refresh_code
 from conversion.writing import replaced_folder, write_file
@@ -202,7 +201,7 @@ def refresh(folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "name", nargs="?", choices=sorted(ARCHITECTURES), help="without: bring the code of all up to date"
     )

@@ -7,14 +7,13 @@
 The folder looks like a published backbone: the converters take it as they take one from the Hub.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import replaced_folder
 from train.data.small_tokenizer import CHAT_TEMPLATE, texts_of, train_tokenizer
 
@@ -91,7 +90,7 @@ def write_backbone(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", required=True, help="JSONL of `train.data.tasks`, for the tokenizer")
     parser.add_argument("--output", required=True)
     for name, default in {"hidden-size": 128, "num-layers": 6, "vocab-size": 600, "seed": 0}.items():

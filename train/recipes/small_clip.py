@@ -8,7 +8,6 @@
 The folders look like published ones: the converter takes them as it takes those from the Hub.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from diffusers import AutoencoderKL
 from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import replaced_folder
 from train.data.small_tokenizer import CHAT_TEMPLATE, texts_of, train_tokenizer
 from train.lare.image_reconstruction import CODE_CHANNELS
@@ -104,7 +103,7 @@ def write_small(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", required=True, help="JSONL of `train.data.tasks`, for the tokenizer")
     parser.add_argument("--output", required=True)
     defaults = {"hidden-size": 128, "num-layers": 4, "vocab-size": 600, "image-size": 112, "patch-size": 14, "seed": 0}

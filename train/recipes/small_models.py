@@ -12,7 +12,6 @@ folder share data and backbone. The last table says how often the model is right
 its latents replaced by noise or by another picture's, and without steps. `train.recipes.shipping` makes of it what is shipped.
 """
 
-import argparse
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from pathlib import Path
 from transformers import AutoModel, AutoProcessor
 
 import conversion.own_models  # noqa: F401
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import append_lines, lock_of, locked, write_file
 from evaluation.answering import AnswerSettings
 from evaluation.evaluate_rows import evaluate_rows
@@ -343,7 +342,7 @@ def score(folder: Path, data: Path, names: tuple[str, ...] = tuple(ARMS)) -> dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipe", choices=sorted(RECIPES))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--task", default=TASK, help="of `train.data.tasks`, several with commas")

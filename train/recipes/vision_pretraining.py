@@ -17,7 +17,6 @@ CLIP tower (`train.recipes.small_clip`), whose patches must lie whole in them; C
 it.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, Qwen2_5_VLForConditionalGeneration
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.reading import read_json_lines
 from conversion.writing import replaced_folder
 from modeling_latentvlm.complete_weights import load_complete
@@ -213,7 +212,7 @@ def pretrain(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", dest="folder", required=True, help="folder of a backbone or of a CLIP tower")
     parser.add_argument("--data", nargs="+", required=True, help="JSONL of `train.data.tasks`, pictures of one size")
     parser.add_argument("--epochs", type=int, default=3)

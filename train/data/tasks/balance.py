@@ -9,7 +9,6 @@ question (where scikit-learn is installed). Without `--data`, samples are made i
 table says how far clues in the picture go, such as the distance from the start (`train.data.tasks.shortcuts`).
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from unittest import mock
 
 from PIL import Image
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.reading import is_file, read_json_lines
 from train.data.tasks import FAMILIES, LEVELS, SPLITS, TASKS, family_of, generate_sample, tasks_of
 from train.data.tasks.shortcuts import measure_shortcuts, print_shortcuts
@@ -134,7 +133,7 @@ def print_table(table: dict[str, dict[str, float | None]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m train.data.tasks.balance", description="What is known about the answers without looking."
     )
     parser.add_argument("--data", help="a data.jsonl to learn from; default: samples made in memory")
