@@ -79,14 +79,27 @@ def run_suite(suite: str, sizes: Sizes, setting: Setting, only: list[str] | None
     return rows
 
 
-def main() -> None:
+def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", choices=SUITES, required=True)
-    parser.add_argument("--only", nargs="+", choices=SUITES["gpu"], metavar="NAME", help=", ".join(SUITES["gpu"]))
-    parser.add_argument("--output", type=Path, default=Path("out/benchmarks"))
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--suite", choices=SUITES, required=True, help="what is measured, and where")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=SUITES["gpu"],
+        metavar="NAME",
+        help=f"these subjects alone: {', '.join(SUITES['gpu'])}",
+    )
+    parser.add_argument("--output", type=Path, default=Path("out/benchmarks"), help="folder for tables and plots")
+    parser.add_argument("--repeats", type=int, default=7, help="times that each arm is measured")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller sizes")
-    parser.add_argument("--threads", type=int, default=1, help="of the cpu suite; one has the steadiest clock")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of the cpu suite; one gives the steadiest times"
+    )
+    return parser
+
+
+def main() -> None:
+    parser = build_parser()
     args = parser.parse_args()
     if args.repeats < 1 or args.threads < 1:
         parser.error(f"--repeats and --threads must be >= 1, got {args.repeats} and {args.threads}")

@@ -9,6 +9,7 @@ Where this repository is not at hand, `model.check_known_answers()` of a loaded 
 import sys
 
 from conversion.commands import CommandParser, exit_on_error
+from conversion.reading import check_model_folder
 
 
 def write(model: str) -> None:
@@ -41,11 +42,15 @@ def check(model: str):
     return loaded.check_known_answers()
 
 
-def main(arguments: list[str] | None = None) -> None:
+def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__)
     parser.add_argument("model", help="folder, or (without --write) Hub id, of a checkpoint")
     parser.add_argument("--write", action="store_true", help="record the answers, in place of those that are there")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
 
     import os
 
@@ -54,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         if args.write:
             write(args.model)
             return
+        check_model_folder(args.model)
         report = check(args.model)
     print(report)
     sys.exit(0 if report.passed else 1)

@@ -33,6 +33,8 @@ RENAMED = {
 STANDARD = {"output_dir"}  # the Trainer's own names: no old spelling
 REMOVED_IN = "0.4"
 
+COMMAND_FOLDERS = ("conversion", "evaluation", "train", "examples", "benchmarks", "docs")
+
 # Optional packages by the extra of setup.cfg that brings them; the last ones are in no extra.
 EXTRAS = {
     "train": (
@@ -142,6 +144,27 @@ def say_how_to_install(module: str | None) -> str | None:
         return None
     how = f'-c constraints.txt -e ".[{extra}]"' if extra else PACKAGES[name]
     return f"This command needs {name}, which is not installed. Run: pip install {how}"
+
+
+def explain_failed_import(kind, error, trace) -> None:
+    """As `sys.excepthook`: the optional package that a module of ours imports at its top is named in one line, too."""
+    text = say_how_to_install(error.name) if isinstance(error, ImportError) else None
+    if text is None or os.environ.get("LATENTVLM_TRACEBACK"):
+        sys.__excepthook__(kind, error, trace)
+    else:
+        end_with(text)
+
+
+def is_command_of_ours() -> bool:
+    """Whether this process runs one of our commands; other programs that import this module keep their own hook."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    name = spec.name if spec is not None else ""
+    # While `python -m` imports the packages that a command lies in, its first argument is still "-m".
+    return sys.argv[:1] == ["-m"] or name.partition(".")[0] in COMMAND_FOLDERS
+
+
+if is_command_of_ours() and sys.excepthook is sys.__excepthook__:
+    sys.excepthook = explain_failed_import
 
 
 def input_errors() -> tuple[type[Exception], ...]:

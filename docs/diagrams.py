@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+from conversion.commands import exit_on_error
+
 
 CELL, LEFT, TOP = 54, 150, 96  # pixels
 COLORS = {"text": "#e8eaf6", "image": "#c8e6c9", "control": "#ffe0b2", "latent": "#ffab91", "marker": "#d1c4e9"}
@@ -105,4 +107,5 @@ def main(folder: Path = Path(__file__).parent) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        main()

@@ -48,13 +48,17 @@ def shoot_page(folder: Path, architecture: str, path: Path) -> None:
         built.close()
 
 
-def main() -> None:
+def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--architecture", choices=NAMES, default=NAMES[0])
+    parser.add_argument("--architecture", choices=NAMES, default=NAMES[0], help="whose picture is made")
     parser.add_argument("--trace", type=int, default=1, help="number of the demo's question whose trace is shown")
-    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
-    parser.add_argument("--output", type=Path, default=DOCS)
-    args = parser.parse_args()
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of the checkpoints that ship")
+    parser.add_argument("--output", type=Path, default=DOCS, help="folder for the pictures")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     diagrams.main(args.output)
     with tempfile.TemporaryDirectory() as drawn:
         demo.main(["--checkpoints", str(args.checkpoints), "--output", drawn, "--n", str(max(6, args.trace))])

@@ -110,10 +110,14 @@ def evaluate(arguments: EvaluationArguments, settings: AnswerSettings) -> dict |
         return summary
 
 
-def main() -> None:
+def build_parser() -> DataclassParser:
     parser = DataclassParser((EvaluationArguments, AnswerSettings), description=__doc__)
+    return parser
+
+
+def main() -> None:
     with exit_on_error():
-        arguments, settings = parser.parse_args_into_dataclasses()
+        arguments, settings = build_parser().parse_args_into_dataclasses()
         summary = evaluate(arguments, settings)
     if summary is not None:
         print(draw_table(summary))

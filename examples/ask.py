@@ -7,6 +7,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from conversion.commands import CommandParser, exit_on_error
+from conversion.reading import check_config_file
 from processing_latentvlm import draw_trace
 from processing_latentvlm.pictures import open_picture
 
@@ -50,17 +51,24 @@ def count_latents(model, output) -> str:
     )
 
 
-def main() -> None:
+def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("picture")
-    parser.add_argument("question")
-    parser.add_argument("--min-blocks", type=int, default=0, help="of DeepLatent")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("model", help="folder or Hub id of a checkpoint")
+    parser.add_argument("picture", help="image file")
+    parser.add_argument("question", help="question about the picture, in quotes")
+    parser.add_argument(
+        "--min-blocks", type=int, default=0, help="latent blocks that the answer opens at least (DeepLatent)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="budget of the answer")
     parser.add_argument("--draw", help="PNG to draw the trace to")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     with exit_on_error():
         image = open_picture(args.picture, args.picture)
+        check_config_file(args.model)
         processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
         model = AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype="auto")
         answer, output = ask(model, processor, image, args.question, args.min_blocks, args.max_new_tokens)

@@ -9,6 +9,7 @@ Models that open no blocks take their steps before the answer, and those picture
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
 from conversion.commands import CommandParser, exit_on_error
+from conversion.reading import check_config_file
 from train.common.chat_collator import collator_for
 from train.common.trained_sizes import record_image_sizes
 from train.data.chats import question_image_sizes, read_trajectories
@@ -35,13 +36,19 @@ def finetune(model_path: str, data_path: str, output: str, **arguments) -> Train
     return trainer
 
 
-def main() -> None:
+def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    for name in ("model_path", "data_path", "output"):
-        parser.add_argument(name)
-    arguments = vars(parser.parse_args())
+    parser.add_argument("model", help="folder or Hub id of a checkpoint")
+    parser.add_argument("data", help="conversations with pictures, as `train.data.tasks` writes them")
+    parser.add_argument("output", help="folder for the trained checkpoint")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     with exit_on_error():
-        finetune(**arguments)
+        check_config_file(args.model)
+        finetune(args.model, args.data, args.output)
 
 
 if __name__ == "__main__":

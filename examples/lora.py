@@ -3,10 +3,10 @@
 python -m examples.lora MODEL data/tasks/data.jsonl out/adapter out/merged
 """
 
-from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
 
 from conversion.commands import CommandParser, exit_on_error
+from conversion.reading import check_config_file
 from train.common.chat_collator import collator_for
 from train.common.trained_sizes import record_image_sizes
 from train.data.chats import question_image_sizes, read_trajectories
@@ -17,6 +17,8 @@ TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|d
 
 
 def train_adapter(model_path: str, data_path: str, adapter: str, **arguments) -> Trainer:
+    from peft import LoraConfig, get_peft_model
+
     processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True)
     model = AutoModel.from_pretrained(model_path, trust_remote_code=True)
     found = {name.rpartition(".")[2] for name, _ in model.named_modules()}
@@ -38,6 +40,8 @@ def train_adapter(model_path: str, data_path: str, adapter: str, **arguments) ->
 
 def merge_adapter(model_path: str, adapter: str, merged: str):
     """Load an adapter onto its base model, merge it, and save a checkpoint that needs neither PEFT nor the adapter."""
+    from peft import PeftModel
+
     base = AutoModel.from_pretrained(model_path, trust_remote_code=True)
     model = PeftModel.from_pretrained(base, adapter).merge_and_unload()
     model.save_pretrained(merged)
@@ -45,14 +49,21 @@ def merge_adapter(model_path: str, adapter: str, merged: str):
     return model
 
 
-def main() -> None:
+def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    for name in ("model_path", "data_path", "adapter", "merged"):
-        parser.add_argument(name)
-    args = parser.parse_args()
+    parser.add_argument("model", help="folder or Hub id of a checkpoint")
+    parser.add_argument("data", help="conversations with pictures, as `train.data.tasks` writes them")
+    parser.add_argument("adapter", help="folder for the adapter")
+    parser.add_argument("output", help="folder for the checkpoint with the adapter merged into it")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     with exit_on_error():
-        train_adapter(args.model_path, args.data_path, args.adapter)
-        merge_adapter(args.model_path, args.adapter, args.merged)
+        check_config_file(args.model)
+        train_adapter(args.model, args.data, args.adapter)
+        merge_adapter(args.model, args.adapter, args.output)
 
 
 if __name__ == "__main__":

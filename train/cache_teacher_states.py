@@ -126,9 +126,10 @@ def main(args: CacheArguments, data_args: DataArguments) -> None:
         print("Other processes still write; the last of them completes the folder.")
 
 
-PARSER = DataclassParser((CacheArguments, DataArguments))
+def build_parser() -> DataclassParser:
+    return DataclassParser((CacheArguments, DataArguments))
 
 
 if __name__ == "__main__":
     with exit_on_error():
-        main(*PARSER.parse_args_into_dataclasses())
+        main(*build_parser().parse_args_into_dataclasses())

@@ -78,10 +78,14 @@ def draw_table(counts: Counter) -> str:
     return "\n".join(f"{name:<26}{count:>10,}" for name, count in rows.items())
 
 
-def main() -> None:
+def build_parser() -> DataclassParser:
     parser = DataclassParser(DecontaminationArguments, description=__doc__)
+    return parser
+
+
+def main() -> None:
     with exit_on_error():
-        (arguments,) = parser.parse_args_into_dataclasses()
+        (arguments,) = build_parser().parse_args_into_dataclasses()
         print(draw_table(decontaminate(arguments)))
         print(f"{arguments.output}, {arguments.report}")
 

@@ -99,11 +99,15 @@ ARGUMENTS = (
 )
 
 
-def run(arguments: list[str]) -> None:
-    """What `train.train_deeplatent --stage rl` calls."""
+def build_parser() -> DataclassParser:
     parser = DataclassParser(ARGUMENTS)
     parser.add_argument("--stage", choices=["rl"], help="Given by `train.train_deeplatent`.")
-    *parsed, _ = parser.parse_args_into_dataclasses(arguments)
+    return parser
+
+
+def run(arguments: list[str]) -> None:
+    """What `train.train_deeplatent --stage rl` calls."""
+    *parsed, _ = build_parser().parse_args_into_dataclasses(arguments)
     main(*parsed)
 
 

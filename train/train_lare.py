@@ -387,7 +387,10 @@ def main(
     return trainer
 
 
+def build_parser() -> DataclassParser:
+    return DataclassParser((ScriptArguments, LatentLossArguments, LaReTrainingArguments, StageArguments))
+
+
 if __name__ == "__main__":
     with exit_on_error():
-        parser = DataclassParser((ScriptArguments, LatentLossArguments, LaReTrainingArguments, StageArguments))
-        main(*parser.parse_args_into_dataclasses())
+        main(*build_parser().parse_args_into_dataclasses())

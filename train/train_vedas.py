@@ -244,7 +244,10 @@ def main(
     return trainer
 
 
+def build_parser() -> DataclassParser:
+    return DataclassParser((ScriptArguments, ReplayArguments, VedasTrainingArguments, StageArguments))
+
+
 if __name__ == "__main__":
     with exit_on_error():
-        parser = DataclassParser((ScriptArguments, ReplayArguments, VedasTrainingArguments, StageArguments))
-        main(*parser.parse_args_into_dataclasses())
+        main(*build_parser().parse_args_into_dataclasses())

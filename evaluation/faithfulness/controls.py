@@ -283,11 +283,15 @@ def controls_result(folder: Path, seed: int = 0) -> Result:
     return result
 
 
-def main(arguments: list[str] | None = None) -> None:
+def build_parser() -> CommandParser:
     parser = CommandParser(prog="python -m evaluation.faithfulness.controls", description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+    parser.add_argument("--output", type=Path, required=True, help="folder for the controls and their pages")
+    parser.add_argument("--seed", type=int, default=0, help="seed of questions and training")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
     result = controls_result(options.output, options.seed)
     for kind in CONTROLS:
         print(f"{kind} control")

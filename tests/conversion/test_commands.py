@@ -1,8 +1,13 @@
 """What all command lines share."""
 
 import argparse
+import configparser
+import os
+import re
+import subprocess
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +102,26 @@ def test_a_missing_package_is_one_line_that_says_how_it_is_installed(capsys, mon
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(SystemExit), exit_on_error():
         import gradio  # noqa: F401
+
+
+def test_an_import_at_the_top_of_a_command_is_explained_too(tmp_path):
+    (tmp_path / "pandas.py").write_text("raise ModuleNotFoundError('No module named pandas', name='pandas')")
+    root = str(Path(__file__).parents[2])
+    ended = subprocess.run(
+        [sys.executable, "-m", "evaluation.analyses.probing", "--help"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    (line,) = ended.stderr.splitlines()
+    assert ended.returncode == 2 and line.startswith("error: This command needs pandas") and ".[train]" in line
+
+
+def test_the_extras_are_those_of_the_setup():
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(Path(__file__).parents[2] / "setup.cfg")
+    names = {"math_verify": "math-verify", "sklearn": "scikit-learn"}
+    for extra, modules in commands.EXTRAS.items():
+        brought = re.findall(r"^[\w-]+", setup["options.extras_require"][extra], re.M)
+        assert {names.get(module, module) for module in modules} <= set(brought), extra

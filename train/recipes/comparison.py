@@ -232,13 +232,23 @@ def draw(measured: dict[tuple[str, str], tuple[dict, list[dict]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> None:
+def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="output of `train.recipes`")
     parser.add_argument("--models", nargs="+", choices=sorted(RECIPES), help="by default those that are trained there")
-    parser.add_argument("--arms", nargs="+", choices=list(arms_of("lare")), default=list(arms_of("lare")))
-    parser.add_argument("--batch-size", type=int, default=40)
-    args = parser.parse_args(arguments)
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=list(arms_of("lare")),
+        default=list(arms_of("lare")),
+        help="what answers (default: all)",
+    )
+    parser.add_argument("--batch-size", type=int, default=40, help="questions at a time")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
     of = open_run(args.run, args.batch_size)
     there = [model for model in sorted(RECIPES) if (args.run / ENDS[model] / "config.json").is_file()]
     missing = [model for model in args.models or sorted(RECIPES)[:1] * (not there) if model not in there]

@@ -200,7 +200,7 @@ def refresh(folder: Path) -> None:
         print(f"{folder / name}: {', '.join(changed) or 'up to date'}")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "name", nargs="?", choices=sorted(ARCHITECTURES), help="without: bring the code of all up to date"
@@ -213,6 +213,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--arm", help="of `train.recipes.serial_recipes`, where it is not called as the architecture")
     parser.add_argument("--output", type=Path, default=CHECKPOINTS, help="folder of both sets (default: checkpoints)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = build_parser()
     args = parser.parse_args(arguments)
     if args.name is None:
         for folder in (args.output, args.output / SERIAL):

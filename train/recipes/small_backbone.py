@@ -89,13 +89,25 @@ def write_backbone(
     return Path(output)
 
 
-def main() -> None:
+OPTIONS = {
+    "hidden-size": "width of the language model",
+    "num-layers": "layers of the language model",
+    "vocab-size": "tokens of the tokenizer that is trained",
+    "seed": "seed of the new weights",
+}
+
+
+def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", required=True, help="JSONL of `train.data.tasks`, for the tokenizer")
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--output", required=True, help="folder to write")
     for name, default in {"hidden-size": 128, "num-layers": 6, "vocab-size": 600, "seed": 0}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    arguments = vars(parser.parse_args())
+        parser.add_argument(f"--{name}", type=int, default=default, help=OPTIONS[name])
+    return parser
+
+
+def main() -> None:
+    arguments = vars(build_parser().parse_args())
     print(write_backbone(texts_of(*arguments.pop("data")), **arguments))
 
 

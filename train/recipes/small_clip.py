@@ -102,14 +102,28 @@ def write_small(
     return output
 
 
-def main() -> None:
+OPTIONS = {
+    "hidden-size": "width of tower and language model, a multiple of 64",
+    "num-layers": "layers of the language model",
+    "vocab-size": "tokens of the tokenizer that is trained",
+    "image-size": "pixels that the tower reads",
+    "patch-size": "pixels of a patch",
+    "seed": "seed of the new weights",
+}
+
+
+def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", required=True, help="JSONL of `train.data.tasks`, for the tokenizer")
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--output", required=True, help="folder to write")
     defaults = {"hidden-size": 128, "num-layers": 4, "vocab-size": 600, "image-size": 112, "patch-size": 14, "seed": 0}
     for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    arguments = vars(parser.parse_args())
+        parser.add_argument(f"--{name}", type=int, default=default, help=OPTIONS[name])
+    return parser
+
+
+def main() -> None:
+    arguments = vars(build_parser().parse_args())
     print(write_small(texts_of(*arguments.pop("data")), **arguments))
 
 

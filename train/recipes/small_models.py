@@ -341,11 +341,13 @@ def score(folder: Path, data: Path, names: tuple[str, ...] = tuple(ARMS)) -> dic
     return scores
 
 
-def main() -> None:
+def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", choices=sorted(RECIPES))
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--task", default=TASK, help="of `train.data.tasks`, several with commas")
+    parser.add_argument("recipe", choices=sorted(RECIPES), help="which model to train")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of everything that is made; recipes of one task share it"
+    )
+    parser.add_argument("--task", default=TASK, help="task of `train.data.tasks`, several with commas")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of the data; below 1 also fewer epochs, to try it out"
     )
@@ -353,8 +355,13 @@ def main() -> None:
         "--language",
         choices=sorted(LANGUAGES),
         default="small",
-        help="of DeepLatent and Vedas: a model of 1 to 2 million weights, or SmolLM2-135M-Instruct's, for a GPU",
+        help="language model of DeepLatent and Vedas: one of 1 to 2 million weights, or SmolLM2-135M-Instruct's, for a GPU",
     )
+    return parser
+
+
+def main() -> None:
+    parser = build_parser()
     args = parser.parse_args()
     build, trained = RECIPES[args.recipe]
     is_lare = build in (lare, lare_blind)

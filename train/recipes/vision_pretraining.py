@@ -211,15 +211,19 @@ def pretrain(
     return scores
 
 
-def main() -> None:
+def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", dest="folder", required=True, help="folder of a backbone or of a CLIP tower")
     parser.add_argument("--data", nargs="+", required=True, help="JSONL of `train.data.tasks`, pictures of one size")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    print(json.dumps(pretrain(**vars(parser.parse_args()))))
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the data")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training")
+    return parser
+
+
+def main() -> None:
+    print(json.dumps(pretrain(**vars(build_parser().parse_args()))))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from train.data.tasks import FAMILIES, LEVELS, MIN_IMAGE_SIZE, PICTURES, QUESTIO
 from train.data.tasks.gallery import write_gallery
 
 
-def main(arguments: list[str] | None = None) -> None:
+def build_parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m train.data.tasks",
         description="Write procedural questions about pictures: data.jsonl and images/.",
@@ -44,7 +44,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")
     parser.add_argument("--gallery", action="store_true", help="also write gallery.html, one page to look at")
-    options = vars(parser.parse_args(arguments))
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = vars(build_parser().parse_args(arguments))
     has_gallery, start = options.pop("gallery"), process_time()
     with exit_on_error():
         data = write_dataset(**options, progress=True)

@@ -53,10 +53,14 @@ def describe_progress(
     return lines
 
 
-def main() -> None:
+def build_parser() -> CommandParser:
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    print("\n".join(describe_progress(parser.parse_args().folder)))
+    parser.add_argument("folder", type=Path, help="`--output` of the training, with its trainer_state.json")
+    return parser
+
+
+def main() -> None:
+    print("\n".join(describe_progress(build_parser().parse_args().folder)))
 
 
 if __name__ == "__main__":
