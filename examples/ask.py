@@ -4,12 +4,9 @@ python -m examples.ask checkpoints/lare picture.png "What is in the picture?" --
 """
 
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
 
 from conversion.commands import CommandParser, exit_on_error
 from conversion.reading import check_config_file
-from processing_latentvlm import draw_trace
-from processing_latentvlm.pictures import open_picture
 
 
 def ask(model, processor, image: Image.Image, question: str, min_blocks: int = 0, max_new_tokens: int = 256):
@@ -67,6 +64,12 @@ def build_parser() -> CommandParser:
 def main() -> None:
     args = build_parser().parse_args()
     with exit_on_error():
+        # Imported here: they take seconds, which `--help` and a wrong option need not wait for.
+        from transformers import AutoModel, AutoProcessor
+
+        from processing_latentvlm import draw_trace
+        from processing_latentvlm.pictures import open_picture
+
         image = open_picture(args.picture, args.picture)
         check_config_file(args.model)
         processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)

@@ -6,16 +6,24 @@ python -m examples.finetune MODEL data/tasks/data.jsonl out/finetuned
 Models that open no blocks take their steps before the answer, and those pictures are left out.
 """
 
-from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
+from typing import TYPE_CHECKING
 
 from conversion.commands import CommandParser, exit_on_error
 from conversion.reading import check_config_file
-from train.common.chat_collator import collator_for
-from train.common.trained_sizes import record_image_sizes
-from train.data.chats import question_image_sizes, read_trajectories
 
 
-def finetune(model_path: str, data_path: str, output: str, **arguments) -> Trainer:
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def finetune(model_path: str, data_path: str, output: str, **arguments) -> "Trainer":
+    # Imported here: they take seconds, which `--help` and a wrong option need not wait for.
+    from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
+
+    from train.common.chat_collator import collator_for
+    from train.common.trained_sizes import record_image_sizes
+    from train.data.chats import question_image_sizes, read_trajectories
+
     processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True)
     model = AutoModel.from_pretrained(model_path, trust_remote_code=True)
     data = read_trajectories(data_path)

@@ -3,21 +3,28 @@
 python -m examples.lora MODEL data/tasks/data.jsonl out/adapter out/merged
 """
 
-from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
+from typing import TYPE_CHECKING
 
 from conversion.commands import CommandParser, exit_on_error
 from conversion.reading import check_config_file
-from train.common.chat_collator import collator_for
-from train.common.trained_sizes import record_image_sizes
-from train.data.chats import question_image_sizes, read_trajectories
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 # The language model's projections alone. What an architecture adds is new, and trains in full.
 TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
-def train_adapter(model_path: str, data_path: str, adapter: str, **arguments) -> Trainer:
+def train_adapter(model_path: str, data_path: str, adapter: str, **arguments) -> "Trainer":
+    # Imported here: they take seconds, which `--help` and a wrong option need not wait for.
     from peft import LoraConfig, get_peft_model
+    from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
+
+    from train.common.chat_collator import collator_for
+    from train.common.trained_sizes import record_image_sizes
+    from train.data.chats import question_image_sizes, read_trajectories
 
     processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True)
     model = AutoModel.from_pretrained(model_path, trust_remote_code=True)
@@ -41,6 +48,7 @@ def train_adapter(model_path: str, data_path: str, adapter: str, **arguments) ->
 def merge_adapter(model_path: str, adapter: str, merged: str):
     """Load an adapter onto its base model, merge it, and save a checkpoint that needs neither PEFT nor the adapter."""
     from peft import PeftModel
+    from transformers import AutoModel, AutoProcessor
 
     base = AutoModel.from_pretrained(model_path, trust_remote_code=True)
     model = PeftModel.from_pretrained(base, adapter).merge_and_unload()

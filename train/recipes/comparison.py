@@ -31,12 +31,11 @@ from pathlib import Path
 
 from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import replaced_file, write_file
-from evaluation.faithfulness.statistics import paired
 from train.data.tasks.families import tasks_of
-from train.recipes.shipping import ENDS
 from train.recipes.small_models import (
     ANSWER_TOKENS,
     BATCH,
+    ENDS,
     LANGUAGES,
     LARE_STAGES,
     RECIPES,
@@ -205,6 +204,8 @@ def percent(numbers: dict) -> str:
 
 def gain(own: list[dict], other: list[dict], task: str) -> str:
     """In points, how much more often `own` is right on the same questions; those that could not be swapped are left out."""
+    from evaluation.faithfulness.statistics import paired  # scipy takes seconds to import
+
     pairs = [
         (one["correct"], two["correct"])
         for one, two in zip(own, other, strict=True)

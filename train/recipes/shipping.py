@@ -26,14 +26,13 @@ from conversion.known_answers import record_answers, rewrite_answers
 from conversion.refresh_code import refresh_code
 from conversion.writing import replaced_folder, write_file
 from train.recipes.serial_card import describe_training
-from train.recipes.small_models import RECIPES, SETTINGS
+from train.recipes.small_models import ENDS, RECIPES, SETTINGS
 
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 SERIAL = "serial"  # folder of the second set, in that of the first
 SUMS = "SHA256SUMS"
 WEIGHTS = "model.safetensors"
-ENDS = {name: trained for name, (_, trained) in RECIPES.items()}  # folders of a recipe's output
 LARGEST = 8_000_000  # bytes of weights that a shipped checkpoint may have
 MOST = 22_000_000  # bytes of everything that ships: all of it is in git
 

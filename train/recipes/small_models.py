@@ -21,15 +21,9 @@ import sys
 import time
 from pathlib import Path
 
-from transformers import AutoModel, AutoProcessor
-
-import conversion.own_models  # noqa: F401
 from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import append_lines, lock_of, locked, write_file
-from evaluation.answering import AnswerSettings
-from evaluation.evaluate_rows import evaluate_rows
 from evaluation.report import describe
-from evaluation.rows import read_evaluation
 from train.data.tasks import check_task
 from train.data.tasks.families import family_of, tasks_of
 from train.deeplatent.rl.progress import describe_progress
@@ -261,6 +255,7 @@ RECIPES = {
     "lare_blind": (lare_blind, "lare-blind-stage4"),
     "vedas": (vedas, "vedas-trained"),
 }
+ENDS = {name: trained for name, (_, trained) in RECIPES.items()}  # folders of a recipe's output
 TASK = "search_color:4,jigsaw"  # a search and a synthesis; the puzzle is learned soon
 
 
@@ -329,6 +324,14 @@ def score(folder: Path, data: Path, names: tuple[str, ...] = tuple(ARMS)) -> dic
     Args:
         names: of the arms, which are asked in this order.
     """
+    # Imported here: they take seconds, and `--help` and other recipes need none of them.
+    from transformers import AutoModel, AutoProcessor
+
+    import conversion.own_models  # noqa: F401
+    from evaluation.answering import AnswerSettings
+    from evaluation.evaluate_rows import evaluate_rows
+    from evaluation.rows import read_evaluation
+
     model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     rows = read_evaluation([data])
