@@ -64,8 +64,8 @@ def test_the_names_of_the_trainer_are_no_old_spellings(capsys):
 def test_values_and_what_follows_two_dashes_stay_as_they_are():
     parser = plain_parser()
     parser.add_argument("rest", nargs="*", help="any")
-    found = parser.parse_args(["--words", "a-b", "model_path", "--", "--batch-size"])
-    assert found.words == ["a-b", "model_path"] and found.rest == ["--batch-size"]
+    found = parser.parse_args(["--words", "a-b", "model_path", "--", "--batch_size"])
+    assert found.words == ["a-b", "model_path"] and found.rest == ["--batch_size"]
 
 
 @pytest.mark.parametrize("words", [["--batch", "3"], ["--batch-size", "x"], ["--nothing"]])
