@@ -7,14 +7,13 @@ from what the policy says. The modulation is given small random weights, as a tr
 zero, gives the language model no gradient at all.
 """
 
-import argparse
 from dataclasses import replace
 
 import torch
 
 from benchmarks.measuring import Setting
 from benchmarks.models import TINY, deeplatent, qwen_inputs
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from train.deeplatent.rl.gradients import ApartGradients
 from train.deeplatent.rl.objective import GRPOObjective, ObjectiveArguments
 from train.deeplatent.rl.rescoring import replay
@@ -76,16 +75,22 @@ def measure_norms(width: int, how: str = "sum", limit: float = 1.0) -> dict[str,
     return {name: float(value) for name, value in apart.merge(shared, []).items()}
 
 
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 128, 512], help="hidden sizes of the models")
+    parser.add_argument(
+        "--gradient-limit", "--limit", type=float, default=1.0, help="`latent_gradient_limit` of the training"
+    )
+    return parser
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--widths", type=int, nargs="+", default=[32, 128, 512])
-    parser.add_argument("--limit", type=float, default=1.0, help="latent_gradient_limit")
-    options = parser.parse_args()
+    options = build_parser().parse_args()
     print("| log-density | width | words | latents | latents / words | share | after: latents / words | share |")
     print("|---|---|---|---|---|---|---|---|")
     for how in ("sum", "mean"):
         for width in options.widths:
-            norms = measure_norms(width, how, options.limit)
+            norms = measure_norms(width, how, options.gradient_limit)
             before, after = (norms["latents"] * scale / norms["words"] for scale in (1.0, norms["scale"]))
             print(
                 f"| {how} | {width} | {norms['words']:.3g} | {norms['latents']:.3g} | {before:.3g} | {before / (1 + before):.2%} | "

@@ -7,21 +7,10 @@
 Writes `SUITE.json`, `SUITE.md` and `SUITE.png` after every subject. Off a GPU only ratios mean anything.
 """
 
-import argparse
-import gc
-import importlib
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from benchmarks.measuring import Setting, describe_machine, free_memory
-from benchmarks.models import Shape, deeplatent, weight_bytes
-from benchmarks.report import Row, to_markdown, write_report
-from benchmarks.sizes import CPU, CPU_QUICK, GPU, GPU_QUICK, Sizes
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 
 
 SUBJECTS = (
@@ -34,63 +23,38 @@ SUBJECTS = (
     "scaling",
 )
 SUITES = {"cpu": SUBJECTS, "gpu": (*SUBJECTS, "paper_numbers")}
-SIZES = {("cpu", False): CPU, ("cpu", True): CPU_QUICK, ("gpu", False): GPU, ("gpu", True): GPU_QUICK}
 
 
-def gibibytes(count: float) -> str:
-    return f"{count / 2**30:.1f} GiB"
-
-
-def weights_of(shape: Shape, setting: Setting) -> int:
-    """Bytes of the largest model at this shape, without making it."""
-    return weight_bytes(deeplatent(shape, replace(setting, device="meta")).ours)
-
-
-def measure_subject(subject: str, sizes: Sizes, setting: Setting) -> list[Row]:
-    """The rows of one subject; one that does not fit into memory is a row that says so."""
-    needed, free = weights_of(sizes.shape, setting), free_memory(setting.device)
-    # Training knows its own, smaller shape.
-    if needed > free and subject != "training_steps":
-        return [
-            Row(subject, "all", None, "", note=f"the weights need {gibibytes(needed)}, {gibibytes(free)} are free")
-        ]
-    try:
-        return importlib.import_module(f"benchmarks.{subject}").measure(sizes, setting)
-    except torch.OutOfMemoryError:
-        return [Row(subject, "all", None, "", note=f"out of memory; {gibibytes(free)} were free")]
-    finally:
-        gc.collect()
-        if setting.device == "cuda":
-            torch.cuda.empty_cache()
-
-
-def run_suite(suite: str, sizes: Sizes, setting: Setting, only: list[str] | None, output: Path) -> list[Row]:
-    """All rows. Tests call it for the gpu suite with tiny sizes on a CPU."""
-    settings = describe_machine(setting.device)
-    settings |= {"dtype": str(setting.dtype).removeprefix("torch."), "repeats": setting.repeats, "seed": 0}
-    rows = []
-    for subject in SUITES[suite]:
-        if only and subject not in only:
-            continue
-        start = time.perf_counter()
-        found = measure_subject(subject, sizes, setting)
-        print(f"{subject}, {time.perf_counter() - start:.0f} s\n{to_markdown(found)}", flush=True)
-        rows += found
-        write_report(output, suite, settings, rows)
-    return rows
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", choices=SUITES, required=True, help="what is measured, and where")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=SUITES["gpu"],
+        metavar="NAME",
+        help=f"these subjects alone: {', '.join(SUITES['gpu'])}",
+    )
+    parser.add_argument("--output", type=Path, default=Path("out/benchmarks"), help="folder for tables and plots")
+    parser.add_argument("--repeats", type=int, default=7, help="times that each arm is measured")
+    parser.add_argument("--quick", action="store_true", help="fewer and smaller sizes")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="threads of the cpu suite; one gives the steadiest times"
+    )
+    return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", choices=SUITES, required=True)
-    parser.add_argument("--only", nargs="+", choices=SUITES["gpu"], metavar="NAME", help=", ".join(SUITES["gpu"]))
-    parser.add_argument("--output", type=Path, default=Path("out/benchmarks"))
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller sizes")
-    parser.add_argument("--threads", type=int, default=1, help="of the cpu suite; one has the steadiest clock")
+    parser = build_parser()
     args = parser.parse_args()
     if args.repeats < 1 or args.threads < 1:
         parser.error(f"--repeats and --threads must be >= 1, got {args.repeats} and {args.threads}")
+    # Imported here: they take seconds, which `--help` and a wrong option need not wait for.
+    import torch
+
+    from benchmarks.measuring import Setting
+    from benchmarks.suites import SIZES, run_suite
+
     if args.suite == "gpu" and not torch.cuda.is_available():
         parser.error("--suite gpu needs a CUDA device, and there is none: use --suite cpu")
     missing = set(args.only or ()) - set(SUITES[args.suite])

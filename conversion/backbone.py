@@ -21,12 +21,13 @@ from yaml import YAMLError
 
 from conversion.checkpoint_io import SourceWeights, write_json
 from conversion.commands import exit_on_error as exit_on_error  # older code finds it here
+from conversion.converter_options import CAST_DTYPE_NAMES
 from conversion.fetch_assets import make_reference_image
-from conversion.reading import read_json_object
+from conversion.reading import check_model_folder, read_json_object
 from processing_latentvlm.pictures import open_picture
 
 
-CAST_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CAST_DTYPES = {name: getattr(torch, name) for name in CAST_DTYPE_NAMES}
 # What a converter reads from a Hub repository: no pickles, no other framework's weights, no original formats.
 HUB_FILES = [
     "*.json",
@@ -62,6 +63,7 @@ def locate_backbone(backbone: str | Path, role: str = "backbone") -> Path:
         if not (folder / "config.json").is_file():
             raise ValueError(f"A {role} folder must hold a config.json, got {folder}.")
         return folder
+    check_model_folder(folder)
     try:
         return Path(snapshot_download(str(backbone), allow_patterns=HUB_FILES, ignore_patterns=HUB_FILES_LEFT))
     except (OSError, ValueError) as error:

@@ -6,8 +6,10 @@
 Where this repository is not at hand, `model.check_known_answers()` of a loaded checkpoint does the same.
 """
 
-import argparse
 import sys
+
+from conversion.commands import CommandParser, exit_on_error
+from conversion.reading import check_model_folder
 
 
 def write(model: str) -> None:
@@ -40,21 +42,24 @@ def check(model: str):
     return loaded.check_known_answers()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__)
     parser.add_argument("model", help="folder, or (without --write) Hub id, of a checkpoint")
     parser.add_argument("--write", action="store_true", help="record the answers, in place of those that are there")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
 
     import os
-
-    from conversion.backbone import exit_on_error
 
     os.environ["LATENTVLM_CHECK"] = "0"  # the check is below, with its table
     with exit_on_error():
         if args.write:
             write(args.model)
             return
+        check_model_folder(args.model)
         report = check(args.model)
     print(report)
     sys.exit(0 if report.passed else 1)

@@ -16,6 +16,8 @@ import torch
 from transformers import PreTrainedModel, Qwen2_5_VLConfig
 
 from conversion.backbone import Backbone, reference_picture, root_mean_square
+from conversion.commands import CommandParser
+from conversion.converter_options import backbone_parser
 from conversion.qwen_backbone import VISION, Architecture, convert_backbone, rename_weight, report, run_converter
 from modeling_latentvlm.modeling_deeplatent import DeepLatentForConditionalGeneration
 from processing_latentvlm.processing_deeplatent import LATENT_TOKENS, DeepLatentProcessor
@@ -53,8 +55,12 @@ def convert_deeplatent(backbone: str | Path, output: str | Path, **arguments) ->
     return convert_backbone(DEEPLATENT, backbone, output, **arguments)
 
 
+def build_parser() -> CommandParser:
+    return backbone_parser(__doc__)
+
+
 def main() -> None:
-    run_converter(__doc__, convert_deeplatent)
+    run_converter(build_parser(), convert_deeplatent)
 
 
 if __name__ == "__main__":

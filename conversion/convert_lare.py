@@ -10,7 +10,6 @@ Weights are streamed, so memory stays near the largest shard. The projector is f
 cropped to their centre. The output loads with `AutoModel.from_pretrained(OUT, trust_remote_code=True)`.
 """
 
-import argparse
 import math
 from functools import partial
 from pathlib import Path
@@ -24,13 +23,11 @@ from transformers.models.llava.configuration_llava import LlavaConfig
 
 from configuration_latentvlm.configuration_lare import LANGUAGE_MODELS, NUM_CLASS_TOKENS, LaReConfig
 from conversion.backbone import (
-    CAST_DTYPES,
     add_tokens,
     carried_fields,
     check_overrides,
     choose_dtype,
     copy_legal_files,
-    exit_on_error,
     find_license,
     load_image_processor,
     load_tokenizer,
@@ -54,6 +51,8 @@ from conversion.checkpoint_io import (
     initialize_weights,
     write_weights,
 )
+from conversion.commands import CommandParser, exit_on_error
+from conversion.converter_options import add_converter_options
 from conversion.known_answers import record_answers
 from conversion.projector_weights import PROJECTOR, load_projector
 from conversion.qwen_backbone import dtype_of_new_weights, report
@@ -310,24 +309,17 @@ def report_conversion(config: LaReConfig, weights, added: dict[str, Tensor], row
     report(f"{len(fresh)} new weights, {sum(values.numel() for values in fresh) / 1e6:.2f}M numbers.")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--vision-tower", required=True, help="folder or Hub id of a CLIP or SigLIP model")
     parser.add_argument("--language-model", required=True, help="folder or Hub id of a Qwen2, Qwen3 or Llama model")
     parser.add_argument("--projector", help="mm_projector.bin, or folder or Hub id of a llava-hf checkpoint")
-    parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--dtype", choices=CAST_DTYPES, help="cast the weights (default: as they are)")
-    parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE", help="config fields")
-    parser.add_argument("--seed", type=int, default=0, help="of the new weights (default: 0)")
-    parser.add_argument("--force", action="store_true", help="replace a checkpoint at --output")
-    parser.add_argument("--license", metavar="ID", help="licence for the model card (default: the language model's)")
-    parser.add_argument(
-        "--no-known-answers",
-        dest="known_answers",
-        action="store_false",
-        help="do not record what the checkpoint answers, which takes its weights in float32 at once",
-    )
-    arguments = vars(parser.parse_args())
+    add_converter_options(parser, "the language model")
+    return parser
+
+
+def main() -> None:
+    arguments = vars(build_parser().parse_args())
     with exit_on_error():
         arguments["overrides"] = parse_overrides(arguments.pop("set"))
         print(convert_lare(**arguments))

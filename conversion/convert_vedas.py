@@ -10,6 +10,8 @@ its backbone until it is trained. The output loads with `AutoModel.from_pretrain
 
 from pathlib import Path
 
+from conversion.commands import CommandParser
+from conversion.converter_options import backbone_parser
 from conversion.qwen_backbone import Architecture, convert_backbone, run_converter
 from conversion.reference_vedas import BACKBONES, convert_reference
 from modeling_latentvlm import VedasForConditionalGeneration
@@ -46,12 +48,15 @@ def convert_vedas(
     return convert_backbone(VEDAS, backbone, output, **arguments)
 
 
-def main() -> None:
-    def add_arguments(parser) -> None:
-        parser.add_argument("--reference-checkpoint", metavar="FILE", help="a published .pth, or safetensors")
-        parser.add_argument("--lora-alpha", type=float, help="of the published adapters (default: r / 4)")
+def build_parser() -> CommandParser:
+    parser = backbone_parser(__doc__)
+    parser.add_argument("--reference-checkpoint", metavar="FILE", help="a published .pth, or safetensors")
+    parser.add_argument("--lora-alpha", type=float, help="of the published adapters (default: r / 4)")
+    return parser
 
-    run_converter(__doc__, convert_vedas, add_arguments)
+
+def main() -> None:
+    run_converter(build_parser(), convert_vedas)
 
 
 if __name__ == "__main__":

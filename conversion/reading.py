@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 
+# Where the commands of the documentation write: `out/lare` is never somebody's repository on the Hub.
+OUTPUT_FOLDERS = ("out", "checkpoints")
+
+
 def parse_json(text: str | bytes, origin: str, **options) -> Any:
     """Parse a JSON text.
 
@@ -90,12 +94,33 @@ def read_json_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def check_config_file(model: str | Path) -> None:
-    """Refuse a folder whose config.json transformers would fail over without a word about the file; a hub's id passes.
+def is_local_path(model: str | Path) -> bool:
+    """Whether a model is meant to be a folder on this machine, there or not, and no `owner/name` of the Hub."""
+    text = str(model).rstrip("/")
+    owner, _, _ = text.partition("/")
+    # The Hub's names have one separator. A first part that is a folder here is no owner there.
+    return text.count("/") != 1 or text[:1] in (".", "~") or owner in OUTPUT_FOLDERS or os.path.isdir(owner)
+
+
+def check_model_folder(model: str | Path) -> None:
+    """Refuse a folder that does not exist, which transformers would look for on the Hub; a Hub id passes.
 
     Raises:
-        ValueError: it holds no JSON object.
+        ValueError: there is no such folder.
     """
+    if is_local_path(model) and not os.path.isdir(model):
+        raise ValueError(
+            f"There is no folder {str(model)[:500]}. A model is a folder on this machine, or `owner/name` on the Hub."
+        )
+
+
+def check_config_file(model: str | Path) -> None:
+    """Refuse a folder that is not there, or whose config.json transformers would fail over without naming it; a Hub id passes.
+
+    Raises:
+        ValueError: there is no such folder, or its config.json holds no JSON object.
+    """
+    check_model_folder(model)
     path = Path(model) / "config.json"
     if is_file(path):
         read_json_object(path)

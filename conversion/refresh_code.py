@@ -6,7 +6,6 @@ For a checkpoint that an older latentvlm wrote, under a transformers that its co
 configuration or processing file is imported, so that this works where those cannot be imported.
 """
 
-import argparse
 import ast
 import json
 import os
@@ -16,7 +15,7 @@ from collections.abc import Collection
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,10 +143,14 @@ def replace_files(folder: Path, texts: dict[str, str], left_out: Collection[str]
             (partial / name).write_text(text, encoding="utf-8")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__)
     parser.add_argument("checkpoint", help="folder of a checkpoint")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
     with exit_on_error():
         changed = refresh_code(args.checkpoint)
     print(f"Rewrote {', '.join(changed)}." if changed else f"The code of {args.checkpoint} is up to date.")

@@ -8,7 +8,6 @@ Needs what the page needs, Playwright and a Chromium. The trace is the one that 
 docs.diagrams` draws block.svg alone, and needs nothing.
 """
 
-import argparse
 import re
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from docs import diagrams
 from docs.serial_pictures import save_small
 from examples import demo, page
@@ -49,13 +48,17 @@ def shoot_page(folder: Path, architecture: str, path: Path) -> None:
         built.close()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--architecture", choices=NAMES, default=NAMES[0])
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architecture", choices=NAMES, default=NAMES[0], help="whose picture is made")
     parser.add_argument("--trace", type=int, default=1, help="number of the demo's question whose trace is shown")
-    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
-    parser.add_argument("--output", type=Path, default=DOCS)
-    args = parser.parse_args()
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of the checkpoints that ship")
+    parser.add_argument("--output", type=Path, default=DOCS, help="folder for the pictures")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     diagrams.main(args.output)
     with tempfile.TemporaryDirectory() as drawn:
         demo.main(["--checkpoints", str(args.checkpoints), "--output", drawn, "--n", str(max(6, args.trace))])

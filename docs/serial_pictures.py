@@ -8,7 +8,6 @@ given, one line for each number of hops that a question needs. It takes reports,
 `make demo` draws it, and below it the same with one latent of another picture.
 """
 
-import argparse
 import io
 import json
 from pathlib import Path
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from examples.chase import MOST, chase_all, draw_question, find_donor, load_serial, say_whose, serial_names, swap
 from examples.demo_common import told
 from train.recipes.shipping import CHECKPOINTS
@@ -138,23 +137,29 @@ def save_small(picture: Image.Image, path: Path) -> None:
     picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     stairs = commands.add_parser("staircase", help="D14 of reports")
     stairs.add_argument("reports", type=Path, nargs="+", help="faithfulness.json of each, or the record of D14")
     example = commands.add_parser("chase", help="a question of `hops`, and the way of its latents")
-    example.add_argument("--model", choices=serial_names(), default=next(iter(serial_names()), None))
-    example.add_argument("--hops", type=int, default=MOST)
-    example.add_argument("--seed", type=int, default=2026)
+    example.add_argument(
+        "--model", choices=serial_names(), default=next(iter(serial_names()), None), help="whose latents are shown"
+    )
+    example.add_argument("--hops", type=int, default=MOST, help="hops that the question needs")
+    example.add_argument("--seed", type=int, default=2026, help="seed of the picture")
     example.add_argument("--turn", type=int, default=0, help="which picture of the seed")
     example.add_argument(
         "--replace", type=int, choices=range(1, MOST + 1), help="also with the latent of this step of another picture"
     )
-    example.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
+    example.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of the checkpoints that ship")
     for command in (stairs, example):
-        command.add_argument("--output", type=Path, default=DOCS)
-    args = parser.parse_args(arguments)
+        command.add_argument("--output", type=Path, default=DOCS, help="folder for the picture")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
     if args.command == "staircase":
         save_small(draw_staircase([read_need(path) for path in args.reports]), args.output / "staircase.png")
     else:

@@ -15,7 +15,6 @@ other settings it is refused.
 """
 
 import json
-from argparse import RawDescriptionHelpFormatter
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -23,9 +22,9 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import HfArgumentParser
 
 from conversion.commands import exit_on_error
+from conversion.dataclass_parser import DataclassParser
 from conversion.own_models import TRUST_HELP
 from conversion.writing import locked, write_file
 from evaluation.answering import AnswerSettings, check_settings
@@ -111,12 +110,14 @@ def evaluate(arguments: EvaluationArguments, settings: AnswerSettings) -> dict |
         return summary
 
 
+def build_parser() -> DataclassParser:
+    parser = DataclassParser((EvaluationArguments, AnswerSettings), description=__doc__)
+    return parser
+
+
 def main() -> None:
-    parser = HfArgumentParser(
-        (EvaluationArguments, AnswerSettings), description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
     with exit_on_error():
-        arguments, settings = parser.parse_args_into_dataclasses()
+        arguments, settings = build_parser().parse_args_into_dataclasses()
         summary = evaluate(arguments, settings)
     if summary is not None:
         print(draw_table(summary))

@@ -3,14 +3,10 @@
 python -m examples.ask checkpoints/lare picture.png "What is in the picture?" --draw trace.png
 """
 
-import argparse
-
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
 
-from conversion.commands import exit_on_error
-from processing_latentvlm import draw_trace
-from processing_latentvlm.pictures import open_picture
+from conversion.commands import CommandParser, exit_on_error
+from conversion.reading import check_config_file
 
 
 def ask(model, processor, image: Image.Image, question: str, min_blocks: int = 0, max_new_tokens: int = 256):
@@ -52,17 +48,30 @@ def count_latents(model, output) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("picture")
-    parser.add_argument("question")
-    parser.add_argument("--min-blocks", type=int, default=0, help="of DeepLatent")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder or Hub id of a checkpoint")
+    parser.add_argument("picture", help="image file")
+    parser.add_argument("question", help="question about the picture, in quotes")
+    parser.add_argument(
+        "--min-blocks", type=int, default=0, help="latent blocks that the answer opens at least (DeepLatent)"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="budget of the answer")
     parser.add_argument("--draw", help="PNG to draw the trace to")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     with exit_on_error():
+        # Imported here: they take seconds, which `--help` and a wrong option need not wait for.
+        from transformers import AutoModel, AutoProcessor
+
+        from processing_latentvlm import draw_trace
+        from processing_latentvlm.pictures import open_picture
+
         image = open_picture(args.picture, args.picture)
+        check_config_file(args.model)
         processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
         model = AutoModel.from_pretrained(args.model, trust_remote_code=True, dtype="auto")
         answer, output = ask(model, processor, image, args.question, args.min_blocks, args.max_new_tokens)

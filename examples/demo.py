@@ -7,14 +7,13 @@ drawn to out/demo. Then those that were trained on serial questions are asked fo
 drawn of it is the tile that every latent is about.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from textwrap import shorten
 
 from transformers.utils import logging
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from evaluation.answering import Answer
 from examples.chase import MOST, chase_all, draw_question, load_serial, serial_names
 from examples.demo_common import (
@@ -86,16 +85,20 @@ def judge(right: dict[str, int], count: int, chance: int) -> str:
     return f"Only {sum(right.values())} of {total} are right: something is wrong here. Chance is about 1 in {chance}."
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--n", type=int, default=6, help="questions to each checkpoint")
     parser.add_argument(
         "--chases", type=int, default=MOST, help="serial questions to each checkpoint that knows those"
     )
-    parser.add_argument("--seed", type=int, default=SEED, help="of the pictures")
-    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
-    parser.add_argument("--output", type=Path, default=Path("out/demo"))
-    args = parser.parse_args(arguments)
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of the pictures")
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of the checkpoints that ship")
+    parser.add_argument("--output", type=Path, default=Path("out/demo"), help="folder for the drawings")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
     for option in ("n", "chases"):
         if getattr(args, option) < 1:
             raise ValueError(f"`--{option}` must be >= 1, got {getattr(args, option)}.")

@@ -6,17 +6,24 @@ python -m examples.finetune MODEL data/tasks/data.jsonl out/finetuned
 Models that open no blocks take their steps before the answer, and those pictures are left out.
 """
 
-import argparse
+from typing import TYPE_CHECKING
 
-from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
-
-from conversion.commands import exit_on_error
-from train.common.chat_collator import collator_for
-from train.common.trained_sizes import record_image_sizes
-from train.data.chats import question_image_sizes, read_trajectories
+from conversion.commands import CommandParser, exit_on_error
+from conversion.reading import check_config_file
 
 
-def finetune(model_path: str, data_path: str, output: str, **arguments) -> Trainer:
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def finetune(model_path: str, data_path: str, output: str, **arguments) -> "Trainer":
+    # Imported here: they take seconds, which `--help` and a wrong option need not wait for.
+    from transformers import AutoModel, AutoProcessor, Trainer, TrainingArguments
+
+    from train.common.chat_collator import collator_for
+    from train.common.trained_sizes import record_image_sizes
+    from train.data.chats import question_image_sizes, read_trajectories
+
     processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True)
     model = AutoModel.from_pretrained(model_path, trust_remote_code=True)
     data = read_trajectories(data_path)
@@ -37,13 +44,19 @@ def finetune(model_path: str, data_path: str, output: str, **arguments) -> Train
     return trainer
 
 
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder or Hub id of a checkpoint")
+    parser.add_argument("data", help="conversations with pictures, as `train.data.tasks` writes them")
+    parser.add_argument("output", help="folder for the trained checkpoint")
+    return parser
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name in ("model_path", "data_path", "output"):
-        parser.add_argument(name)
-    arguments = vars(parser.parse_args())
+    args = build_parser().parse_args()
     with exit_on_error():
-        finetune(**arguments)
+        check_config_file(args.model)
+        finetune(args.model, args.data, args.output)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@
 Only this machine is answered, nothing is sent anywhere, and nothing is fetched.
 """
 
-import argparse
 import os
 import secrets
 from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from examples.chase_tab import build_tab
 from examples.demo_common import (
     LONGEST,
@@ -196,11 +195,15 @@ def launch(page, port: int | None = None, **settings):
     )
 
 
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--port", type=int, default=7860, help="port of the page on this machine")
+    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, help="folder of the checkpoints that ship")
+    return parser
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
-    args = parser.parse_args()
+    args = build_parser().parse_args()
     check_checkpoints(args.checkpoints)  # what is missing is said now, and the first question does not wait
     print(f"http://127.0.0.1:{args.port}", flush=True)
     launch(build_page(args.checkpoints), args.port)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import GREEDY, open_at, step_logits
 
-from benchmarks import device_reads, latent_memory, paper_numbers, run, scaling, training_steps
+from benchmarks import device_reads, latent_memory, paper_numbers, run, scaling, suites, training_steps
 from benchmarks.measuring import Setting, Times, interleave, peak_memory
 from benchmarks.report import Row
 from benchmarks.sizes import SMOKE
@@ -81,7 +81,7 @@ def test_the_gpu_suite_needs_a_gpu(monkeypatch, capsys):
 def test_the_gpu_suite_runs_whole(monkeypatch, tmp_path):
     for module in (latent_memory, scaling, training_steps):  # the profiler takes half a second a run
         monkeypatch.setattr(module, "peak_memory", lambda call, device: call() is None or 2**20)
-    rows = run.run_suite("gpu", SMOKE, ONCE, None, tmp_path)
+    rows = suites.run_suite("gpu", SMOKE, ONCE, None, tmp_path)
     written = json.loads((tmp_path / "gpu.json").read_text())
     assert len(written["rows"]) == len(rows) and written["settings"]["torch"] == torch.__version__
     assert (tmp_path / "gpu.png").stat().st_size > 1000 and "| text token |" in (tmp_path / "gpu.md").read_text()
@@ -92,8 +92,8 @@ def test_the_gpu_suite_runs_whole(monkeypatch, tmp_path):
 
 
 def test_what_does_not_fit_is_skipped_with_the_figures(monkeypatch):
-    monkeypatch.setattr(run, "free_memory", lambda device: 1000)
-    (row,) = run.measure_subject("text_tokens", SMOKE, ONCE)
+    monkeypatch.setattr(suites, "free_memory", lambda device: 1000)
+    (row,) = suites.measure_subject("text_tokens", SMOKE, ONCE)
     assert row.value is None and "GiB" in row.note and "are free" in row.note
     monkeypatch.setattr(scaling, "free_memory", lambda device: 1000)
     assert all(row.value is None and "needs about" in row.note for row in scaling.measure(SMOKE, ONCE))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from evaluation_material import save_checkpoint, write_jsonl
-from transformers import HfArgumentParser
 
+from conversion.dataclass_parser import DataclassParser
 from train import train_deeplatent_rl, train_lare, train_vedas
 from train.common.stages import StageArguments
 from train.data.tasks.families import tasks_of
@@ -107,11 +107,11 @@ def parses(command: str) -> bool:
         if "rl" in arguments:
             arguments.remove("--stage")
             arguments.remove("rl")
-            HfArgumentParser(train_deeplatent_rl.ARGUMENTS).parse_args_into_dataclasses(arguments)
+            DataclassParser(train_deeplatent_rl.ARGUMENTS).parse_args_into_dataclasses(arguments)
         else:
-            sft.PARSER.parse_args_into_dataclasses(arguments)
+            sft.build_parser().parse_args_into_dataclasses(arguments)
     elif module in PARSERS:
-        HfArgumentParser(PARSERS[module]).parse_args_into_dataclasses(arguments)
+        DataclassParser(PARSERS[module]).parse_args_into_dataclasses(arguments)
     else:
         return False
     return True

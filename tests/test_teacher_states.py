@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from train import cache_teacher_states
-from train.cache_teacher_states import PARSER
+from train.cache_teacher_states import build_parser
 from train.deeplatent import teacher_states
 from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.distillation import SftObjective
@@ -70,7 +70,7 @@ def settings_of(folder, data, output, **settings) -> dict:
 
 def cache(*paths, **settings) -> Path:
     arguments = settings_of(*paths, **settings)
-    cache_teacher_states.main(*PARSER.parse_dict(arguments))
+    cache_teacher_states.main(*build_parser().parse_dict(arguments))
     return Path(arguments["output"])
 
 
@@ -148,7 +148,7 @@ def test_states_are_rounded_to_bfloat16_by_default(folder, data, states, tmp_pat
         tensors, expected = load_file(path), load_file(exact / path.name)
         assert tensors.keys() == expected.keys() and tensors
         assert all(torch.equal(value, expected[name].bfloat16()) for name, value in tensors.items())
-    assert PARSER.parse_dict({"model": "m", "data_path": "d", "output": "o"})[0].states_dtype == "bfloat16"
+    assert build_parser().parse_dict({"model": "m", "data_path": "d", "output": "o"})[0].states_dtype == "bfloat16"
 
 
 def test_the_size_is_said_before_anything_is_written(folder, data, tmp_path, capsys, monkeypatch):

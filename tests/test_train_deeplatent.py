@@ -27,7 +27,7 @@ from train.data.tasks import write_dataset
 from train.deeplatent import sft
 from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.distillation import SftObjective, align_loss
-from train.deeplatent.sft import PARSER, SftTrainingArguments
+from train.deeplatent.sft import SftTrainingArguments, build_parser
 from train.recipes.small_backbone import write_backbone
 
 
@@ -296,11 +296,11 @@ def train(stage: str, model_path, data_path, output_dir, **settings) -> LatentTr
         "use_cpu": True,
         "disable_tqdm": True,
     }
-    return sft.train_sft(*PARSER.parse_dict(defaults | settings))
+    return sft.train_sft(*build_parser().parse_dict(defaults | settings))
 
 
 def cache(model, data, output, **settings) -> Path:
-    parser = cache_teacher_states.PARSER
+    parser = cache_teacher_states.build_parser()
     cache_teacher_states.main(
         *parser.parse_dict({"model": str(model), "data_path": str(data), "output": str(output)} | settings)
     )

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from configuration_latentvlm import DeepLatentConfig
 from conversion.commands import exit_on_error
 from conversion.config_overrides import load_config
+from conversion.dataclass_parser import DataclassParser
 from conversion.own_models import TRUST_HELP, check_model_type
 from processing_latentvlm.pictures import read_size
 from train.deeplatent.collator import DeepLatentCollator
@@ -126,9 +126,10 @@ def main(args: CacheArguments, data_args: DataArguments) -> None:
         print("Other processes still write; the last of them completes the folder.")
 
 
-PARSER = HfArgumentParser((CacheArguments, DataArguments))
+def build_parser() -> DataclassParser:
+    return DataclassParser((CacheArguments, DataArguments))
 
 
 if __name__ == "__main__":
     with exit_on_error():
-        main(*PARSER.parse_args_into_dataclasses())
+        main(*build_parser().parse_args_into_dataclasses())

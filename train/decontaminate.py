@@ -12,14 +12,13 @@ A killed run goes on where it stopped when the same command is given again: its 
 that cannot be read stops the run, which `--skip-unreadable` lets go on: it removes such samples and reports them.
 """
 
-from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from pathlib import Path
 
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from conversion.commands import exit_on_error
+from conversion.dataclass_parser import DataclassParser
 from train.data.decontamination.arguments import DTYPES, DecontaminationArguments
 from train.data.decontamination.comparison import EXACT, IMAGE, UNREADABLE, UNREADABLE_TEST, Comparison
 from train.data.decontamination.journal import Journal, fingerprint_of
@@ -79,12 +78,14 @@ def draw_table(counts: Counter) -> str:
     return "\n".join(f"{name:<26}{count:>10,}" for name, count in rows.items())
 
 
+def build_parser() -> DataclassParser:
+    parser = DataclassParser(DecontaminationArguments, description=__doc__)
+    return parser
+
+
 def main() -> None:
-    parser = HfArgumentParser(
-        DecontaminationArguments, description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
     with exit_on_error():
-        (arguments,) = parser.parse_args_into_dataclasses()
+        (arguments,) = build_parser().parse_args_into_dataclasses()
         print(draw_table(decontaminate(arguments)))
         print(f"{arguments.output}, {arguments.report}")
 

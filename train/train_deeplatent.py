@@ -14,11 +14,10 @@ train.train_deeplatent ..`. The objective is in `train/deeplatent/distillation.p
 `train/deeplatent/trajectories.py`. `output_dir` becomes a whole checkpoint; with `--lora` the adapter is merged into it.
 """
 
-import argparse
 import sys
 from importlib import import_module
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 
 
 STAGES = {  # each with a `run(arguments)`
@@ -28,9 +27,24 @@ STAGES = {  # each with a `run(arguments)`
 }
 
 
+def build_parser() -> CommandParser:
+    """The parser of the stage alone: the stage brings the others."""
+    parser = CommandParser(
+        description=__doc__,
+        add_help=False,
+        epilog="All other options are those of a stage: `--stage sft1 --help`, `--stage sft2 --help` and `--stage rl --help` list them.",
+    )
+    parser.add_argument(
+        "--stage", choices=STAGES, required=True, help="sft1: pictures in the answer; sft2: latents; rl: GRPO"
+    )
+    return parser
+
+
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False)
-    parser.add_argument("--stage", choices=STAGES, required=True)
+    parser = build_parser()
+    if {"-h", "--help"} & set(arguments) and not any(one.partition("=")[0] == "--stage" for one in arguments):
+        print(parser.format_help())
+        return
     stage = parser.parse_known_args(arguments)[0].stage
     import_module(STAGES[stage]).run(arguments)
 

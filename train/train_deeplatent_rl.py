@@ -13,9 +13,10 @@ on with `--resume_from_checkpoint last`. `--dump_rollouts FOLDER` writes what wa
 import sys
 from dataclasses import dataclass, field
 
-from transformers import AutoModel, AutoProcessor, HfArgumentParser, set_seed
+from transformers import AutoModel, AutoProcessor, set_seed
 
 from conversion.commands import exit_on_error
+from conversion.dataclass_parser import DataclassParser
 from conversion.own_models import TRUST_HELP, check_model_type
 from train.common.trained_sizes import record_image_sizes
 from train.common.training_model import TrainingModel, run_training
@@ -98,11 +99,15 @@ ARGUMENTS = (
 )
 
 
+def build_parser() -> DataclassParser:
+    parser = DataclassParser(ARGUMENTS)
+    parser.add_argument("--stage", choices=["rl"], help="Given by `train.train_deeplatent`.")
+    return parser
+
+
 def run(arguments: list[str]) -> None:
     """What `train.train_deeplatent --stage rl` calls."""
-    parser = HfArgumentParser(ARGUMENTS)
-    parser.add_argument("--stage", choices=["rl"], help="Given by `train.train_deeplatent`.")
-    *parsed, _ = parser.parse_args_into_dataclasses(arguments)
+    *parsed, _ = build_parser().parse_args_into_dataclasses(arguments)
     main(*parsed)
 
 

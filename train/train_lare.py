@@ -33,11 +33,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
+from transformers import AutoModel, AutoProcessor, TrainingArguments, set_seed
 
 from conversion.backbone import parse_overrides
 from conversion.commands import exit_on_error
 from conversion.config_overrides import load_config
+from conversion.dataclass_parser import DataclassParser
 from conversion.own_models import TRUST_HELP, check_model_type
 from train.common.stages import AnswerAccuracy, Curriculum, RowsUpTo, StageArguments, hold_out, plan_epochs, shown_rows
 from train.common.training_model import LatentTrainer, TrainingModel, load_objective, run_training
@@ -386,7 +387,10 @@ def main(
     return trainer
 
 
+def build_parser() -> DataclassParser:
+    return DataclassParser((ScriptArguments, LatentLossArguments, LaReTrainingArguments, StageArguments))
+
+
 if __name__ == "__main__":
     with exit_on_error():
-        parser = HfArgumentParser((ScriptArguments, LatentLossArguments, LaReTrainingArguments, StageArguments))
-        main(*parser.parse_args_into_dataclasses())
+        main(*build_parser().parse_args_into_dataclasses())

@@ -20,10 +20,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
+from transformers import AutoModel, AutoProcessor, TrainingArguments, set_seed
 
 from configuration_latentvlm.transformers_contract import check_contract
 from conversion.commands import exit_on_error
+from conversion.dataclass_parser import DataclassParser
 from conversion.own_models import TRUST_HELP, check_model_type
 from train.common.feature_cache import FeatureCache, encode_pictures
 from train.common.gradient_dynamics import GradientDynamics
@@ -243,7 +244,10 @@ def main(
     return trainer
 
 
+def build_parser() -> DataclassParser:
+    return DataclassParser((ScriptArguments, ReplayArguments, VedasTrainingArguments, StageArguments))
+
+
 if __name__ == "__main__":
     with exit_on_error():
-        parser = HfArgumentParser((ScriptArguments, ReplayArguments, VedasTrainingArguments, StageArguments))
-        main(*parser.parse_args_into_dataclasses())
+        main(*build_parser().parse_args_into_dataclasses())

@@ -26,7 +26,7 @@ from scipy import stats
 from torch import Tensor
 
 from configuration_latentvlm.latent_architecture import changed_fields
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import replaced_file, write_file
 from evaluation.analyses.collection import (
     GREEDY,
@@ -135,8 +135,12 @@ def draw(shares: pandas.DataFrame, path: Path) -> None:
         figure.savefig(partial, dpi=110)
 
 
+def build_parser() -> CommandParser:
+    return analysis_parser("attention", __doc__.splitlines()[0])
+
+
 def main(arguments: list[str] | None = None) -> None:
-    study = open_study(analysis_parser("attention", __doc__.splitlines()[0]).parse_args(arguments))
+    study = open_study(build_parser().parse_args(arguments))
     shares = measure_shares(study)
     found = compare(*(shares[arm].to_numpy() for arm in ARMS))
     write_file(study.output / "attention_shares.csv", shares.to_csv(index=False))

@@ -3,8 +3,8 @@
 Shapes: K latents of a step, D hidden size, F pooled features.
 """
 
-import argparse
 import tempfile
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoProcessor, set_seed
 
 from configuration_latentvlm import ARCHITECTURES
 from configuration_latentvlm.latent_architecture import has_latents
+from conversion.commands import CommandParser
 from conversion.own_models import TRUST_HELP
 from conversion.reading import check_config_file
 from evaluation.answers import encode_questions
@@ -36,24 +37,26 @@ class Study:
     batch_size: int
 
 
-def analysis_parser(command: str, description: str) -> argparse.ArgumentParser:
+def analysis_parser(command: str, description: str) -> CommandParser:
     """The arguments that every analysis takes."""
-    parser = argparse.ArgumentParser(prog=f"python -m evaluation.analyses.{command}", description=description)
+    parser = CommandParser(prog=f"python -m evaluation.analyses.{command}", description=description)
     parser.add_argument("--model", required=True, help="folder or hub id of a checkpoint")
     parser.add_argument("--data", required=True, help="questions, in a format of `train/data/reasoning_data.py`")
     parser.add_argument("--output", required=True, help="folder for the table and the plot")
-    parser.add_argument("--data-format", default="steps", choices=sorted(ADAPTERS))
+    parser.add_argument("--data-format", default="steps", choices=sorted(ADAPTERS), help="format of the questions")
     parser.add_argument("--split", default="train", help="of a `datasets` folder with several (default: train)")
     parser.add_argument("--limit", type=int, help="take only the first so many questions that have an image")
     parser.add_argument("--batch-size", type=int, default=8, help="questions at a time (default: 8)")
     parser.add_argument("--dtype", default="auto", help="of the weights (default: the checkpoint's)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trust-remote-code", "--trust_remote_code", action="store_true", help=TRUST_HELP)
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
+    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     return parser
 
 
-def open_study(options: argparse.Namespace) -> Study:
+def open_study(options: Namespace) -> Study:
     """Check the arguments and load what they name, the model last.
 
     Raises:

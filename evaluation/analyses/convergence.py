@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from configuration_latentvlm.latent_architecture import changed_fields
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import replaced_file, write_file
 from evaluation.analyses.collection import (
     GREEDY,
@@ -98,10 +98,14 @@ def draw(table: pandas.DataFrame, path: Path) -> None:
         figure.savefig(partial, dpi=110)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def build_parser() -> CommandParser:
     parser = analysis_parser("convergence", __doc__.splitlines()[0])
     parser.add_argument("--num-steps", type=int, help="in place of the model's own number, without adaptive stopping")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
     study = open_study(options)
     table = measure_convergence(study, options.num_steps)
     write_file(study.output / "convergence.csv", table.to_csv(index=False))

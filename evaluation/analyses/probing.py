@@ -42,7 +42,7 @@ from sklearn.preprocessing import Normalizer, StandardScaler
 from sklearn.svm import SVC
 from torch import Tensor
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import replaced_file, write_file
 from evaluation.analyses.collection import (
     GREEDY,
@@ -255,7 +255,7 @@ def draw(table: pandas.DataFrame, path: Path) -> None:
         figure.savefig(partial, dpi=110)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def build_parser() -> CommandParser:
     parser = analysis_parser("probing", __doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=1000, help="matched and mismatched together (default: 1000)")
     parser.add_argument("--text", default="rationale", choices=TEXTS, help="what the text probe is about")
@@ -263,7 +263,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--max-new-tokens", type=int, default=1, help="more where latents come in the text, as DeepLatent's do"
     )
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
     study = open_study(options)
     table = probe_latents(study, options.pairs, options.text, options.shuffles, options.seed, options.max_new_tokens)
     write_file(study.output / "probing.csv", table.to_csv(index=False))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import replaced_file, write_file
 from evaluation.analyses.collection import Study, analysis_parser, check_steps, encoded_batches, open_study
 from train.common.training_model import OBJECTIVE_FILE, split_state
@@ -132,14 +132,18 @@ def draw(columns: dict[str, Tensor], path: Path, most: int = 8) -> None:
         figure.savefig(partial, dpi=110)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def build_parser() -> CommandParser:
     parser = analysis_parser("reconstruction", __doc__.splitlines()[0])
     parser.add_argument(
         "--vae_path", required=True, help="folder of the image tokenizer that the U-Net was trained with"
     )
     parser.add_argument("--crop_size", type=int, default=256, help="as in training (default: 256)")
     parser.add_argument("--denoising-steps", type=int, default=50, help="of 1000 (default: 50)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
     if not 1 <= options.denoising_steps <= 1000:
         raise ValueError(f"`denoising_steps` must be within 1 and 1000, got {options.denoising_steps}.")
     study = open_study(options)

@@ -23,3 +23,5 @@ Each file here is one diagnostic or one thing that several need:
     statistics.py, result.py, report.py, plots.py, run.py   intervals; what is found; the page; what is done already
     controls.py                              a model that must react, and one that must not
 """
+
+import conversion.commands  # noqa: F401  (says which extra a command needs where an import fails)

@@ -6,15 +6,15 @@ leaves `faithfulness.html`, one page that needs nothing beside it, and `faithful
 goes on where it stopped. `--controls` also trains the three controls of `controls.py` (about three minutes) and shows them.
 """
 
-import argparse
 import inspect
+from argparse import Namespace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from transformers import AutoModel, AutoProcessor, set_seed
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.own_models import TRUST_HELP
 from conversion.reading import check_config_file
 from evaluation.analyses.collection import prepare_output
@@ -39,15 +39,15 @@ CALLED = (
 SAID = ("D1", "D14", "D15", "D16")  # diagnostics whose notes are printed
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m evaluation.faithfulness", description=__doc__.splitlines()[0])
+def build_parser() -> CommandParser:
+    parser = CommandParser(prog="python -m evaluation.faithfulness", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder or hub id of a checkpoint with latents")
     parser.add_argument("--data", required=True, help="questions, in a format of `train/data/reasoning_data.py`")
     parser.add_argument("--output", required=True, help="folder for the page and the JSON")
-    parser.add_argument("--data-format", default="steps", choices=sorted(ADAPTERS))
+    parser.add_argument("--data-format", default="steps", choices=sorted(ADAPTERS), help="format of the questions")
     parser.add_argument("--split", default="train", help="of a `datasets` folder with several (default: train)")
     parser.add_argument("--limit", type=int, help="take only the first so many questions that have an image")
-    parser.add_argument("--batch-size", "--batch_size", type=int, default=8, help="questions at a time (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="questions at a time (default: 8)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="budget of every answer (default: 64)")
     parser.add_argument(
         "--min-latent-blocks", type=int, default=0, help="DeepLatent: open at least so many (default: 0)"
@@ -65,13 +65,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--controls", action="store_true", help="also train and show the controls")
     parser.add_argument("--dtype", default="auto", help="of the weights (default: the checkpoint's)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trust-remote-code", "--trust_remote_code", action="store_true", help=TRUST_HELP)
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where the model runs"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is drawn")
+    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_HELP)
     return parser
 
 
-def key_of(options: argparse.Namespace, items: list[Item], model, processor) -> str:
+def key_of(options: Namespace, items: list[Item], model, processor) -> str:
     """What finished diagnostics depend on: checkpoint, data with their pictures, settings, code, and libraries.
 
     The code is this package with the modules of `train` that it calls, and that which model, config and processor come from:

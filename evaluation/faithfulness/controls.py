@@ -14,7 +14,6 @@ All learn, in about a minute on one CPU thread, to name the colour of a square o
 models. Their checkpoints, pages and the pictures stay in the folder.
 """
 
-import argparse
 import json
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from transformers import set_seed
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from configuration_latentvlm import LaReConfig
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import replaced_folder, write_file
 from evaluation.answers import encode_questions
 from evaluation.faithfulness.architectures import StepArchitecture
@@ -284,13 +283,15 @@ def controls_result(folder: Path, seed: int = 0) -> Result:
     return result
 
 
+def build_parser() -> CommandParser:
+    parser = CommandParser(prog="python -m evaluation.faithfulness.controls", description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder for the controls and their pages")
+    parser.add_argument("--seed", type=int, default=0, help="seed of questions and training")
+    return parser
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.faithfulness.controls", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     result = controls_result(options.output, options.seed)
     for kind in CONTROLS:
         print(f"{kind} control")

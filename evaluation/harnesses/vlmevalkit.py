@@ -11,12 +11,12 @@ import sys
 from dataclasses import dataclass, field, fields
 from functools import partial
 
-from transformers import HfArgumentParser
 from vlmeval.config import supported_VLM
 from vlmeval.run import main as run
 from vlmeval.vlm.base import BaseModel
 
 from conversion.commands import exit_on_error
+from conversion.dataclass_parser import DataclassParser
 from evaluation.answering import AnswerSettings
 from evaluation.harnesses.answerer import Answerer, as_conversation
 
@@ -58,9 +58,7 @@ def register(name: str, model: str, **settings) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser(
-        (CheckpointArguments, AnswerSettings), description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    parser = DataclassParser((CheckpointArguments, AnswerSettings), description=__doc__.splitlines()[0])
     with exit_on_error():
         checkpoints, settings, others = parser.parse_args_into_dataclasses(return_remaining_strings=True)
         loading = {one.name: getattr(checkpoints, one.name) for one in fields(checkpoints) if one.name != "checkpoint"}

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from conversion.commands import exit_on_error
-from conversion.reading import check_config_file, is_file, parse_json, read_json, read_json_lines, read_json_object
+from conversion.reading import (
+    check_config_file,
+    check_model_folder,
+    is_file,
+    parse_json,
+    read_json,
+    read_json_lines,
+    read_json_object,
+)
 from train.data.chats import read_trajectories
 from train.data.reasoning_data import read_reasoning
 from train.data.small_tokenizer import texts_of
@@ -191,3 +199,13 @@ def test_commands_end_bad_input_with_one_line(tmp_path, command):
     assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
     assert len([line for line in ended.stderr.splitlines() if line.startswith("error: ")]) == 1
     assert "usage: " not in ended.stderr  # which would be several lines about options that are right
+
+
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name in ("mine/none", "./none", "out/lare", "checkpoints/none", "a/b/c", str(tmp_path / "none"), "none"):
+        with pytest.raises(ValueError, match=f"There is no folder {re.escape(name)}"):
+            check_model_folder(name)
+    for name in ("owner/name", "mine", "./mine", str(tmp_path / "mine"), tmp_path / "mine"):
+        check_model_folder(name)

@@ -18,7 +18,7 @@ from train.deeplatent import collator as collators
 from train.deeplatent import trajectories
 from train.deeplatent.collator import DeepLatentCollator
 from train.deeplatent.kept_features import keep_features
-from train.deeplatent.sft import PARSER
+from train.deeplatent.sft import build_parser
 from train.deeplatent.trajectories import Trajectories, count_steps, drop_texts
 from train.recipes.small_backbone import write_backbone
 
@@ -157,7 +157,7 @@ def test_a_content_is_encoded_once(hops):
     model, processor = AutoModel.from_pretrained(hops[0]), AutoProcessor.from_pretrained(hops[0])
     model.model.visual.requires_grad_(False)
     data = Trajectories(hops[1])
-    arguments = PARSER.parse_dict({"model_path": "x", "data_path": "x", "output_dir": "x", "use_cpu": True})[2]
+    arguments = build_parser().parse_dict({"model_path": "x", "data_path": "x", "output_dir": "x", "use_cpu": True})[2]
     samples = [data[number] for number in range(len(data))]
     for assistant_images, names in (("latent", 4), ("image", 4 + 4 * 4)):
         collator = DeepLatentCollator(processor, model.config, assistant_images)

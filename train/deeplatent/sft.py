@@ -5,12 +5,14 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from torch.utils.data import Subset
-from transformers import AutoModel, AutoProcessor, HfArgumentParser, TrainingArguments, set_seed
+from transformers import AutoModel, AutoProcessor, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from configuration_latentvlm.transformers_contract import check_contract
 from conversion.config_overrides import load_config
+from conversion.dataclass_parser import DataclassParser
 from conversion.own_models import TRUST_HELP, check_model_type
+from conversion.reading import check_model_folder
 from train.common.stages import (
     AnswerAccuracy,
     Curriculum,
@@ -131,6 +133,7 @@ class SftTrainingArguments(TrainingArguments):
 
 def local_folder(path: str) -> Path:
     """The folder of a checkpoint, downloaded if it is a hub id."""
+    check_model_folder(path)
     return Path(path) if Path(path).is_dir() else Path(snapshot_download(path))
 
 
@@ -341,8 +344,9 @@ def train_sft(
     return trainer
 
 
-PARSER = HfArgumentParser((SftArguments, DataArguments, SftTrainingArguments, StageArguments))
+def build_parser() -> DataclassParser:
+    return DataclassParser((SftArguments, DataArguments, SftTrainingArguments, StageArguments))
 
 
 def run(arguments: list[str]) -> None:
-    train_sft(*PARSER.parse_args_into_dataclasses(arguments))
+    train_sft(*build_parser().parse_args_into_dataclasses(arguments))

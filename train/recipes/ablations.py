@@ -8,12 +8,11 @@ the first variant of their seed. A variant is a line of flags below. What is tra
 gives accuracy on the recipe's unseen questions, mean and standard deviation over the seeds, with and without latents.
 """
 
-import argparse
 import json
 import statistics
 from pathlib import Path
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import write_file
 from train.recipes.small_models import BATCH, RL_STEPS, SMALL_RL, run, score
 
@@ -76,16 +75,22 @@ def tabulate(results: dict[str, list[dict[str, float]]]) -> list[str]:
     return lines
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--base", type=Path, required=True, help="folder that `train.recipes deeplatent` wrote")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--output", type=Path, required=True, help="folder for the models and the table")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the trainings")
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="what is ablated (default: all)"
+    )
     sft = f"--num_train_epochs 2 --learning_rate 5e-4 --per_device_train_batch_size {BATCH} --gradient_accumulation_steps 1"
     parser.add_argument("--sft", default=sft, help="further flags of SFT")
     parser.add_argument("--rl", default=f"--max_steps {RL_STEPS}", help="further flags of reinforcement learning")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
     for needed in ("sft1/config.json", *(f"{name}/data.jsonl" for name in ("train", "questions", "test"))):
         if not (args.base / needed).is_file():
             raise ValueError(

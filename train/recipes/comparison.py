@@ -22,7 +22,6 @@ model into the run: accuracy with 95 % intervals, and how much more often the mo
 (bootstrap of the differences).
 """
 
-import argparse
 import json
 import shlex
 import subprocess
@@ -30,14 +29,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import replaced_file, write_file
-from evaluation.faithfulness.statistics import paired
 from train.data.tasks.families import tasks_of
-from train.recipes.shipping import ENDS
 from train.recipes.small_models import (
     ANSWER_TOKENS,
     BATCH,
+    ENDS,
     LANGUAGES,
     LARE_STAGES,
     RECIPES,
@@ -206,6 +204,8 @@ def percent(numbers: dict) -> str:
 
 def gain(own: list[dict], other: list[dict], task: str) -> str:
     """In points, how much more often `own` is right on the same questions; those that could not be swapped are left out."""
+    from evaluation.faithfulness.statistics import paired  # scipy takes seconds to import
+
     pairs = [
         (one["correct"], two["correct"])
         for one, two in zip(own, other, strict=True)
@@ -233,13 +233,23 @@ def draw(measured: dict[tuple[str, str], tuple[dict, list[dict]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, required=True, help="output of `train.recipes`")
     parser.add_argument("--models", nargs="+", choices=sorted(RECIPES), help="by default those that are trained there")
-    parser.add_argument("--arms", nargs="+", choices=list(arms_of("lare")), default=list(arms_of("lare")))
-    parser.add_argument("--batch-size", type=int, default=40)
-    args = parser.parse_args(arguments)
+    parser.add_argument(
+        "--arms",
+        nargs="+",
+        choices=list(arms_of("lare")),
+        default=list(arms_of("lare")),
+        help="what answers (default: all)",
+    )
+    parser.add_argument("--batch-size", type=int, default=40, help="questions at a time")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
     of = open_run(args.run, args.batch_size)
     there = [model for model in sorted(RECIPES) if (args.run / ENDS[model] / "config.json").is_file()]
     missing = [model for model in args.models or sorted(RECIPES)[:1] * (not there) if model not in there]

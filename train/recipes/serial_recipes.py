@@ -19,13 +19,12 @@ picture, zeros and noise: `table.md` and `table.json`, of all that was trained i
     --report        adds the diagnostics D1, D14, D15 and D16 of `evaluation.faithfulness` for every model with latents
 """
 
-import argparse
 import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import write_file
 from train.data.tasks.families import FAMILIES
 from train.recipes.serial.arms import ARMS, Model
@@ -118,9 +117,9 @@ def describe_missing(stages: list[Stage]) -> str:
     return "\n".join([*lines, f"{total:5.1f} minutes of one CPU thread for {len(missing)} of {len(stages)} commands"])
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, required=True)
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True, help="folder of the models, one folder a seed")
     parser.add_argument("--task", choices=FAMILIES["serial"], help="by default that of the folder, or hops")
     parser.add_argument(
         "--arms", nargs="+", choices=list(ARMS), help="by default vedas; with --table all that are there"

@@ -11,7 +11,6 @@ There are two sets, each with hashes of its own: models of the recipes in `check
 questions, whose cards `train/recipes/serial_card.py` writes.
 """
 
-import argparse
 import hashlib
 import json
 from pathlib import Path
@@ -22,19 +21,18 @@ from transformers import AutoModel, AutoProcessor
 
 from configuration_latentvlm import ARCHITECTURES
 from configuration_latentvlm.model_card import render_model_card
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.known_answers import record_answers, rewrite_answers
 from conversion.refresh_code import refresh_code
 from conversion.writing import replaced_folder, write_file
 from train.recipes.serial_card import describe_training
-from train.recipes.small_models import RECIPES, SETTINGS
+from train.recipes.small_models import ENDS, RECIPES, SETTINGS
 
 
 CHECKPOINTS = Path(__file__).resolve().parents[2] / "checkpoints"
 SERIAL = "serial"  # folder of the second set, in that of the first
 SUMS = "SHA256SUMS"
 WEIGHTS = "model.safetensors"
-ENDS = {name: trained for name, (_, trained) in RECIPES.items()}  # folders of a recipe's output
 LARGEST = 8_000_000  # bytes of weights that a shipped checkpoint may have
 MOST = 22_000_000  # bytes of everything that ships: all of it is in git
 
@@ -201,8 +199,8 @@ def refresh(folder: Path) -> None:
         print(f"{folder / name}: {', '.join(changed) or 'up to date'}")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "name", nargs="?", choices=sorted(ARCHITECTURES), help="without: bring the code of all up to date"
     )
@@ -214,6 +212,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--arm", help="of `train.recipes.serial_recipes`, where it is not called as the architecture")
     parser.add_argument("--output", type=Path, default=CHECKPOINTS, help="folder of both sets (default: checkpoints)")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = build_parser()
     args = parser.parse_args(arguments)
     if args.name is None:
         for folder in (args.output, args.output / SERIAL):

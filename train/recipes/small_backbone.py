@@ -7,14 +7,13 @@
 The folder looks like a published backbone: the converters take it as they take one from the Hub.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import replaced_folder
 from train.data.small_tokenizer import CHAT_TEMPLATE, texts_of, train_tokenizer
 
@@ -90,13 +89,25 @@ def write_backbone(
     return Path(output)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+OPTIONS = {
+    "hidden-size": "width of the language model",
+    "num-layers": "layers of the language model",
+    "vocab-size": "tokens of the tokenizer that is trained",
+    "seed": "seed of the new weights",
+}
+
+
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", required=True, help="JSONL of `train.data.tasks`, for the tokenizer")
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--output", required=True, help="folder to write")
     for name, default in {"hidden-size": 128, "num-layers": 6, "vocab-size": 600, "seed": 0}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    arguments = vars(parser.parse_args())
+        parser.add_argument(f"--{name}", type=int, default=default, help=OPTIONS[name])
+    return parser
+
+
+def main() -> None:
+    arguments = vars(build_parser().parse_args())
     print(write_backbone(texts_of(*arguments.pop("data")), **arguments))
 
 

@@ -8,7 +8,6 @@
 The folders look like published ones: the converter takes them as it takes those from the Hub.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from diffusers import AutoencoderKL
 from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import replaced_folder
 from train.data.small_tokenizer import CHAT_TEMPLATE, texts_of, train_tokenizer
 from train.lare.image_reconstruction import CODE_CHANNELS
@@ -103,14 +102,28 @@ def write_small(
     return output
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+OPTIONS = {
+    "hidden-size": "width of tower and language model, a multiple of 64",
+    "num-layers": "layers of the language model",
+    "vocab-size": "tokens of the tokenizer that is trained",
+    "image-size": "pixels that the tower reads",
+    "patch-size": "pixels of a patch",
+    "seed": "seed of the new weights",
+}
+
+
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="+", required=True, help="JSONL of `train.data.tasks`, for the tokenizer")
-    parser.add_argument("--output", required=True)
+    parser.add_argument("--output", required=True, help="folder to write")
     defaults = {"hidden-size": 128, "num-layers": 4, "vocab-size": 600, "image-size": 112, "patch-size": 14, "seed": 0}
     for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    arguments = vars(parser.parse_args())
+        parser.add_argument(f"--{name}", type=int, default=default, help=OPTIONS[name])
+    return parser
+
+
+def main() -> None:
+    arguments = vars(build_parser().parse_args())
     print(write_small(texts_of(*arguments.pop("data")), **arguments))
 
 

@@ -12,7 +12,6 @@ folder share data and backbone. The last table says how often the model is right
 its latents replaced by noise or by another picture's, and without steps. `train.recipes.shipping` makes of it what is shipped.
 """
 
-import argparse
 import json
 import math
 import os
@@ -22,15 +21,9 @@ import sys
 import time
 from pathlib import Path
 
-from transformers import AutoModel, AutoProcessor
-
-import conversion.own_models  # noqa: F401
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.writing import append_lines, lock_of, locked, write_file
-from evaluation.answering import AnswerSettings
-from evaluation.evaluate_rows import evaluate_rows
 from evaluation.report import describe
-from evaluation.rows import read_evaluation
 from train.data.tasks import check_task
 from train.data.tasks.families import family_of, tasks_of
 from train.deeplatent.rl.progress import describe_progress
@@ -262,6 +255,7 @@ RECIPES = {
     "lare_blind": (lare_blind, "lare-blind-stage4"),
     "vedas": (vedas, "vedas-trained"),
 }
+ENDS = {name: trained for name, (_, trained) in RECIPES.items()}  # folders of a recipe's output
 TASK = "search_color:4,jigsaw"  # a search and a synthesis; the puzzle is learned soon
 
 
@@ -330,6 +324,14 @@ def score(folder: Path, data: Path, names: tuple[str, ...] = tuple(ARMS)) -> dic
     Args:
         names: of the arms, which are asked in this order.
     """
+    # Imported here: they take seconds, and `--help` and other recipes need none of them.
+    from transformers import AutoModel, AutoProcessor
+
+    import conversion.own_models  # noqa: F401
+    from evaluation.answering import AnswerSettings
+    from evaluation.evaluate_rows import evaluate_rows
+    from evaluation.rows import read_evaluation
+
     model = AutoModel.from_pretrained(folder, trust_remote_code=False).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
     rows = read_evaluation([data])
@@ -342,11 +344,13 @@ def score(folder: Path, data: Path, names: tuple[str, ...] = tuple(ARMS)) -> dic
     return scores
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", choices=sorted(RECIPES))
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--task", default=TASK, help="of `train.data.tasks`, several with commas")
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", choices=sorted(RECIPES), help="which model to train")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder of everything that is made; recipes of one task share it"
+    )
+    parser.add_argument("--task", default=TASK, help="task of `train.data.tasks`, several with commas")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of the data; below 1 also fewer epochs, to try it out"
     )
@@ -354,8 +358,13 @@ def main() -> None:
         "--language",
         choices=sorted(LANGUAGES),
         default="small",
-        help="of DeepLatent and Vedas: a model of 1 to 2 million weights, or SmolLM2-135M-Instruct's, for a GPU",
+        help="language model of DeepLatent and Vedas: one of 1 to 2 million weights, or SmolLM2-135M-Instruct's, for a GPU",
     )
+    return parser
+
+
+def main() -> None:
+    parser = build_parser()
     args = parser.parse_args()
     build, trained = RECIPES[args.recipe]
     is_lare = build in (lare, lare_blind)

@@ -17,7 +17,6 @@ CLIP tower (`train.recipes.small_clip`), whose patches must lie whole in them; C
 it.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModel, Qwen2_5_VLForConditionalGeneration
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.reading import read_json_lines
 from conversion.writing import replaced_folder
 from modeling_latentvlm.complete_weights import load_complete
@@ -212,15 +211,19 @@ def pretrain(
     return scores
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", dest="folder", required=True, help="folder of a backbone or of a CLIP tower")
     parser.add_argument("--data", nargs="+", required=True, help="JSONL of `train.data.tasks`, pictures of one size")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    print(json.dumps(pretrain(**vars(parser.parse_args()))))
+    parser.add_argument("--epochs", type=int, default=3, help="passes over the data")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures at a time")
+    parser.add_argument("--learning-rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the training")
+    return parser
+
+
+def main() -> None:
+    print(json.dumps(pretrain(**vars(build_parser().parse_args()))))
 
 
 if __name__ == "__main__":

@@ -5,16 +5,15 @@ python -m train.data.tasks --task all --n 2000 --split test --output data/test -
 python -m train.data.tasks --task hops --n 6000 --questions steps --image-size 112 --output data/hops
 """
 
-import argparse
 from time import process_time
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from train.data.tasks import FAMILIES, LEVELS, MIN_IMAGE_SIZE, PICTURES, QUESTIONS, SPLITS, TASKS, write_dataset
 from train.data.tasks.gallery import write_gallery
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m train.data.tasks",
         description="Write procedural questions about pictures: data.jsonl and images/.",
     )
@@ -45,7 +44,11 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--force", action="store_true", help="write into a folder that is not empty")
     parser.add_argument("--gallery", action="store_true", help="also write gallery.html, one page to look at")
-    options = vars(parser.parse_args(arguments))
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = vars(build_parser().parse_args(arguments))
     has_gallery, start = options.pop("gallery"), process_time()
     with exit_on_error():
         data = write_dataset(**options, progress=True)

@@ -9,7 +9,6 @@ question (where scikit-learn is installed). Without `--data`, samples are made i
 table says how far clues in the picture go, such as the distance from the start (`train.data.tasks.shortcuts`).
 """
 
-import argparse
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from unittest import mock
 
 from PIL import Image
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 from conversion.reading import is_file, read_json_lines
 from train.data.tasks import FAMILIES, LEVELS, SPLITS, TASKS, family_of, generate_sample, tasks_of
 from train.data.tasks.shortcuts import measure_shortcuts, print_shortcuts
@@ -133,8 +132,8 @@ def print_table(table: dict[str, dict[str, float | None]]) -> None:
         print(f"{family_of(task):10s} {task:16s} " + " ".join(f"{cell:>9s}" for cell in cells))
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+def build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m train.data.tasks.balance", description="What is known about the answers without looking."
     )
     parser.add_argument("--data", help="a data.jsonl to learn from; default: samples made in memory")
@@ -143,11 +142,17 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--task", default="all", help=f"{', '.join(TASKS)}; {', '.join(FAMILIES)} or all")
     parser.add_argument("--n", type=int, default=600, help="samples of each task, to learn from and again to score")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the samples to learn from; those to score have the next one"
+    )
     parser.add_argument("--split", default="train", help=f"what is scored: {', '.join(SPLITS)}")
     parser.add_argument("--level", default="easy", help=" or ".join(LEVELS))
-    parser.add_argument("--image-size", type=int, default=224)
-    options = parser.parse_args(arguments)
+    parser.add_argument("--image-size", type=int, default=224, help="pixels, a multiple of 28")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = build_parser().parse_args(arguments)
     with exit_on_error():
         if options.data is not None:
             train = read_rows(options.data)

@@ -6,14 +6,13 @@ Reads the `trainer_state.json` that the run leaves. Every step has its own quest
 standard error is that of means over steps.
 """
 
-import argparse
 import json
 import math
 import statistics
 from pathlib import Path
 from typing import NamedTuple
 
-from conversion.commands import exit_on_error
+from conversion.commands import CommandParser, exit_on_error
 
 
 class Mean(NamedTuple):
@@ -54,10 +53,14 @@ def describe_progress(
     return lines
 
 
+def build_parser() -> CommandParser:
+    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="`--output` of the training, with its trainer_state.json")
+    return parser
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    print("\n".join(describe_progress(parser.parse_args().folder)))
+    print("\n".join(describe_progress(build_parser().parse_args().folder)))
 
 
 if __name__ == "__main__":
