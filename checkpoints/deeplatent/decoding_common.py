@@ -9,6 +9,7 @@ Shapes: B rows, S new tokens, D hidden size.
 import threading
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,6 +55,7 @@ class DecodingContext:
     decode_step: int = -1  # the generated token that is being consumed; -1: the prompt
     steps: list[LatentStep] = field(default_factory=list)
     finite: list[tuple[list[int], Tensor]] | None = None  # (rows, whether their latents are finite); None: nobody asks
+    config: Any = None  # the model's with the number of steps of this call; None: the model's own
     prompt_ids: Tensor | None = None  # (prompt rows, S) of a prompt that is given as `inputs_embeds`
 
     def of_row(self, values: list, row: int, num_rows: int):
@@ -101,7 +103,8 @@ class SegmentDecoder:
     """One run over new tokens. Holds what changes from segment to segment."""
 
     def __init__(self, model, context: DecodingContext, cache: Cache | None, use_cache: bool | None, kwargs: dict):
-        self.model, self.config, self.context = model, model.config, context
+        self.model, self.context = model, context
+        self.config = model.config if context.config is None else context.config
         self.text_model = model.model.language_model
         self.cache, self.use_cache, self.kwargs = cache, use_cache, kwargs
 

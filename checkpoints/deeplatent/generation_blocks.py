@@ -17,6 +17,7 @@ from .generation_checks import (
 )
 from .generation_common import LatentGenerationMixin
 from .interventions import Intervention, prepare_intervention
+from .latent_counts import are_off, check_latent_arguments
 from .latent_state import check_continuation, find_state
 from .prompt_checks import check_numbers
 from .row_images import drop_cached_items
@@ -24,6 +25,7 @@ from .trace import LatentGenerateBeamOutput, LatentGenerateOutput, LatentTrace, 
 
 
 logger = logging.get_logger(__name__)
+BLOCK_COUNTS = ("min_latent_blocks", "max_latent_blocks")
 VISION_GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
 
 
@@ -38,6 +40,7 @@ class BlockGenerationMixin(LatentGenerationMixin):
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         *,
+        latents: str | None = None,
         min_latent_blocks: int | None = None,
         max_latent_blocks: int | None = None,
         latent_grid: tuple[int, int] | None = None,
@@ -52,6 +55,7 @@ class BlockGenerationMixin(LatentGenerationMixin):
         the returned `past_key_values`.
 
         Args:
+            latents: "off" opens no blocks; "on", the default, as many as the counts allow.
             min_latent_blocks: blocks opened at the first answer positions, in rows with an image; default 0.
             max_latent_blocks: most blocks of one answer; 0 forbids them; default `config.max_latent_blocks`.
             latent_grid: (height, width) of every block instead of the predicted one.
@@ -62,7 +66,12 @@ class BlockGenerationMixin(LatentGenerationMixin):
         Raises:
             ValueError: a decoding mode that cannot work with latents, or inputs that do not fit together.
         """
-        wishes = {"latent_grid": latent_grid, "latent_grid_hw": latent_grid_hw, "output_latents": output_latents}
+        wishes = {
+            "latents": latents,
+            "latent_grid": latent_grid,
+            "latent_grid_hw": latent_grid_hw,
+            "output_latents": output_latents,
+        }
         wishes |= {"low": min_latent_blocks, "high": max_latent_blocks, "intervention": latent_intervention}
         arguments = (inputs, generation_config, logits_processor, stopping_criteria)
         return self._generate_with_blocks(BlockContext(images=[]), wishes, *arguments, **kwargs)
@@ -80,13 +89,15 @@ class BlockGenerationMixin(LatentGenerationMixin):
         """`generate` on a context of the architecture's own.
 
         Args:
-            wishes: `low` and `high` numbers of blocks, `latent_grid`, `latent_grid_hw`, `intervention` and `output_latents` as given.
+            wishes: `latents`, `low` and `high` numbers of blocks, `latent_grid`, `latent_grid_hw`, `intervention` and `output_latents` as given.
         """
         # What this call wants of its blocks.
         kwargs |= cache_keyword(take_cache(kwargs))
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         check_settings(settings, kwargs, wishes["output_latents"], self.device)
-        low, high = self._block_limits(settings, wishes["low"], wishes["high"])
+        others = {name for name, value in (vars(settings) | kwargs).items() if value is not None}
+        check_latent_arguments(others - set(self._only_of_forward), BLOCK_COUNTS, "block", self.config.model_type)
+        low, high = self._block_limits(settings, wishes["latents"], wishes["low"], wishes["high"])
         latent_grid, latent_grid_hw = wishes["latent_grid"], wishes["latent_grid_hw"]
         self._fill_context(context, latent_grid, wishes["intervention"], wishes["output_latents"], high)
         # The prompt: its images are encoded and its blocks found before the first forward.
@@ -173,8 +184,11 @@ class BlockGenerationMixin(LatentGenerationMixin):
         context.grid, context.max_blocks = grid, max_blocks
         context.output_latents, context.finite = output_latents, []
 
-    def _block_limits(self, settings, low: int | None, high: int | None) -> tuple[int, int]:
+    def _block_limits(self, settings, latents: str | None, low: int | None, high: int | None) -> tuple[int, int]:
         """The fewest and most blocks, from the arguments, the generation config or the model config."""
+        latents = getattr(settings, "latents", None) if latents is None else latents
+        if are_off(latents, min_latent_blocks=low, max_latent_blocks=high):
+            return 0, 0
         low = getattr(settings, "min_latent_blocks", None) if low is None else low
         high = getattr(settings, "max_latent_blocks", None) if high is None else high
         low, high = 0 if low is None else low, self.config.max_latent_blocks if high is None else high

@@ -22,6 +22,7 @@ class DeepLatentGenerationMixin:
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         *,
+        latents: str | None = None,
         min_latent_blocks: int | None = None,
         max_latent_blocks: int | None = None,
         latent_grid: tuple[int, int] | None = None,
@@ -44,7 +45,12 @@ class DeepLatentGenerationMixin:
         """
         self._check_modulation(latent_noise, latent_modulator)
         context = DeepLatentContext(images=[], noise=latent_noise, modulator=latent_modulator)
-        wishes = {"latent_grid": latent_grid, "latent_grid_hw": latent_grid_hw, "output_latents": output_latents}
+        wishes = {
+            "latents": latents,
+            "latent_grid": latent_grid,
+            "latent_grid_hw": latent_grid_hw,
+            "output_latents": output_latents,
+        }
         wishes |= {"low": min_latent_blocks, "high": max_latent_blocks, "intervention": latent_intervention}
         arguments = (inputs, generation_config, logits_processor, stopping_criteria)
         return self._generate_with_blocks(context, wishes, *arguments, **kwargs)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 PACKAGES = ("configuration_latentvlm", "modeling_latentvlm", "processing_latentvlm")
 SOURCES = Path(__file__).parent.parent  # read and not imported: a long run may save after its package was updated

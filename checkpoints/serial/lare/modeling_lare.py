@@ -178,6 +178,7 @@ class LaReForCausalLM(StepGenerationMixin, LlavaPreTrainedModel, GenerationMixin
             latent_context = RefocusContext(
                 images, placeholders, intervention=latent_intervention, output_latents=output_latents
             )
+        config = self.config if latent_context.config is None else latent_context.config
         # Prompt, steps and answer through the language model; or one more token of an answer.
         features = [row.features for row in latent_context.images if row is not None]
         self._drop_unknown_outputs(kwargs)
@@ -192,8 +193,9 @@ class LaReForCausalLM(StepGenerationMixin, LlavaPreTrainedModel, GenerationMixin
                 answer_starts = self._find_learned_answers(
                     input_ids, learned, mask, answer_starts, fused_call is not None
                 )
-            places = self._place_steps(input_ids, answer_starts, mask.bool(), is_generating)
-            embeds = decoder.embed_prompt(self._with_bot(input_ids), self._embeds_with_bot(inputs_embeds))
+            places = self._place_steps(input_ids, answer_starts, mask.bool(), is_generating, config.step_limit)
+            prompt = (input_ids, inputs_embeds)
+            embeds = decoder.embed_prompt(*(self._with_bot(*prompt) if config.step_limit else prompt))
             hidden = decoder.run(input_ids, embeds, mask.bool() & ~self._delimiters(input_ids), places)
         if fused_call is not None:
             return BaseModelOutput(last_hidden_state=hidden)
@@ -215,17 +217,14 @@ class LaReForCausalLM(StepGenerationMixin, LlavaPreTrainedModel, GenerationMixin
         if context.windows:
             output.windows = torch.stack(context.windows, dim=1)
 
-    def _with_bot(self, input_ids: Tensor) -> Tensor:
-        """A `<bot>` behind every row, (B, S + 1), where steps are taken."""
-        if self.config.step_limit == 0:
-            return input_ids
-        return torch.cat([input_ids, torch.full_like(input_ids[:, :1], self.config.bot_token_id)], dim=1)
-
-    def _embeds_with_bot(self, inputs_embeds: Tensor | None) -> Tensor | None:  # (B, S + 1, D)
-        if inputs_embeds is None or self.config.step_limit == 0:
-            return inputs_embeds
-        bot = torch.full_like(inputs_embeds[:, :1, 0], self.config.bot_token_id, dtype=torch.long)
-        return torch.cat([inputs_embeds, self.get_input_embeddings()(bot).to(inputs_embeds)], dim=1)
+    def _with_bot(self, input_ids: Tensor, inputs_embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A `<bot>` behind every row: ids (B, S + 1), and embeddings (B, S + 1, D) where they are given."""
+        bot = torch.full_like(input_ids[:, :1], self.config.bot_token_id)
+        input_ids = torch.cat([input_ids, bot], dim=1)
+        if inputs_embeds is not None:
+            bot = bot.to(inputs_embeds.device)
+            inputs_embeds = torch.cat([inputs_embeds, self.get_input_embeddings()(bot).to(inputs_embeds)], dim=1)
+        return input_ids, inputs_embeds
 
     _takes_virtual_tokens = True
 
@@ -254,7 +253,7 @@ class LaReForCausalLM(StepGenerationMixin, LlavaPreTrainedModel, GenerationMixin
         return answer_starts
 
     def _place_steps(
-        self, input_ids: Tensor, answer_starts: Tensor | None, mask: Tensor, is_generating: bool
+        self, input_ids: Tensor, answer_starts: Tensor | None, mask: Tensor, is_generating: bool, step_limit: int
     ) -> PromptEnds | None:
         """Find where every row's steps go; None where there are none to take.
 
@@ -277,7 +276,7 @@ class LaReForCausalLM(StepGenerationMixin, LlavaPreTrainedModel, GenerationMixin
         ends = torch.where(has_pair, at, ends)
         before = ((input_ids == config.image_token_id) & mask & (columns < ends[:, None])).sum(dim=1)
         parted = (before % config.image_seq_length).nonzero().flatten().tolist()
-        if parted and config.step_limit:
+        if parted and step_limit:
             raise ValueError(
                 f"The refocusing steps must not part an image, but in rows {parted} the prompt or its `attention_mask` ends "
                 "within one: image tokens cannot be labels."
@@ -307,8 +306,8 @@ class LaReForCausalLM(StepGenerationMixin, LlavaPreTrainedModel, GenerationMixin
         tokens = {config.image_token_id: "image"}
         return collect_row_images(input_ids, tokens, features, grids, [None] * len(input_ids), 0)
 
-    def _prepare_steps(self, input_ids: Tensor, settings, kwargs: dict) -> RefocusContext:
-        config, mask = self.config, kwargs["attention_mask"]
+    def _prepare_steps(self, input_ids: Tensor, config, settings, kwargs: dict) -> RefocusContext:
+        mask = kwargs["attention_mask"]
         self._check_length(input_ids, mask, config.step_limit * config.num_step_latents)
         ids, pixel_values = input_ids.to(self._input_device(input_ids)), kwargs.pop("pixel_values", None)
         check_numbers(pixel_values=pixel_values)
@@ -318,8 +317,7 @@ class LaReForCausalLM(StepGenerationMixin, LlavaPreTrainedModel, GenerationMixin
         images, placeholders = self._encode_images(ids, pixel_values)
         return RefocusContext(images, placeholders, prompt_ids=ids)
 
-    def _reserved_tokens(self) -> list[int]:
-        config = self.config
+    def _reserved_tokens(self, config) -> list[int]:
         return [config.bot_token_id, config.eot_token_id, config.image_token_id] if config.step_limit else []
 
     def _count_steps_taken(

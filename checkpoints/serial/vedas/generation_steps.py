@@ -15,6 +15,7 @@ from .decoding_common import DecodingContext
 from .generation_checks import NeverWritten, check_settings, infer_attention_mask, stop_reasons
 from .generation_common import LatentGenerationMixin
 from .interventions import Intervention, prepare_intervention
+from .latent_counts import are_off, check_latent_arguments, with_steps
 from .trace import (
     LatentStepsGenerateBeamOutput,
     LatentStepsGenerateOutput,
@@ -29,17 +30,18 @@ class StepGenerationMixin(LatentGenerationMixin):
     step_name = "Latent steps"  # for messages, at the start of a sentence
     _is_one_at_a_time = False  # whether a step is a single latent, so that an intervention never sees several at once
 
-    def _prepare_steps(self, input_ids: Tensor, settings, kwargs: dict) -> DecodingContext:
+    def _prepare_steps(self, input_ids: Tensor, config, settings, kwargs: dict) -> DecodingContext:
         """Check the prompt, encode its images and say what is to be done. Takes the vision inputs out of `kwargs`.
 
         Args:
             input_ids: (B, S) of the prompt, also where it is given as embeddings.
+            config: the model's, with the number of steps that this call takes.
             kwargs: of `generate`; `attention_mask` is in it, None where nothing is masked.
         """
         raise NotImplementedError
 
-    def _reserved_tokens(self) -> list[int]:
-        """Tokens that an answer never holds."""
+    def _reserved_tokens(self, config) -> list[int]:
+        """Tokens that an answer never holds. `config` is that of the call."""
         raise NotImplementedError
 
     def _count_steps_taken(
@@ -67,6 +69,7 @@ class StepGenerationMixin(LatentGenerationMixin):
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria=None,
         *,
+        latents: str | None = None,
         latent_intervention: str | Intervention | None = None,
         output_latents: bool = False,
         **kwargs,
@@ -74,6 +77,9 @@ class StepGenerationMixin(LatentGenerationMixin):
         """Take the latent steps and generate an answer. Takes everything that `GenerationMixin.generate` takes, and:
 
         Args:
+            latents: "off" takes no steps; "on", the default, takes as many as the counts say.
+            num_..._steps: steps of this call, by the name of the config's field (`config.latent_count_field`), which they take
+                the place of. Every row then takes exactly so many.
             latent_intervention: replaces latents before they enter the language model (`interventions.py`).
             output_latents: return a `latent_trace`; needs `return_dict_in_generate=True`.
 
@@ -84,6 +90,7 @@ class StepGenerationMixin(LatentGenerationMixin):
         cache = take_cache(kwargs)
         settings, _ = self._prepare_generation_config(generation_config, **kwargs)
         check_settings(settings, kwargs, output_latents, self.device)
+        config = self._config_of_call(latents, settings, kwargs)
         intervention = prepare_intervention(latent_intervention, self._is_one_at_a_time)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         input_ids = self._check_prompt(input_ids, kwargs)
@@ -97,9 +104,10 @@ class StepGenerationMixin(LatentGenerationMixin):
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = infer_attention_mask(prompt_ids, settings)
         # What this call wants of its latents.
-        context = self._prepare_steps(prompt_ids, settings, kwargs)
+        context = self._prepare_steps(prompt_ids, config, settings, kwargs)
+        context.config = config
         context.intervention, context.output_latents, context.finite = intervention, output_latents, []
-        reserved = self._reserved_tokens()
+        reserved = self._reserved_tokens(config)
         never = [NeverWritten(reserved)] if reserved else []
         # The decoding loop of transformers, whose first forward takes the steps.
         output = super().generate(
@@ -114,6 +122,21 @@ class StepGenerationMixin(LatentGenerationMixin):
             return output
         prompt_length = 0 if input_ids is None else input_ids.shape[1]
         return self._account_for_steps(output, context, prompt_length, settings, kwargs.get("tokenizer"))
+
+    def _config_of_call(self, latents: str | None, settings, kwargs: dict):
+        """The config with the number of steps that a call of `generate` takes; takes that number out of `kwargs`.
+
+        Raises:
+            ValueError: what says how many steps there are contradicts itself, or belongs to another architecture.
+        """
+        name = self.config.latent_count_field
+        count = kwargs.pop(name, None)
+        others = {key for key, value in (vars(settings) | kwargs).items() if value is not None}
+        check_latent_arguments(others - set(self._only_of_forward), (name,), "step", self.config.model_type)
+        latents = getattr(settings, "latents", None) if latents is None else latents
+        if are_off(latents, **{name: count}):
+            return with_steps(self.config, 0)
+        return with_steps(self.config, getattr(settings, name, None) if count is None else count)
 
     def _account_for_steps(self, output, context: DecodingContext, prompt_length: int, settings, tokenizer):
         """Add latent counts, stop reasons and the trace to what the decoding loop returned."""

@@ -96,8 +96,7 @@ class VedasForConditionalGeneration(StepGenerationMixin, QwenInputsMixin, Qwen2_
     config_class = VedasConfig
     _is_one_at_a_time = True
     accepts_loss_kwargs = False
-    # `num_latent_steps` of an answer are those of the config: `model.config.num_latent_steps` sets them.
-    _only_of_forward = ("labels", "answer_starts", "num_latent_steps")
+    _only_of_forward = ("labels", "answer_starts")
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _no_split_modules = [
         "Qwen2VLDecoderLayer",
@@ -281,16 +280,16 @@ class VedasForConditionalGeneration(StepGenerationMixin, QwenInputsMixin, Qwen2_
             return first, counts[0]
         return [input_ids.shape[1]] * len(input_ids) if answer_starts is None else answer_starts.tolist(), 0
 
-    def _prepare_steps(self, input_ids: Tensor, settings, kwargs: dict) -> StepContext:
+    def _prepare_steps(self, input_ids: Tensor, config, settings, kwargs: dict) -> StepContext:
         names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
         vision = {name: kwargs.pop(name, None) for name in names}
         kwargs.pop("mm_token_type_ids", None)
-        attention_mask, num_steps = kwargs["attention_mask"], self.config.num_latent_steps
+        attention_mask, num_steps = kwargs["attention_mask"], config.num_latent_steps
         check_numbers(**{name: vision[name] for name in ("pixel_values", "pixel_values_videos")})
         ids = input_ids.to(self._input_device(input_ids))
         is_slot = ids == self.config.latent_token_id
         slots = is_slot.sum(dim=1)
-        self._check_length(input_ids, attention_mask, self._count_step_tokens(ids, slots))
+        self._check_length(input_ids, attention_mask, self._count_step_tokens(ids, slots, num_steps))
         if slots.any() and (slots != num_steps).any():
             row = int((slots != num_steps).nonzero()[0])
             raise ValueError(
@@ -304,17 +303,17 @@ class VedasForConditionalGeneration(StepGenerationMixin, QwenInputsMixin, Qwen2_
         context.position_ids = self._rope_positions(ids, attention_mask, vision)
         return context
 
-    def _reserved_tokens(self) -> list[int]:
-        return [self.config.latent_token_id]
+    def _reserved_tokens(self, config) -> list[int]:
+        return [config.latent_token_id]
 
     def _count_steps_taken(
         self, context: StepContext, num_rows: int, beam_indices: Tensor | None
     ) -> tuple[Tensor, int]:
-        return torch.full((num_rows,), self.config.num_latent_steps), 1
+        return torch.full((num_rows,), context.num_steps), 1
 
-    def _count_step_tokens(self, ids: Tensor, slots: Tensor) -> list[int]:
+    def _count_step_tokens(self, ids: Tensor, slots: Tensor, steps: int) -> list[int]:
         """By row the positions that the steps add to the prompt: latents without a slot of their own, and what is replayed."""
-        config, steps = self.config, self.config.num_latent_steps
+        config = self.config
         replayed = torch.zeros_like(slots)
         if config.replay_at_inference:
             replayed = (ids == config.image_token_id).sum(dim=1).clamp(max=config.num_replay_tokens * steps)
