@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := configuration_latentvlm modeling_latentvlm processing_latentvlm conversion evaluation train benchmarks examples docs tests
+SOURCES := latentvlm configuration_latentvlm modeling_latentvlm processing_latentvlm conversion evaluation train benchmarks examples docs tests
 SETUP := constraints.txt setup.cfg pyproject.toml .ci/install_torch.py
 PYTEST := python -m pytest -q -n auto --dist loadfile
 

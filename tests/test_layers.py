@@ -14,6 +14,7 @@ LAYERS = {  # a folder: what its files may import of this repository
     "processing_latentvlm": {"configuration_latentvlm", "processing_latentvlm", "modeling_latentvlm.trace"},
 }
 PACKAGES = set(LAYERS)
+LAYERS["latentvlm"] = {*PACKAGES, "latentvlm"}
 LAYERS["conversion"] = {*PACKAGES, "conversion"}
 LAYERS["train/data"] = {*LAYERS["conversion"], "train.data"}
 # What an answer is and whether it is right is one question for rewards and for evaluation.
