@@ -24,7 +24,7 @@ OTHER_HARNESSES = (
     "evaluation.harnesses.lmms_eval",
 )  # run inside environments of their own
 SPECIAL = ("__call__", "__getitem__", "__contains__", "__post_init__")
-WRITTEN_BY_PYTHON = ("_abc_impl",)
+WRITTEN_BY_PYTHON = ("_abc_impl", "_actions", "_option_string_actions")  # argparse has no public list of its options
 NAMED_TUPLE = {"_asdict", "_fields", "_replace", "_make"}  # public by their documentation
 
 
