@@ -24,7 +24,11 @@ OTHER_HARNESSES = (
     "evaluation.harnesses.lmms_eval",
 )  # run inside environments of their own
 SPECIAL = ("__call__", "__getitem__", "__contains__", "__post_init__")
-WRITTEN_BY_PYTHON = ("_abc_impl", "_actions", "_option_string_actions")  # argparse has no public list of its options
+WRITTEN_BY_PYTHON = ("_abc_impl",)
+OF_ARGPARSE = {
+    "_actions",
+    "_option_string_actions",
+}  # of Python itself, which has no public list of a parser's options
 NAMED_TUPLE = {"_asdict", "_fields", "_replace", "_make"}  # public by their documentation
 
 
@@ -74,7 +78,7 @@ def private_uses() -> Iterator[tuple[str, str]]:
                 continue
             for name in found:
                 is_private = name.startswith("_") and not name.startswith("__")
-                if is_private and name not in own and name not in NAMED_TUPLE:
+                if is_private and name not in own | NAMED_TUPLE | OF_ARGPARSE:
                     yield f"{file.relative_to(ROOT)}:{node.lineno}", name
 
 
